@@ -1,0 +1,276 @@
+"""What the stages hand to each other, as strict, versioned models.
+
+Each artifact is one JSON file that says what it is (`kind`) and which shape it has (`version`). It
+is written beside its place and renamed, so that it is never half there, and read strictly: a
+damaged, foreign or newer file is answered with its name, what is wrong, and the stage that makes it
+again. This module imports no torch.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fitlora.errors import ArtifactError
+from fitlora.plan import Plan
+
+HARDWARE = Path("artifacts/hardware.json")
+MEMORY_ESTIMATE = Path("artifacts/memory_estimate.json")
+DATASET = Path("artifacts/dataset.json")
+PLAN = Path("artifacts/plan.json")
+QUANTIZED_MODEL = Path("artifacts/quantized_model")
+ADAPTER = Path("artifacts/adapter")
+TRAINING_LOG = Path("artifacts/training.jsonl")
+MERGED_MODEL = Path("artifacts/merged_model")
+EVALUATION = Path("artifacts/evaluation.json")
+SCRATCH = Path(".fitlora")
+PROBE_LOG = Path("logs/probe.json")
+
+Self = TypeVar("Self", bound="Artifact")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes beside `path` and renames: readers see the old text or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp makes private files; artifacts are for sharing
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+class Record(BaseModel):
+    """A part of an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Artifact(Record):
+    """A JSON file that one stage writes and others read."""
+
+    KIND: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+    STAGE: ClassVar[str]
+
+    def write(self, path: Path) -> None:
+        """Writes the artifact, atomically and with the same bytes for the same content."""
+        content = {"kind": self.KIND, "version": self.VERSION, **self.model_dump(mode="json")}
+        write_text_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def read(cls: type[Self], path: Path) -> Self:
+        """Reads and checks the artifact; raises ArtifactError that names the way out."""
+        again = f"make it again with: dvc repro --force {cls.STAGE}"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{path} is missing; make it with: dvc repro {cls.STAGE}"
+            ) from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}); {again}") from None
+        if not isinstance(content, Mapping) or content.get("kind") != cls.KIND:
+            found = content.get("kind") if isinstance(content, Mapping) else type(content).__name__
+            raise ArtifactError(
+                f"{path} is not a FitLoRA {cls.KIND} (it says {found!r}); {again}"
+            )
+        version = content.get("version")
+        if version != cls.VERSION:
+            newer = isinstance(version, int) and version > cls.VERSION
+            way = "upgrade fitlora, or " if newer else ""
+            raise ArtifactError(
+                f"{path} has version {version!r} and this program reads {cls.VERSION}; {way}{again}"
+            )
+        body = {key: value for key, value in content.items() if key not in ("kind", "version")}
+        try:
+            return cls.model_validate_json(json.dumps(body))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(f"{path} is damaged at {where}: {first['msg']}; {again}") from None
+
+
+class Gpu(Record):
+    """What a GPU is: facts that do not change from run to run."""
+
+    name: str
+    compute_capability: str
+    memory_bytes: int
+    bf16: bool
+    fp8: bool
+
+
+class Rates(Record):
+    """Measured speeds, rounded coarsely; None where it was not measured or does not apply."""
+
+    host_to_device_bytes_per_second: int | None
+    device_to_host_bytes_per_second: int | None
+    device_copy_bytes_per_second: int | None
+    disk_read_bytes_per_second: int | None
+    product_flops_per_second: dict[str, int] = Field(
+        description="by compute dtype: what a large matrix product reaches"
+    )
+
+
+class Hardware(Artifact):
+    """What the machine is and how much of it may be used."""
+
+    KIND: ClassVar[str] = "hardware"
+    STAGE: ClassVar[str] = "profile_hardware"
+
+    device: Literal["cuda", "cpu"]
+    gpus: tuple[Gpu, ...] = Field(strict=False)
+    cpu_name: str
+    cpu_cores: int
+    host_memory_bytes: int
+    host_budget_bytes: int = Field(description="host memory that may be used")
+    budget_bytes: int = Field(description="of the device's memory, context included")
+    context_bytes: int = Field(description="CUDA's own memory beside the allocator; 0 on the CPU")
+    workspace_bytes: int = Field(
+        description="what libraries (cuBLAS) keep inside the allocator; 0 on the CPU"
+    )
+    rates: Rates
+    target: str | None = Field(description="the described GPU that stands in for this machine's")
+
+    @property
+    def allocator_bytes(self) -> int:
+        """What PyTorch's allocator may reserve on the device."""
+        return self.budget_bytes - self.context_bytes
+
+
+class SequenceSize(Record):
+    """One sequence as far as memory is concerned."""
+
+    tokens: int
+    target_tokens: int = Field(description="tokens that count in the loss")
+
+
+class Percentiles(Record):
+    p50: int
+    p90: int
+    p99: int
+    maximum: int
+
+
+class Split(Record):
+    """One file of rows, after tokenizing."""
+
+    source: str
+    rows: int
+    tokens: int
+    target_tokens: int
+    truncated_rows: int
+    length: Percentiles
+    fingerprint: str = Field(description="sha256 over the token ids and loss masks, in order")
+
+
+class Dataset(Artifact):
+    """What the data is, as far as planning needs to know."""
+
+    KIND: ClassVar[str] = "dataset"
+    STAGE: ClassVar[str] = "estimate_memory"
+
+    train: Split
+    validation: Split
+    longest_train: tuple[SequenceSize, ...] = Field(
+        strict=False, description="the longest sequences, longest first, one effective batch"
+    )
+    longest_validation: tuple[SequenceSize, ...] = Field(strict=False)
+
+
+class Components(Record):
+    """Bytes at the instant of the peak, by what they are for. They add up to the peak."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer_states: int
+    activations: int
+    temporary_buffers: int
+    library_workspaces: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.model_dump().values())
+
+
+class Estimate(Record):
+    """What one Plan is predicted to take on the device."""
+
+    plan: Plan
+    peak_allocated_bytes: int
+    process_bytes: int = Field(description="the peak, the context, and what fragmentation may cost")
+    fits: bool
+    instant: str = Field(description="when the peak is reached: phase and module")
+    phase_peak_bytes: dict[str, int]
+    components: Components
+
+
+class MemoryEstimate(Artifact):
+    """The default plan and its neighbours, before anything ran."""
+
+    KIND: ClassVar[str] = "memory_estimate"
+    STAGE: ClassVar[str] = "estimate_memory"
+
+    model: str
+    parameters: int
+    trainable_parameters: int
+    budget_bytes: int
+    default: Estimate
+    neighbours: dict[str, Estimate] = Field(description="by what was changed of the default")
+
+
+class PlanArtifact(Artifact):
+    """The Plan that training will follow, and why."""
+
+    KIND: ClassVar[str] = "plan"
+    STAGE: ClassVar[str] = "find_batch_size"
+
+    plan: Plan
+    reasons: dict[str, str] = Field(description="by decision; words only, no measurement")
+
+
+class Metrics(Record):
+    """One model on the held-out rows."""
+
+    loss: float
+    perplexity: float
+    exact_match: float = Field(description="share of answers that equal the expected one")
+
+
+class Sample(Record):
+    """One held-out row and what each model answered."""
+
+    prompt: str
+    expected: str
+    answers: dict[str, str]
+
+
+class Evaluation(Artifact):
+    """Base, 4-bit base, adapter and merged model on the same held-out rows."""
+
+    KIND: ClassVar[str] = "evaluation"
+    STAGE: ClassVar[str] = "merge_and_evaluate"
+
+    rows: int
+    base: Metrics
+    quantized_base: Metrics
+    adapter: Metrics
+    merged: Metrics
+    devices: dict[str, str] = Field(description="where each model was evaluated")
+    samples: tuple[Sample, ...] = Field(strict=False)
+
+
+def dump_line(content: Mapping[str, Any]) -> str:
+    """One line of a JSONL log."""
+    return json.dumps(content, ensure_ascii=False) + "\n"

@@ -1,0 +1,1 @@
+"""How many bytes, at which instant, for what: traced, estimated and measured."""

@@ -1,0 +1,306 @@
+"""params.yaml as strict models: each key is defined, documented and given its default here, once.
+
+A wrong file is answered with every problem at once: the key's path, what was found, what is allowed,
+and the nearest key for a misspelling. The file is YAML 1.2, the version that DVC reads as well:
+`2e-4` is a number there, and a string to YAML 1.1 readers, so writing `2.0e-4` pleases both.
+"""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fitlora.errors import UserError
+from fitlora.plan import PAGED_OPTIMIZERS, Optimizer
+from fitlora.units import parse_bytes
+
+Tracker = Literal["tensorboard", "wandb", "dvclive"]
+
+PARAMS_FILE = Path("params.yaml")
+
+
+def _is_size(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
+Size = Annotated[str, AfterValidator(_is_size)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML has lists
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelParams(Section):
+    """The model to fine-tune."""
+
+    id: str = Field(
+        "assets/sample_model",
+        description="a folder (config.json alone is enough to estimate and probe) or a hub id",
+    )
+    revision: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{40}$",
+        description="the full commit of a hub model, quoted; required for a hub id",
+    )
+    trust_remote_code: bool = Field(
+        False, description="run code that comes with the model; off unless you trust its author"
+    )
+
+
+class DataParams(Section):
+    """What it learns from."""
+
+    train: str = Field("assets/data/train.jsonl", description="rows to train on (JSONL)")
+    validation: str = Field(
+        "assets/data/validation.jsonl", description="rows held out for validation and evaluation"
+    )
+    max_length: int = Field(
+        512, ge=8, description="tokens of a sequence; what is longer is cut and counted"
+    )
+    train_on: Literal["answers", "all"] = Field(
+        "answers", description="loss on the assistant's answers only, or on every token"
+    )
+
+
+class TargetParams(Section):
+    """A GPU that is not in this machine, to plan for it."""
+
+    name: str = Field(description="for messages only")
+    memory: Size = Field(description="its memory, like 8GiB")
+    compute_capability: str = Field(
+        pattern=r"^\d+\.\d$", description="as NVIDIA lists it: 8.6 for RTX 30, 8.9 for RTX 40"
+    )
+
+
+class HardwareParams(Section):
+    """What it may use."""
+
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto", description="auto takes the GPU where there is one"
+    )
+    memory_budget: Size | None = Field(
+        None, description="use no more than this (8GiB), CUDA context included"
+    )
+    host_memory_budget: Size | None = Field(
+        None, description="use no more host memory than this (24GiB)"
+    )
+    target: TargetParams | None = Field(
+        None, description="plan for this GPU instead of the one that is here"
+    )
+
+
+class QuantizationParams(Section):
+    """How the frozen weights are stored. Never chosen by hardware."""
+
+    bits: Literal[4, 16] = Field(4, description="4 quantizes; 16 leaves the weights as they are")
+    type: Literal["nf4", "fp4"] = Field("nf4", description="the 4-bit code book")
+    double: bool = Field(True, description="quantize the scales too (double quantization)")
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = Field(
+        64, description="weights that share one scale"
+    )
+    keep_in_16_bits: Names = Field(
+        (),
+        description="name parts of linear layers that are not quantized; the head never is",
+    )
+
+
+class LoraParams(Section):
+    """The adapters."""
+
+    r: int = Field(16, ge=1, description="rank of the update matrices")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / r")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on their input")
+    target_modules: Literal["all-linear"] | Names = Field(
+        "all-linear",
+        description="all-linear, or the last parts of the layers' names (q_proj, v_proj)",
+    )
+
+
+class PlanParams(Section):
+    """What the planner decides; each is auto, or a value that it then keeps."""
+
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="sequences that go through the model at once"
+    )
+    evaluation_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="the same, where only the loss is computed"
+    )
+    recompute: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = Field(
+        "auto", description="decoder layers that recompute their activations: none, all, or N"
+    )
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="bfloat16 where the GPU has it, float32 on the CPU"
+    )
+
+
+class TrainParams(Section):
+    """The training run."""
+
+    effective_batch_size: int = Field(
+        32, ge=1, description="sequences of one optimizer step; never changed by the planner"
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the rows; either this or max_steps"
+    )
+    max_steps: int | None = Field(150, ge=1, description="optimizer steps")
+    learning_rate: float = Field(2.0e-3, gt=0, description="at its highest")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="the learning rate's way down, after the warm-up"
+    )
+    warmup_steps: int = Field(10, ge=0, description="steps of linear rise from 0")
+    optimizer: Optimizer = Field("adamw", description="8-bit and paged ones are bitsandbytes'")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1.0e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_gradient_norm: float | None = Field(
+        1.0, gt=0, description="gradients are scaled down to this norm; null: never"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="adapters' start, data order, dropout")
+    evaluate_every: int | None = Field(
+        50, ge=1, description="steps between validations; null: at the end only"
+    )
+    keep: Literal["best", "last"] = Field(
+        "best", description="which adapter goes on: lowest validation loss, or the last"
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="stop after this many validations without a better loss"
+    )
+    trackers: Annotated[tuple[Tracker, ...], Field(strict=False)] = Field(
+        (), description="where accelerate logs to, beside artifacts/training.jsonl"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainParams":
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give exactly one of epochs and max_steps, and null for the other")
+        return self
+
+
+class MergeParams(Section):
+    """The merged model."""
+
+    base: Literal["dequantized", "original"] = Field(
+        "dequantized",
+        description="merge into the weights that the adapter was trained on, or the 16-bit ones",
+    )
+
+
+class EvaluateParams(Section):
+    """The comparison at the end."""
+
+    rows: int | None = Field(
+        None, ge=1, description="rows of data.validation that are used; null: all"
+    )
+    max_new_tokens: int = Field(128, ge=1, description="longest answer that is generated")
+    samples: int = Field(5, ge=0, description="answers that are shown side by side")
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    model: ModelParams = Field(default_factory=ModelParams)
+    data: DataParams = Field(default_factory=DataParams)
+    hardware: HardwareParams = Field(default_factory=HardwareParams)
+    quantization: QuantizationParams = Field(default_factory=QuantizationParams)
+    lora: LoraParams = Field(default_factory=LoraParams)
+    plan: PlanParams = Field(default_factory=PlanParams)
+    train: TrainParams = Field(default_factory=TrainParams)
+    merge: MergeParams = Field(default_factory=MergeParams)
+    evaluate: EvaluateParams = Field(default_factory=EvaluateParams)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Params":
+        micro = self.plan.micro_batch_size
+        if isinstance(micro, int) and micro > self.train.effective_batch_size:
+            raise ValueError(
+                f"plan.micro_batch_size {micro} is larger than train.effective_batch_size "
+                f"{self.train.effective_batch_size}"
+            )
+        if self.hardware.device == "cpu" and self.train.optimizer in PAGED_OPTIMIZERS:
+            raise ValueError(
+                f"train.optimizer {self.train.optimizer} needs a CUDA device, "
+                "and hardware.device is cpu; use adamw or adamw_8bit"
+            )
+        return self
+
+
+def keys(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:
+    """The dotted path of every key that params.yaml may have."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from keys(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def read_params(path: Path = PARAMS_FILE) -> Params:
+    """Reads and checks params.yaml; raises UserError that lists every problem."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run from the folder that has it")
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    return check_params(content if content is not None else {}, str(path))
+
+
+def check_params(content: object, source: str = "params") -> Params:
+    """Checks plain data against `Params`; raises UserError that lists every problem."""
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        problems = list(dict.fromkeys(_explain(problem) for problem in error.errors()))
+    raise UserError("\n".join([f"{source} has {len(problems)} problem(s):", *problems]))
+
+
+def _explain(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    found = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        siblings = [key for key in _every_path() if key.count(".") == len(path) - 1]
+        near = difflib.get_close_matches(".".join(path), siblings, n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"  {'.'.join(path)}: no such key{hint}"
+    # pydantic adds the branch of a union to the path; the key ends where the model's fields end
+    known = set(_every_path())
+    while path and ".".join(path) not in known:
+        path.pop()
+    where = ".".join(path)
+    message = problem["msg"].removeprefix("Value error, ")
+    if not where:
+        return f"  {message}"
+    allowed = _describe(where)
+    return f"  {where}: found {found!r}; {message}{allowed}"
+
+
+def _every_path(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        for inner in _models_of(field.annotation):
+            yield from _every_path(inner, f"{prefix}{name}.")
+
+
+def _models_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _models_of(inner)
+
+
+def _describe(path: str) -> str:
+    model: type[BaseModel] = Params
+    description = ""
+    for part in path.split("."):
+        field = model.model_fields[part]
+        description = field.description or ""
+        model = next(iter(_models_of(field.annotation)), model)
+    return f" ({description})" if description else ""

@@ -1,0 +1,84 @@
+"""The Plan: how one training step is laid out.
+
+A Plan holds decisions and nothing else: no measured rate, no predicted byte. Two machines that
+decide alike therefore write the same file, and a change of noise in a measurement changes no hash.
+It is chosen once (`fitlora.planner`), read by every later stage, and replaced, never mutated, when
+something does not fit.
+
+This module imports no torch: a Plan is compared, listed and tested in microseconds.
+"""
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ComputeDtype = Literal["bfloat16", "float16", "float32"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+
+PAGED_OPTIMIZERS: tuple[Optimizer, ...] = ("paged_adamw", "paged_adamw_8bit")
+
+
+class Plan(BaseModel):
+    """One layout of the training step.
+
+    The unit of a batch is a sequence. `effective_batch_size` is the user's; `micro_batch_size`
+    divides the work of one device, and the last micro-batch of a step may be smaller.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    device: Literal["cuda", "cpu"]
+    devices: int = Field(1, ge=1, description="processes that share one effective batch")
+    effective_batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+    evaluation_batch_size: int = Field(ge=1)
+    sequence_length: int = Field(ge=1, description="tokens of the longest sequence")
+    recompute_layers: tuple[int, ...] = Field(
+        (), strict=False, description="decoder layers whose activations are recomputed in backward"
+    )
+    compute_dtype: ComputeDtype
+    optimizer: Optimizer
+    loss_chunk_tokens: int = Field(ge=1, description="rows of logits that exist at one time")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Plan":
+        if self.micro_batch_size > self.sequences_per_device:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} is larger than the "
+                f"{self.sequences_per_device} sequences that one device has in a step"
+            )
+        if list(self.recompute_layers) != sorted(set(self.recompute_layers)):
+            raise ValueError("recompute_layers must be ascending and free of duplicates")
+        if self.device == "cpu" and self.optimizer in PAGED_OPTIMIZERS:
+            raise ValueError(f"{self.optimizer} needs a CUDA device; on the CPU nothing is paged")
+        return self
+
+    @property
+    def sequences_per_device(self) -> int:
+        """The most sequences one device handles in one optimizer step."""
+        return -(-self.effective_batch_size // self.devices)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one optimizer step on one device."""
+        return -(-self.sequences_per_device // self.micro_batch_size)
+
+    def replace(self, **changes: object) -> "Plan":
+        """A checked copy with some decisions changed."""
+        return Plan.model_validate({**self.model_dump(), **changes})
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that are equal exactly when the decisions are."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def describe(self) -> str:
+        """One line for logs and tables."""
+        recompute = len(self.recompute_layers)
+        return (
+            f"micro-batch {self.micro_batch_size} x {self.accumulation} accumulation x "
+            f"{self.sequence_length} tokens, {recompute} layers recomputed, "
+            f"{self.compute_dtype}, {self.optimizer} on {self.device}"
+        )

@@ -1,0 +1,1 @@
+"""Which Plan: candidates, their cost, and the probe that proves one."""

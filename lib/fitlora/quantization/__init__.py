@@ -1,0 +1,1 @@
+"""From a 16-bit checkpoint to a 4-bit one."""

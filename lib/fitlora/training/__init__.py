@@ -1,0 +1,1 @@
+"""Rows, batches, the loop and its checkpoints."""
