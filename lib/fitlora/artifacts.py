@@ -74,16 +74,12 @@ class Artifact(Record):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ArtifactError(
-                f"{path} is missing; make it with: dvc repro {cls.STAGE}"
-            ) from None
+            raise ArtifactError(f"{path} is missing; make it with: dvc repro {cls.STAGE}") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ArtifactError(f"{path} is damaged ({error}); {again}") from None
         if not isinstance(content, Mapping) or content.get("kind") != cls.KIND:
             found = content.get("kind") if isinstance(content, Mapping) else type(content).__name__
-            raise ArtifactError(
-                f"{path} is not a FitLoRA {cls.KIND} (it says {found!r}); {again}"
-            )
+            raise ArtifactError(f"{path} is not a FitLoRA {cls.KIND} (it says {found!r}); {again}")
         version = content.get("version")
         if version != cls.VERSION:
             newer = isinstance(version, int) and version > cls.VERSION

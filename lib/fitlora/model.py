@@ -1,0 +1,98 @@
+"""What the model is: its folder, its config, and its modules without weights."""
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fitlora.errors import UserError
+
+CONFIG_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+WEIGHT_FILES = ("*.safetensors",)
+
+
+def resolve_model(model_id: str, revision: str | None, *, weights: bool) -> Path:
+    """The folder that holds the model, fetched from the hub where `model_id` is not a folder.
+
+    weights: whether the weights are needed, or the config and tokenizer alone. Raises UserError when
+    there is no such folder, or when a hub id comes without a full commit as its revision.
+    """
+    folder = Path(model_id)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.id {model_id} has no config.json; it is not a model's folder")
+        return folder
+    if folder.is_absolute() or model_id.startswith(".") or model_id.count("/") != 1:
+        raise UserError(f"model.id {model_id} is neither a folder nor a hub id (owner/name)")
+    if revision is None:
+        raise UserError(
+            f"model.id {model_id} is no folder here, so it is read as a hub id, which needs "
+            "model.revision: the full commit (40 hex digits, quoted), so that every run gets the "
+            "same weights"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [*CONFIG_FILES, *(WEIGHT_FILES if weights else ())]
+    try:
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model.id {model_id} at {revision} could not be fetched: {error}"
+        ) from None
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's transformers config; raises UserError for an unknown or unreadable one."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{folder}/config.json cannot be read: {error}") from None
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's repeated blocks, bottom up."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    stacks = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    ]
+    if not stacks:
+        raise UserError(f"{type(model).__name__} has no decoder layers that FitLoRA can find")
+    return max(stacks, key=len)
+
+
+def linear_names(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[str]:
+    """The linear layers that are quantized: all but the head and those that `keep` matches.
+
+    keep: parts of names, or patterns with `*`.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        if any(part in name.split(".") or fnmatch.fnmatch(name, part) for part in keep):
+            continue
+        yield name
+
+
+def empty_model(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The model as transformers defines it, parameters on meta, computed buffers real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    return cast(nn.Module, model)

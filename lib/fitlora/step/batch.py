@@ -1,0 +1,96 @@
+"""The tokens that go through the model together, laid behind each other without padding.
+
+A micro-batch of sequences is one row of tokens; attention is kept inside each sequence by the list of
+lengths, which the host knows, so that nothing waits for the device. No token is padding, and a
+micro-batch costs what its tokens cost.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fitlora.step.ops import row_keys
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One sequence: its token ids, which of them are learned, and which row of the data it is."""
+
+    sample: int
+    tokens: tuple[int, ...]
+    learned: tuple[bool, ...]  # learned[i]: the loss counts the prediction of tokens[i]
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens that count in the loss; the first token is never predicted."""
+        return sum(self.learned[1:])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tensors of one micro-batch, all on the step's device.
+
+    input_ids, position_ids: int64 (1, tokens). targets: int64 (targets,), the ids to predict, and
+    target_rows: int64 (targets,), the rows of hidden states that predict them. starts: int32
+    (sequences + 1,), where each sequence begins; lengths is the same on the host. row_keys: int32
+    (tokens,), the dropout key of each token.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    target_rows: Tensor
+    targets: Tensor
+    starts: Tensor
+    lengths: list[int]
+    row_keys: Tensor
+
+
+class StepContext:
+    """What layers deep in the model need to know of the micro-batch in flight.
+
+    Recomputation runs layers again in backward, on another thread on CUDA, so this is a plain object
+    that the layers hold, and not a context variable.
+    """
+
+    lengths: list[int]
+    starts: Tensor
+    row_keys: Tensor
+
+    def enter(self, batch: MicroBatch) -> None:
+        self.lengths, self.starts, self.row_keys = batch.lengths, batch.starts, batch.row_keys
+
+
+def make_micro_batch(
+    sequences: Sequence[TokenSequence], *, seed: int, step: int, device: torch.device
+) -> MicroBatch:
+    """Lays the sequences behind each other. `step` is the optimizer step, for the dropout masks."""
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    ids = [token for sequence in sequences for token in sequence.tokens]
+    rows, targets = [], []
+    for start, sequence in zip(starts, sequences, strict=False):
+        for position in range(1, len(sequence.tokens)):
+            if sequence.learned[position]:
+                rows.append(start + position - 1)
+                targets.append(sequence.tokens[position])
+
+    def on_device(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+    positions = on_device([position for length in lengths for position in range(length)])
+    samples = on_device(
+        [s.sample for s, length in zip(sequences, lengths, strict=True) for _ in range(length)]
+    )
+    return MicroBatch(
+        input_ids=on_device(ids)[None],
+        position_ids=positions[None],
+        target_rows=on_device(rows),
+        targets=on_device(targets),
+        starts=on_device(starts, torch.int32),
+        lengths=lengths,
+        row_keys=row_keys(seed, step, samples, positions),
+    )

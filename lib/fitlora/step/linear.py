@@ -1,0 +1,228 @@
+"""The frozen linear layer, in 4 bits or 16, and the LoRA adapter on it as one autograd function.
+
+A frozen weight is needed twice in a step, in forward and in backward, and in between only its packed
+form exists: each pass dequantizes into a fresh buffer that the allocator hands out again and again.
+Autograd therefore saves a handle of the layer and never its packed tensors, so that where those lie
+(on the device, or on their way from the host) is nobody else's business.
+
+`Linear4bit` is ours outside (plain uint8 parameters, bitsandbytes' checkpoint layout) and
+bitsandbytes' kernels inside. bitsandbytes' own `Linear4bit` cannot be traced on fake tensors, and on
+some CPUs repacks its weights in place.
+"""
+
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from fitlora.quantization.layout import NESTED_BLOCK_SIZE, QuantSpec
+from fitlora.step.batch import StepContext
+
+
+class FrozenLinear(nn.Linear):
+    """A 16- or 32-bit linear layer whose weight is not trained.
+
+    It is an `nn.Linear` in all but its gradient, so that checkpoints load into it as they are.
+    """
+
+    def compute_weight(self, dtype: torch.dtype) -> Tensor:
+        """(out, in) in `dtype`."""
+        return self.weight.to(dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, _FrozenProduct.apply(input, self))
+
+
+class Linear4bit(nn.Module):
+    """A linear layer whose weight is stored in 4 bits.
+
+    Attributes:
+        weight: uint8 ((out * in + 1) // 2, 1), two codes a byte.
+        absmax: scale of each block; float32 (blocks,), or uint8 under double quantization.
+        nested_absmax, nested_offset: float32 (ceil(blocks / 256),) and (); double quantization only.
+        nested_code: float32 (256,), the code book of the scales, one tensor shared by all layers.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        spec: QuantSpec,
+        nested_code: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        numel = in_features * out_features
+        blocks = spec.blocks(numel)
+
+        def frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+        self.weight = frozen((spec.packed_bytes(numel), 1), torch.uint8)
+        self.absmax = frozen((blocks,), torch.uint8 if spec.double else torch.float32)
+        if spec.double:
+            self.nested_absmax = frozen((-(-blocks // NESTED_BLOCK_SIZE),), torch.float32)
+            self.nested_offset = frozen((), torch.float32)
+        else:
+            self.register_parameter("nested_absmax", None)
+            self.register_parameter("nested_offset", None)
+        self.register_buffer("nested_code", nested_code if spec.double else None, persistent=False)
+        if bias:
+            self.bias = frozen((out_features,), dtype)
+        else:
+            self.register_parameter("bias", None)
+
+    def compute_weight(self, dtype: torch.dtype) -> Tensor:
+        """(out, in) in `dtype`, dequantized into a new buffer."""
+        out = torch.empty(
+            (self.out_features, self.in_features), dtype=dtype, device=self.weight.device
+        )
+        nested = self.nested_absmax is not None
+        scales = torch.empty(
+            self.absmax.shape if nested else (0,), dtype=torch.float32, device=out.device
+        )
+        torch.ops.fitlora.dequantize_4bit(
+            self.weight,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_code,
+            self.nested_offset,
+            scales,
+            out,
+            self.spec.block_size,
+            self.spec.type,
+        )
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _FrozenProduct.apply(x, self))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
+
+
+AnyFrozenLinear = FrozenLinear | Linear4bit
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x: (tokens, in), weight: (out, in) -> (tokens, out)."""
+    if bias is None:
+        return torch.mm(x, weight.t())
+    return torch.addmm(bias.to(x.dtype), x, weight.t())
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T + b with nothing saved: backward asks the layer for its weight again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: AnyFrozenLinear) -> Tensor:
+        ctx.layer = layer
+        y = _product(x.reshape(-1, x.shape[-1]), layer.compute_weight(x.dtype), layer.bias)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,) = grads
+        weight = ctx.layer.compute_weight(dy.dtype)
+        dx = torch.mm(dy.reshape(-1, dy.shape[-1]), weight)
+        return dx.view(*dy.shape[:-1], -1), None
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x W^T + b + s * dropout(x) A^T B^T.
+
+    Saved: x (which the layers that share it save as well: one tensor), h = dropout(x) A^T (tokens, r)
+    and the adapter. The weight, the mask and 16-bit copies of A and B are had again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: "LoraLinear") -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        base = layer.frozen
+        y = _product(x2, base.compute_weight(x.dtype), base.bias)
+        dropped = layer.dropped(x2)
+        h = torch.mm(dropped, a.to(x.dtype).t())
+        del dropped
+        y.addmm_(h, b.to(x.dtype).t(), alpha=layer.scale)
+        ctx.layer = layer
+        ctx.save_for_backward(x, h, a, b)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        x, h, a, b = ctx.saved_tensors
+        layer: LoraLinear = ctx.layer
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        x2 = x.reshape(-1, x.shape[-1])
+        db = torch.mm(dy.t(), h).to(b.dtype).mul_(layer.scale)
+        dh = torch.mm(dy, b.to(dy.dtype)).mul_(layer.scale)
+        dropped = layer.dropped(x2)
+        da = torch.mm(dh.t(), dropped).to(a.dtype)
+        del dropped
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(dy, layer.frozen.compute_weight(dy.dtype))
+            layer.add_dropped_grad(dx, dh, a.to(dy.dtype))
+            dx = dx.view(x.shape)
+        return dx, da, db, None
+
+
+class LoraLinear(nn.Module, LoraLayer):
+    """peft's LoRA layer on a frozen linear of ours; peft makes it, saves it and loads it.
+
+    `stream` numbers the layer for its dropout masks, `context` has the keys of the tokens in flight;
+    both are set by the builder.
+    """
+
+    adapter = "default"
+    stream = 0
+    context: StepContext
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        assert adapter_name == self.adapter, "one adapter is trained at a time"
+        self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config=config)
+
+    @property
+    def frozen(self) -> AnyFrozenLinear:
+        return cast(AnyFrozenLinear, self.base_layer)
+
+    @property
+    def scale(self) -> float:
+        return float(self.scaling[self.adapter])
+
+    @property
+    def dropout(self) -> float:
+        layer = self.lora_dropout[self.adapter]
+        return float(layer.p) if self.training and isinstance(layer, nn.Dropout) else 0.0
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x: (tokens, in), masked; x itself where there is no dropout."""
+        if self.dropout == 0.0:
+            return x
+        out = torch.empty_like(x)
+        torch.ops.fitlora.dropout(x, self.context.row_keys, self.stream, self.dropout, out, False)
+        return out
+
+    def add_dropped_grad(self, dx: Tensor, dh: Tensor, a: Tensor) -> None:
+        """dx (tokens, in) += mask * (dh A), in place; dh: (tokens, r), a: (r, in)."""
+        if self.dropout == 0.0:
+            dx.addmm_(dh, a)
+            return
+        torch.ops.fitlora.dropout(
+            torch.mm(dh, a), self.context.row_keys, self.stream, self.dropout, dx, True
+        )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            return cast(Tensor, self.base_layer(x))
+        a, b = self.lora_A[self.adapter].weight, self.lora_B[self.adapter].weight
+        return cast(Tensor, _LoraProduct.apply(x, a, b, self))

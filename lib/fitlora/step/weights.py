@@ -1,0 +1,177 @@
+"""Where a skeleton's tensors come from: nowhere (fake or empty), noise, or a checkpoint.
+
+The builder asks a source for every tensor by name and takes what it gets. What differs between an
+estimate, a probe and a training run is this source and nothing else.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fitlora.checkpoint import Checkpoint
+from fitlora.errors import ArtifactError
+from fitlora.quantization.layout import QuantSpec, decode_state, nested_code, state_key
+
+
+class Weights(Protocol):
+    """Gives each tensor of a skeleton its place and content."""
+
+    device: torch.device
+
+    def frozen(self, name: str, like: Tensor) -> Tensor:
+        """A frozen weight. name: as in the model without adapters; like: on meta."""
+
+    def adapter(self, name: str, like: Tensor) -> Tensor:
+        """An adapter's weight, float32."""
+
+    def constant(self, name: str, value: Tensor) -> Tensor:
+        """A buffer that the model computed by itself."""
+
+
+class EmptyWeights:
+    """Tensors of the right shape with no content: enough for an estimate on fake tensors."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def frozen(self, name: str, like: Tensor) -> Tensor:
+        return torch.empty(like.shape, dtype=like.dtype, device=self.device)
+
+    adapter = constant = frozen
+
+
+class RandomWeights:
+    """Noise of a plausible size, for the probe: finite values, and the power draw of real products."""
+
+    def __init__(self, device: torch.device, seed: int = 0) -> None:
+        self.device = device
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def frozen(self, name: str, like: Tensor) -> Tensor:
+        out = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        if out.dtype == torch.uint8:
+            return out.random_(0, 256, generator=self._generator)
+        if name.endswith("absmax"):
+            return out.fill_(0.02)
+        if name.endswith("nested_offset"):
+            return out.fill_(0.04)
+        if out.dim() < 2:
+            return out.fill_(1.0)
+        return out.normal_(0.0, 0.02, generator=self._generator)
+
+    def adapter(self, name: str, like: Tensor) -> Tensor:
+        return start_adapter(name, like, seed=0).to(self.device)
+
+    def constant(self, name: str, value: Tensor) -> Tensor:
+        return value.to(self.device)
+
+
+def start_adapter(name: str, like: Tensor, seed: int) -> Tensor:
+    """A at random and B zero, as in LoRA; drawn on the CPU by name, so alike on every device.
+
+    A is uniform in +-1/sqrt(in), which is what peft's kaiming_uniform(a=sqrt(5)) comes to.
+    """
+    if "lora_B" in name:
+        return torch.zeros(like.shape, dtype=like.dtype)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    bound = 1.0 / math.sqrt(like.shape[-1])
+    return torch.empty(like.shape, dtype=like.dtype).uniform_(-bound, bound, generator=generator)
+
+
+class CheckpointWeights:
+    """A 4-bit or 16-bit checkpoint, and adapters from their start or from a finished one.
+
+    adapter: tensors of an adapter by name as in the model; None starts new ones from `seed`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        *,
+        adapter: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.device = device
+        self.checkpoint = Checkpoint(folder)
+        self._adapter = adapter
+        self._seed = seed
+
+    def frozen(self, name: str, like: Tensor) -> Tensor:
+        module, _, leaf = name.rpartition(".")
+        weight = f"{module}.weight"
+        if leaf in ("absmax", "nested_absmax"):
+            tensor = self.checkpoint.tensor(f"{weight}.{leaf}")
+        elif leaf == "nested_offset":
+            tensor = torch.tensor(self._state(weight)["nested_offset"], dtype=torch.float32)
+        else:
+            tensor = self.checkpoint.tensor(name)
+        if tensor.shape != like.shape or (like.dtype == torch.uint8) != (
+            tensor.dtype == torch.uint8
+        ):
+            raise ArtifactError(
+                f"{self.checkpoint.folder}: {name} is {tensor.dtype} {tuple(tensor.shape)}, and the "
+                f"model wants {like.dtype} {tuple(like.shape)}; the checkpoint and params differ"
+            )
+        return tensor.to(device=self.device, dtype=like.dtype)
+
+    def _state(self, weight: str) -> dict[str, Any]:
+        for kind in ("nf4", "fp4"):
+            if state_key(weight, kind) in self.checkpoint:  # type: ignore[arg-type]
+                return decode_state(self.checkpoint.tensor(state_key(weight, kind)))  # type: ignore[arg-type]
+        raise ArtifactError(f"{self.checkpoint.folder} has no quantization state for {weight}")
+
+    def adapter(self, name: str, like: Tensor) -> Tensor:
+        if self._adapter is None:
+            return start_adapter(name, like, self._seed).to(self.device)
+        if name not in self._adapter or self._adapter[name].shape != like.shape:
+            raise ArtifactError(f"the adapter has no tensor {name} of shape {tuple(like.shape)}")
+        return self._adapter[name].to(device=self.device, dtype=like.dtype)
+
+    def constant(self, name: str, value: Tensor) -> Tensor:
+        return value.to(self.device)
+
+
+def check_quantization(checkpoint: Checkpoint, spec: QuantSpec, names: list[str]) -> None:
+    """Raises ArtifactError where the checkpoint's 4-bit weights are not stored as `spec` says."""
+    for name in names[:1]:
+        weight = f"{name}.weight"
+        key = state_key(weight, spec.type)
+        if key not in checkpoint:
+            raise ArtifactError(f"{checkpoint.folder} is not quantized to {spec.type}: no {key}")
+        state = decode_state(checkpoint.tensor(key))
+        if state["blocksize"] != spec.block_size or ("nested_offset" in state) != spec.double:
+            raise ArtifactError(f"{checkpoint.folder} is quantized differently from {spec}")
+        if spec.double and not torch.equal(
+            checkpoint.tensor(f"{weight}.nested_quant_map"), nested_code()
+        ):
+            raise ArtifactError(f"{checkpoint.folder} has scales with an unknown code book")
+
+
+def fill(model: nn.Module, weights: Weights) -> None:
+    """Replaces every tensor of the skeleton by what `weights` gives, tied ones once."""
+    done: dict[int, Tensor] = {}
+    for prefix, module in model.named_modules():
+        plain = prefix.replace(".base_layer", "")
+        for leaf, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in done:
+                name = f"{plain}.{leaf}" if plain else leaf
+                give = weights.adapter if parameter.requires_grad else weights.frozen
+                done[id(parameter)] = nn.Parameter(
+                    give(name, parameter), requires_grad=parameter.requires_grad
+                )
+            module._parameters[leaf] = done[id(parameter)]  # type: ignore[assignment]
+        for leaf, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if id(buffer) not in done:
+                done[id(buffer)] = weights.constant(f"{plain}.{leaf}", buffer)
+            module._buffers[leaf] = done[id(buffer)]
