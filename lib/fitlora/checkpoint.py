@@ -1,12 +1,35 @@
 """Reading a model's safetensors files by tensor name. Nothing else is ever read back."""
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fitlora.errors import ArtifactError, UserError
+
+
+# The dtypes of the safetensors format that FitLoRA reads; float8 and the like are refused by name.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Checkpoint:
@@ -49,3 +72,37 @@ class Checkpoint:
             raise ArtifactError(f"{self.folder} has no tensor {name}")
         tensor: Tensor = self._open(self.shards[name]).get_tensor(name)
         return tensor
+
+    def info(self, name: str) -> TensorInfo:
+        """A tensor's dtype and shape, from the header alone.
+
+        Raises ArtifactError where the file is missing, cut short or without that tensor, and
+        UserError for a dtype that is not read.
+        """
+        from safetensors import SafetensorError
+
+        path = self.folder / self.shards[name]
+        try:
+            part = self._open(self.shards[name]).get_slice(name)
+        except SafetensorError as error:
+            raise ArtifactError(f"{path} has no tensor {name}: {error}") from None
+        kind = part.get_dtype()
+        if kind not in DTYPES:
+            raise UserError(
+                f"{path}: {name} is stored as {kind}, which FitLoRA does not read; convert the "
+                "model to 16 bits first"
+            )
+        return TensorInfo(DTYPES[kind], tuple(part.get_shape()))
+
+    def files(self) -> dict[str, list[str]]:
+        """The tensors' names by the file that they lie in, both in order.
+
+        Raises ArtifactError for an index that points out of the folder.
+        """
+        files: dict[str, list[str]] = {}
+        for name in sorted(self.shards):
+            files.setdefault(self.shards[name], []).append(name)
+        for file in files:
+            if Path(file).name != file:
+                raise ArtifactError(f"{self.folder}: the index names {file!r}, not a plain file")
+        return dict(sorted(files.items()))

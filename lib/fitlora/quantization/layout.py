@@ -15,6 +15,7 @@ Stock transformers and bitsandbytes read exactly this (bitsandbytes `QuantState.
 """
 
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,6 +47,23 @@ class QuantSpec:
 def state_key(name: str, quant_type: QuantType) -> str:
     """The name of the JSON part of the weight called `name`."""
     return f"{name}.{STATE_PREFIX}{quant_type}"
+
+
+def find_state(names: Container[str], name: str) -> str | None:
+    """Which of `names` is the JSON part of the weight called `name`; None where it has none."""
+    kinds: tuple[QuantType, ...] = ("nf4", "fp4")
+    return next((key for kind in kinds if (key := state_key(name, kind)) in names), None)
+
+
+def part_names(name: str, spec: QuantSpec) -> tuple[str, ...]:
+    """The names of all tensors that the weight called `name` is stored as."""
+    nested = (f"{name}.nested_absmax", f"{name}.nested_quant_map") if spec.double else ()
+    return (name, f"{name}.absmax", f"{name}.quant_map", *nested, state_key(name, spec.type))
+
+
+def spec_of(state: dict[str, Any]) -> QuantSpec:
+    """How a weight was quantized, by its JSON part."""
+    return QuantSpec(state["quant_type"], state["blocksize"], "nested_offset" in state)
 
 
 def encode_state(content: dict[str, Any]) -> torch.Tensor:

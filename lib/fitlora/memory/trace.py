@@ -1,0 +1,176 @@
+"""Every allocation and free of the step, in order, by watching the operators run.
+
+A `MemoryTrace` sees each operator's outputs. A storage that it has not seen is an allocation; the
+moment its last tensor dies is the free. Nothing here knows what the step does, so the trace cannot
+disagree with it. On fake tensors this is the estimate; on the CPU's real tensors it is the
+measurement, as the CPU has no allocator that could be asked.
+
+Left out: memory that is not a tensor's (the CUDA context, library handles), and what operators
+allocate and free inside, but for the kernels that say so in `fitlora.step.ops.scratch_bytes`.
+"""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fitlora.step.ops import scratch_bytes
+
+BLOCK = 512  # the CUDA allocator hands out multiples of this
+
+
+def rounded(count: int) -> int:
+    """Bytes that the CUDA allocator takes from its pool for a tensor of `count` bytes."""
+    return -(-count // BLOCK) * BLOCK
+
+
+@dataclass(frozen=True)
+class Block:
+    """One storage: how large, and what for."""
+
+    size: int
+    phase: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that was alive at one time since the trace began or was last reset."""
+
+    bytes: int
+    phase: str
+    module: str
+    operator: str
+    live: dict[int, Block]
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Counts live tensor storage; use as a context manager around the step.
+
+    round_up: count as the CUDA allocator would (multiples of 512 bytes), or plain bytes.
+    """
+
+    def __init__(self, model: nn.Module | None = None, *, round_up: bool = True) -> None:
+        super().__init__()
+        self._size = rounded if round_up else int
+        self.live: dict[int, Block] = {}  # by number, in order of allocation
+        self._next = 0
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.live_bytes = 0
+        self.phase_peaks: dict[str, int] = defaultdict(int)
+        self.phase = "build"
+        self._modules: list[str] = []
+        self._peak = Peak(0, self.phase, "", "", {})
+        self._hooks: list[Any] = []
+        if model is not None:
+            self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """Names allocations by the module that runs, from now on."""
+        for name, module in model.named_modules():
+            if not name:
+                continue
+
+            def enter(_: nn.Module, __: Any, name: str = name) -> None:
+                self._modules.append(name)
+
+            def leave(_: nn.Module, __: Any, ___: Any) -> None:
+                self._modules.pop()
+
+            self._hooks.append(module.register_forward_pre_hook(enter))
+            self._hooks.append(module.register_forward_hook(leave, always_call=True))
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Books what happens inside under `phase`."""
+        before, self.phase = self.phase, phase
+        self._raise_phase_peak(self.live_bytes)
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    @property
+    def peak(self) -> Peak:
+        return self._peak
+
+    def reset_peak(self) -> None:
+        """Forgets earlier peaks; what is alive now is the new one."""
+        self._peak = Peak(self.live_bytes, self.phase, "", "", dict(self.live))
+        self.phase_peaks.clear()
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that were made before the trace began."""
+        for tensor in tensors:
+            self._see(tensor, "")
+        self._raise_peak("")
+
+    def blocks_of(self, tensors: Iterable[Tensor]) -> set[int]:
+        """The numbers of the blocks that these tensors lie in, as `Peak.live` has them."""
+        found = set()
+        for tensor in tensors:
+            key = self._known.get(tensor.untyped_storage())
+            if key is not None:
+                found.add(key)
+        return found
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        scratch = scratch_bytes.get(func._schema.name)
+        if scratch is not None:
+            extra = sum(self._size(block) for block in scratch(*args))
+            self._raise_peak(func._schema.name, extra)
+        out = func(*args, **(kwargs or {}))
+        grown = False
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                grown |= self._see(leaf, func._schema.name)
+        if grown:
+            self._raise_peak(func._schema.name)
+        return out
+
+    def _see(self, tensor: Tensor, operator: str) -> bool:
+        if tensor.device.type == "meta":
+            return False
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return False
+        key, self._next = self._next, self._next + 1
+        self._known[storage] = key
+        block = Block(
+            self._size(storage.nbytes()), self.phase, self._modules[-1] if self._modules else ""
+        )
+        self.live[key] = block
+        self.live_bytes += block.size
+        weakref.finalize(storage, self._free, key).atexit = False
+        return True
+
+    def _free(self, key: int) -> None:
+        self.live_bytes -= self.live.pop(key).size
+
+    def _raise_peak(self, operator: str, extra: int = 0) -> None:
+        now = self.live_bytes + extra
+        self._raise_phase_peak(now)
+        if now > self._peak.bytes:
+            module = self._modules[-1] if self._modules else ""
+            live = dict(self.live)
+            if extra:
+                live[-1] = Block(extra, self.phase, module)
+            self._peak = Peak(now, self.phase, module, operator, live)
+
+    def _raise_phase_peak(self, now: int) -> None:
+        self.phase_peaks[self.phase] = max(self.phase_peaks[self.phase], now)
