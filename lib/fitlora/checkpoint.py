@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fitlora.errors import ArtifactError, UserError
 
-
 # The dtypes of the safetensors format that FitLoRA reads; float8 and the like are refused by name.
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

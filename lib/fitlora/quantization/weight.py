@@ -26,9 +26,8 @@ def quantize_weight(
     """
     from bitsandbytes import functional
 
-    flat = weight.reshape(-1)
     codes, scales, code_book = [], [], None
-    for chunk in flat.split(CHUNK_ELEMENTS):
+    for chunk in chunks(weight):
         chunk = chunk.to(device)
         require_finite(name, chunk)
         packed, state = functional.quantize_4bit(
@@ -38,36 +37,42 @@ def quantize_weight(
         scales.append(state.absmax)
         code_book = state.code
     absmax = torch.cat(scales)
-    whole = functional.QuantState(
+    offset = nested = None
+    if spec.double:
+        offset = absmax.mean()
+        absmax, nested = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+    state = functional.QuantState(
         absmax=absmax,
         shape=weight.shape,
-        dtype=weight.dtype,
-        blocksize=spec.block_size,
         code=code_book,
+        blocksize=spec.block_size,
         quant_type=spec.type,
+        dtype=weight.dtype,
+        offset=offset,
+        state2=nested,
     )
-    if spec.double:
-        whole.offset = absmax.mean()
-        whole.absmax, whole.state2 = functional.quantize_blockwise(
-            absmax - whole.offset, blocksize=NESTED_BLOCK_SIZE
-        )
-        whole.nested = True
-    parts: dict[str, Tensor] = whole.as_dict(packed=True)
+    parts: dict[str, Tensor] = state.as_dict(packed=True)
     return {
         name: torch.cat(codes),
         **{f"{name}.{suffix}": part.cpu() for suffix, part in parts.items()},
     }
 
 
+def chunks(values: Tensor) -> tuple[Tensor, ...]:
+    """The tensor as flat pieces of a bounded size, views where it is contiguous."""
+    return torch.split(values.reshape(-1), CHUNK_ELEMENTS)
+
+
 def require_finite(name: str, values: Tensor) -> None:
     """Raises UserError that names the tensor where a value is infinite or not a number."""
-    # A sum is finite only if all its terms are, and costs a fraction of looking at each; it may
-    # overflow over values near the largest float, so what it suspects is looked at.
-    if torch.isfinite(values.sum(dtype=torch.float32)):
-        return
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
-        raise UserError(
-            f"{name} has {bad} values that are not finite; the checkpoint is damaged or overflowed "
-            "when it was made"
-        )
+    for chunk in chunks(values):
+        # A sum is finite only if all its terms are, and costs a fraction of looking at each; it may
+        # overflow over values near the largest float, so what it suspects is looked at.
+        if torch.isfinite(chunk.sum(dtype=torch.float32)):
+            continue
+        bad = int((~torch.isfinite(chunk)).sum())
+        if bad:
+            raise UserError(
+                f"{name} has values that are not finite, {bad} of them in one piece of "
+                f"{chunk.numel()}; the checkpoint is damaged or overflowed when it was made"
+            )

@@ -194,12 +194,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def bfloat16_config(content: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the same model stored in bfloat16 and not quantized."""
-    new = {key: value for key, value in content.items() if key != "quantization_config"}
-    for key in ("dtype", "torch_dtype"):  # the newer and the older name
-        if key in new:
-            new[key] = "bfloat16"
+    new = _with_bfloat16({k: v for k, v in content.items() if k != "quantization_config"})
     if "dtype" not in new and "torch_dtype" not in new:
         new["dtype"] = "bfloat16"
+    return new
+
+
+def _with_bfloat16(content: Mapping[str, Any]) -> dict[str, Any]:
+    new = dict(content)
+    for key, value in content.items():
+        if key in ("dtype", "torch_dtype"):  # the newer and the older name
+            new[key] = "bfloat16"
+        elif isinstance(value, dict):  # the parts of a composite model have their own
+            new[key] = _with_bfloat16(value)
     return new
 
 

@@ -1,0 +1,280 @@
+"""The adapter into the weights: W' = W + scale * B A, shard by shard.
+
+The result is an ordinary bfloat16 model. By default it is made from the 4-bit weights as the training
+step dequantizes them, since those are what the adapter learned to correct; the original weights are
+slightly better ones, but not the ones that it was fitted to.
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import fitlora.step.ops  # noqa: F401  (registers the operators)
+from fitlora.checkpoint import DTYPES, Checkpoint, TensorInfo
+from fitlora.console import say
+from fitlora.errors import ArtifactError, UserError
+from fitlora.quantization.layout import (
+    decode_state,
+    find_state,
+    nested_code,
+    part_names,
+    spec_of,
+)
+from fitlora.quantization.weight import CHUNK_ELEMENTS, require_finite
+from fitlora.quantization.writer import (
+    ModelWriter,
+    Pending,
+    bfloat16_config,
+    progress,
+    read_config,
+)
+from fitlora.step.linear import Linear4bit
+from fitlora.step.weights import CheckpointWeights
+from fitlora.units import format_bytes
+
+PREFIX = "base_model.model."
+# Settings of an adapter that say nothing of what its product is; every other one must be off.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+    "peft_type", "peft_version", "qalora_group_size", "r", "revision", "target_modules",
+    "task_type", "use_rslora",
+}  # fmt: skip
+# Ways to start an adapter that leave the base model's weights alone.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One layer's adapter. a: (r, in), b: (out, r), as stored."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+
+def merge_checkpoint(
+    *,
+    original: Path,
+    quantized: Path,
+    adapter: Path,
+    target: Path,
+    base: Literal["dequantized", "original"],
+    device: torch.device,
+    compute_dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Writes the merged model to `target`: bfloat16 in the shards of the base, ready to load.
+
+    original: the 16-bit model's folder. quantized: what the quantize stage made of it. adapter: a
+    peft LoRA folder. base: which of the two the adapter goes into. compute_dtype: what 4-bit weights
+    are dequantized to before the sum, which is taken in float32: the dtype that training computed in.
+
+    `target` is replaced at the end, when all is written. Host memory: the adapter and one layer.
+    Raises UserError for an adapter of another kind, one whose tensors do not fit the model, and
+    weights that are not finite; ArtifactError for damaged or missing files.
+    """
+    source = original if base == "original" else quantized
+    content = read_config(source)
+    checkpoint = Checkpoint(source)
+    infos = {name: checkpoint.info(name) for name in sorted(checkpoint.shards)}
+    states = {
+        name: decode_state(checkpoint.tensor(key))
+        for name in infos
+        if (key := find_state(checkpoint.shards, name)) is not None
+    }
+    if base == "original" and (states or "quantization_config" in content):
+        raise UserError(
+            f"{source} is quantized itself; set merge.base: dequantized, or give the 16-bit model"
+        )
+    updates = read_adapter(adapter)
+    _check_updates(adapter, source, content, updates, infos, states)
+    merge = _Merge(checkpoint, updates, states, device, compute_dtype)
+    parts = {part for name in states for part in part_names(name, spec_of(states[name]))}
+    total = sum(info.bytes for info in infos.values())
+    with ModelWriter(source, target) as writer, progress("merging", total) as advance:
+        for file, names in checkpoint.files().items():
+            tensors: dict[str, Tensor | Pending] = {}
+            for name in names:
+                if name in states or name not in parts:
+                    info = _merged_info(infos[name], states.get(name))
+                    make = functools.partial(merge.tensor, name, info, advance, infos[name].bytes)
+                    tensors[name] = Pending(info, make)
+            if tensors:
+                writer.write_shard(file, tensors)
+        size = writer.finish(bfloat16_config(content))
+    say(f"{target}: {len(updates)} adapters merged into the {base} weights, {format_bytes(size)}")
+
+
+def read_adapter(folder: Path) -> dict[str, Update]:
+    """A peft LoRA folder, by the name of the weight that each update belongs to.
+
+    Raises UserError for an adapter that is more than A and B of linear layers (DoRA, trained biases,
+    saved modules, ranks by layer, …), by the name of its setting or tensor.
+    """
+    config = _adapter_config(folder)
+    alpha, rank = config["lora_alpha"], config["r"]
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing; FitLoRA reads safetensors only")
+    tensors = _read_file(file)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.removeprefix(PREFIX).rpartition(".lora_")
+        if not name.startswith(PREFIX) or leaf not in ("A.weight", "B.weight") or tensor.dim() != 2:
+            raise UserError(
+                f"{file}: {name} is no part of a linear layer's LoRA; it cannot be merged"
+            )
+        require_finite(name, tensor)
+        layers.setdefault(module, {})[leaf[0]] = tensor
+    updates = {}
+    for module, pair in layers.items():
+        for side, other in (("A", "B"), ("B", "A")):
+            if side not in pair:
+                raise UserError(f"{file} has lora_{other} of {module} and no lora_{side}")
+        if pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
+            raise UserError(
+                f"{file}: {module} is not of rank {rank}, which adapter_config.json says"
+            )
+        updates[f"{module}.weight"] = Update(pair["A"], pair["B"], scale)
+    if not updates:
+        raise UserError(f"{file} is empty")
+    return updates
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; {folder} is not an adapter's folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(f"{path} is no LoRA adapter's; FitLoRA merges LoRA only")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            raise ArtifactError(f"{path} is damaged: {key} is {config.get(key)!r}")
+    for key, value in config.items():
+        off = value == "none" if key == "bias" else not value
+        if key not in _HARMLESS and not off:
+            raise UserError(
+                f"{path}: {key} is {value!r}, a kind of LoRA that cannot be merged here"
+            )
+    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        raise UserError(
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base "
+            "model's weights as well; such an adapter cannot be merged here"
+        )
+    return config
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            kinds = {name: content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118
+            unknown = {name: kind for name, kind in kinds.items() if kind not in DTYPES}
+            if unknown:
+                raise UserError(f"{file}: unknown dtypes {unknown}")
+            return {name: content.get_tensor(name) for name in sorted(kinds)}
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{file} cannot be read: {error}") from None
+
+
+def _check_updates(
+    adapter: Path,
+    source: Path,
+    content: dict[str, Any],
+    updates: dict[str, Update],
+    infos: dict[str, TensorInfo],
+    states: dict[str, dict[str, Any]],
+) -> None:
+    """Every update must find its weight."""
+    for name, update in updates.items():
+        if name not in infos:
+            raise UserError(f"{adapter} has an update of {name}, which {source} does not have")
+        if name == "lm_head.weight" and content.get("tie_word_embeddings"):
+            raise UserError(
+                f"{adapter} has an update of {name}, which is tied to the embedding; merging would "
+                "change both"
+            )
+        shape = tuple(states[name]["shape"]) if name in states else infos[name].shape
+        if shape != update.shape:
+            raise UserError(
+                f"{adapter}: the update of {name} is {update.shape}, the weight {shape}"
+            )
+
+
+def _merged_info(info: TensorInfo, state: dict[str, Any] | None) -> TensorInfo:
+    if state is not None:
+        return TensorInfo(torch.bfloat16, tuple(state["shape"]))
+    floating = info.dtype.is_floating_point
+    return TensorInfo(torch.bfloat16 if floating else info.dtype, info.shape)
+
+
+class _Merge:
+    """Makes the merged model's tensors, one at a time."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        updates: dict[str, Update],
+        states: dict[str, dict[str, Any]],
+        device: torch.device,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self._checkpoint, self._updates, self._states = checkpoint, updates, states
+        self._device, self._compute_dtype = device, compute_dtype
+        self._weights = CheckpointWeights(checkpoint.folder, device)
+        self._code = nested_code().to(device)
+
+    def tensor(self, name: str, info: TensorInfo, advance: Any, read_bytes: int) -> Tensor:
+        """The tensor as the merged model has it, on the CPU."""
+        weight = self._dequantized(name) if name in self._states else self._checkpoint.tensor(name)
+        update = self._updates.get(name)
+        merged = weight.to("cpu", info.dtype) if update is None else self._sum(weight, update)
+        if info.dtype.is_floating_point:
+            require_finite(name, merged)
+        advance(read_bytes)
+        return merged
+
+    def _sum(self, weight: Tensor, update: Update) -> Tensor:
+        """bfloat16 (out, in), some rows at a time."""
+        a = update.a.to(self._device, torch.float32)
+        b = update.b.to(self._device, torch.float32)
+        merged = torch.empty(weight.shape, dtype=torch.bfloat16)
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
+        for start in range(0, weight.shape[0], rows):
+            part = slice(start, start + rows)
+            base = weight[part].to(self._device, torch.float32)
+            merged[part] = torch.addmm(base, b[part], a, alpha=update.scale)
+        return merged
+
+    def _dequantized(self, name: str) -> Tensor:
+        """The weight as training computes with it, on the device."""
+        module = name.removesuffix(".weight")
+        out_features, in_features = self._states[name]["shape"]
+        layer = Linear4bit(
+            in_features,
+            out_features,
+            bias=False,
+            spec=spec_of(self._states[name]),
+            nested_code=self._code,
+            dtype=self._compute_dtype,
+        )
+        for leaf, like in list(layer.named_parameters()):
+            value = self._weights.frozen(f"{module}.{leaf}", like)
+            setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
+        return layer.compute_weight(self._compute_dtype)

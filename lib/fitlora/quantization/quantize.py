@@ -1,0 +1,327 @@
+"""From a 16-bit checkpoint to a 4-bit one, tensor by tensor, in little memory.
+
+The new folder mirrors the source: the same shards, with each linear layer's weight replaced by its
+4-bit parts (`layout`) and everything else in bfloat16, and a config that stock transformers loads.
+Which layers are quantized follows from the model's definition and not from the names in the files, so
+that what is stored is exactly what the training step expects to find. Everything that can be refused
+is refused by its name from the files' headers, before the first weight is read.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fitlora.checkpoint import Checkpoint, TensorInfo
+from fitlora.console import say
+from fitlora.errors import UserError
+from fitlora.model import empty_model, linear_names, load_config
+from fitlora.quantization.layout import (
+    QuantSpec,
+    decode_state,
+    find_state,
+    nested_code,
+    part_names,
+    spec_of,
+)
+from fitlora.quantization.weight import quantize_weight, require_finite
+from fitlora.quantization.writer import (
+    ModelWriter,
+    Pending,
+    bfloat16_config,
+    progress,
+    read_config,
+)
+from fitlora.units import format_bytes
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_SHOWN = 3  # names in a message that could have thousands
+
+
+def quantize_checkpoint(
+    source: Path,
+    target: Path,
+    *,
+    spec: QuantSpec | None,
+    keep: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    device: torch.device,
+) -> None:
+    """Writes the model in `source` to `target`, its linear layers quantized by `spec`.
+
+    source: a folder with config.json and safetensors. spec: None leaves all in 16 bits. keep: linear
+    layers that stay in 16 bits, as `fitlora.model.linear_names` reads it; the head always does.
+    device: where weights are quantized.
+
+    Everything that stays is stored in bfloat16; integers as they are. A source that bitsandbytes
+    quantized in the same way goes through as it is. `target` is replaced at the end, when all is
+    written. Host memory: one shard of 4-bit weights and a few chunks; the source is mapped, not read.
+
+    Raises UserError, with the name of the tensor, layer or file, for what cannot be quantized, and
+    ArtifactError for damaged files.
+    """
+    content = read_config(source)
+    checkpoint = _open(source)
+    model = _empty_model(source, trust_remote_code)
+    everywhere = list(linear_names(model))
+    _check_keep(keep, everywhere, model)
+    layers = list(linear_names(model, keep)) if spec is not None else []
+    if spec is not None and not layers:
+        raise UserError(
+            f"{source}: {type(model).__name__} has no linear layer to quantize; set "
+            "quantization.bits: 16"
+        )
+    weights = {f"{name}.weight": cast(nn.Linear, model.get_submodule(name)) for name in layers}
+    infos = {name: checkpoint.info(name) for name in sorted(checkpoint.shards)}
+    _check_names(source, model, weights, infos)
+    done = _check_stored(source, content, checkpoint, spec, weights)
+    if not done:
+        _check_weights(source, weights, infos)
+    parts = {part for name in weights for part in part_names(name, spec)} if done and spec else ()
+    _check_rest(
+        source, [name for name in infos if name not in weights and name not in parts], infos
+    )
+    _tell(model, weights, infos, parts, done)
+
+    config = bfloat16_config(content)
+    if spec is not None:
+        config["quantization_config"] = quantization_config(
+            spec, [*_head_names(model), *(name for name in everywhere if name not in set(layers))]
+        )
+    total = sum(info.bytes for info in infos.values())
+    with (
+        ModelWriter(source, target) as writer,
+        progress("copying" if done or spec is None else "quantizing", total) as advance,
+    ):
+        for file, names in checkpoint.files().items():
+            tensors: dict[str, Tensor | Pending] = {}
+            for name in names:
+                if name in weights and not done:
+                    assert spec is not None
+                    tensors.update(quantize_weight(name, checkpoint.tensor(name), spec, device))
+                    advance(infos[name].bytes)
+                else:
+                    info = _stored_info(infos[name], as_it_is=name in parts)
+                    make = functools.partial(_stored, checkpoint, name, info, advance)
+                    tensors[name] = Pending(info, make)
+            writer.write_shard(file, tensors)
+        size = writer.finish(config)
+    how = "stored in 16 bits" if spec is None else f"{len(layers)} linear layers in {spec.type}"
+    say(f"{target}: {how}, {format_bytes(total)} became {format_bytes(size)}")
+
+
+def quantization_config(spec: QuantSpec, skip: Iterable[str]) -> dict[str, Any]:
+    """What config.json says of the quantization, in transformers' terms.
+
+    skip: the linear layers that are not quantized, by their full names. The block size is not among
+    the terms: each weight's own state has it.
+    """
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": spec.type,
+        "bnb_4bit_use_double_quant": spec.double,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": list(skip),
+        "llm_int8_threshold": 6.0,
+    }
+
+
+def _open(source: Path) -> Checkpoint:
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json", ".h5", ".gguf")
+    if not any(path.name.endswith(weights) for path in source.iterdir()):
+        raise UserError(
+            f"{source} has a config and no weights; that is enough to estimate and to probe, and "
+            "quantizing and training need its safetensors files"
+        )
+    return Checkpoint(source)
+
+
+def _empty_model(source: Path, trust_remote_code: bool) -> nn.Module:
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return empty_model(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+
+
+def _head_names(model: nn.Module) -> list[str]:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [name for name, module in model.named_modules() if module is head]
+
+
+def _some(names: Iterable[str]) -> str:
+    found = sorted(names)
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(found[:_SHOWN]) + more
+
+
+def _check_keep(keep: Sequence[str], everywhere: list[str], model: nn.Module) -> None:
+    for part in keep:
+        if part not in _head_names(model) and len(list(linear_names(model, [part]))) == len(
+            everywhere
+        ):
+            raise UserError(
+                f"quantization.keep_in_16_bits: {part} is no part of any linear layer's name, like "
+                f"{_some(everywhere)}"
+            )
+
+
+def _expert_weights(model: nn.Module) -> list[str]:
+    """Weights of many linear layers in one tensor, (experts, out, in); no convolution's."""
+    return [
+        f"{prefix}.{leaf}"
+        for prefix, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    ]
+
+
+def _check_names(
+    source: Path, model: nn.Module, weights: Iterable[str], infos: dict[str, TensorInfo]
+) -> None:
+    """Files may hold more than the model has (old buffers), and nothing less.
+
+    A mixture of experts may be stored under other names than the model's, which transformers
+    translates on loading; there, the linear layers alone are looked for.
+    """
+    wanted = set(weights)
+    if not _expert_weights(model):
+        wanted |= {name for name, _ in model.named_parameters()}  # tied ones once
+    missing = wanted - set(infos)
+    if missing:
+        raise UserError(f"{source} lacks {len(missing)} tensor(s): {_some(missing)}")
+
+
+def _check_stored(
+    source: Path,
+    content: dict[str, Any],
+    checkpoint: Checkpoint,
+    spec: QuantSpec | None,
+    weights: dict[str, nn.Linear],
+) -> bool:
+    """Whether the source's weights are stored by `spec` already; raises UserError where otherwise."""
+    stored = content.get("quantization_config")
+    quantized = [
+        name for name in checkpoint.shards if find_state(checkpoint.shards, name) is not None
+    ]
+    if stored is None and not quantized:
+        return False
+    method = (stored or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes" or not quantized:
+        raise UserError(
+            f"{source} is quantized already, by {method}"
+            + (" to 8 bits" if (stored or {}).get("load_in_8bit") else "")
+            + "; give the 16-bit model"
+        )
+    if spec is None:
+        raise UserError(
+            f"{source} is quantized to 4 bits, so its 16-bit weights are gone; set "
+            "quantization.bits: 4, or give the 16-bit model"
+        )
+    other = set(quantized) ^ set(weights)
+    if other:
+        raise UserError(
+            f"{source} is quantized already, in other layers than quantization.keep_in_16_bits "
+            f"says: {_some(other)}"
+        )
+    for name, layer in weights.items():
+        key = find_state(checkpoint.shards, name)
+        assert key is not None
+        state = decode_state(checkpoint.tensor(key))
+        found, shape = spec_of(state), (layer.out_features, layer.in_features)
+        if tuple(state["shape"]) != shape:
+            raise UserError(
+                f"{source}: {name} is {tuple(state['shape'])}, and config.json makes it {shape}"
+            )
+        if found != spec:
+            raise UserError(
+                f"{source} is quantized already: {name} is {_words(found)}, and params.yaml asks for "
+                f"{_words(spec)}; change quantization.*, or give the 16-bit model"
+            )
+        parts = part_names(name, spec)
+        missing = [part for part in parts if part not in checkpoint]
+        if missing:
+            raise UserError(f"{source} lacks {len(missing)} tensor(s): {_some(missing)}")
+        if checkpoint.info(name).dtype != torch.uint8:
+            raise UserError(
+                f"{source}: {name} is stored as {checkpoint.info(name).dtype} (quant_storage), and "
+                "FitLoRA reads uint8; give the 16-bit model"
+            )
+        nested_map = f"{name}.nested_quant_map"
+        if spec.double and not torch.equal(checkpoint.tensor(nested_map), nested_code()):
+            raise UserError(f"{source}: {nested_map} is not bitsandbytes' code book of scales")
+    return True
+
+
+def _words(spec: QuantSpec) -> str:
+    double = "with" if spec.double else "without"
+    return f"{spec.type} in blocks of {spec.block_size} {double} double quantization"
+
+
+def _check_weights(
+    source: Path, weights: dict[str, nn.Linear], infos: dict[str, TensorInfo]
+) -> None:
+    for name, layer in weights.items():
+        info, shape = infos[name], (layer.out_features, layer.in_features)
+        if info.shape != shape:
+            raise UserError(f"{source}: {name} is {info.shape}, and config.json makes it {shape}")
+        if info.dtype not in FLOATS:
+            raise UserError(f"{source}: {name} is {info.dtype}; weights have 16 or 32 bits")
+
+
+def _check_rest(source: Path, names: Iterable[str], infos: dict[str, TensorInfo]) -> None:
+    for name in names:
+        if infos[name].dtype == torch.float64:
+            raise UserError(f"{source}: {name} is float64; weights have 16 or 32 bits")
+
+
+def _tell(
+    model: nn.Module,
+    weights: Iterable[str],
+    infos: dict[str, TensorInfo],
+    parts: Iterable[str],
+    done: bool,
+) -> None:
+    """Says what a user might not expect."""
+    if done:
+        say("the source is quantized in this way already, and goes through as it is")
+    experts = _expert_weights(model)
+    if experts:
+        say(
+            f"{len(experts)} weights hold many experts in one 3-D tensor and stay in 16 bits: "
+            f"{_some(experts)}"
+        )
+    rest = set(infos) - set(weights) - set(parts)
+    for dtype in (torch.float32, torch.float16):
+        names = [name for name in rest if infos[name].dtype == dtype]
+        if names:
+            say(
+                f"{len(names)} tensors are {str(dtype).removeprefix('torch.')} and become "
+                f"bfloat16: {_some(names)}"
+            )
+
+
+def _stored_info(info: TensorInfo, *, as_it_is: bool) -> TensorInfo:
+    """What a tensor that is not quantized is stored as: bfloat16 if it is floating."""
+    if as_it_is or info.dtype not in FLOATS:
+        return info
+    return TensorInfo(torch.bfloat16, info.shape)
+
+
+def _stored(
+    checkpoint: Checkpoint, name: str, info: TensorInfo, advance: Callable[[int], None]
+) -> Tensor:
+    source = checkpoint.tensor(name)
+    tensor = source.to(info.dtype)
+    if info.dtype.is_floating_point:
+        require_finite(name, tensor)
+    advance(source.nbytes)
+    return tensor
