@@ -3,9 +3,9 @@
 Two kinds of facts come together in one artifact. What a thing is (name, capability, memory) is read
 from the driver, torch and the kernel. How fast it is, and what CUDA takes beside PyTorch's
 allocator, cannot be looked up, so it is measured, in a few seconds. The trade-off is precision
-against stability: every later stage may depend on these facts, so a measured one is rounded coarsely
-and keeps its former value while it stays close (`keep_stable`). Free memory, clocks and times change
-from minute to minute and never enter the artifact; they are only said.
+against stability: every later stage may depend on these facts, so a measured one is rounded
+coarsely and keeps its former value while it stays close (`keep_stable`). Free memory, clocks and
+times change from minute to minute and never enter the artifact; they are only said.
 
 The GPU is measured in a process of its own. A context grows with each kernel that it loads, so only
 a fresh one tells what a training process will take, and the caller's process stays free of it.
@@ -55,7 +55,7 @@ COPY_SECONDS = 0.2
 PRODUCT_SECONDS = 0.6
 GPU_PRODUCT_SIZE = 4096
 GPU_PRODUCTS = 8  # in one timing, so that launching and waiting are about 1% of it
-CPU_PRODUCT_SIZE = 384  # under 1 ms, which fits between other processes' turns on the cores
+CPU_PRODUCT_SIZE = 384  # about 1 ms, which fits between other processes' turns on the core
 CHILD_SECONDS = 120
 
 # What a context can be. A difference beyond it is another process's coming or going.
@@ -304,7 +304,7 @@ def fastest_seconds(
 ) -> float:
     """The fastest of the runs of `work` that begin within `seconds`, after one to warm up.
 
-    The fastest, because what others do on the machine only ever adds. `finish` waits for the device.
+    The fastest, because what others do on the machine only adds. `finish` waits for the device.
     """
     work()
     finish()
@@ -393,14 +393,24 @@ def _waiting_for(device: torch.device) -> Callable[[], object]:
 
 
 def measure_cpu(folder: Path) -> Rates:
-    """The rates that matter where the CPU computes; there are no links to a device."""
-    product = product_rate(torch.device("cpu"), torch.float32, CPU_PRODUCT_SIZE, 1)
+    """The rates that matter where the CPU computes; there are no links to a device.
+
+    The product's is one thread's times torch's threads. All threads at once wait for the slowest,
+    and where others use the cores too that measures the others (200 GFLOP/s or 4, from run to run,
+    on two shared cores). What the threads take from each other (cache, clock) is left out.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        product = product_rate(torch.device("cpu"), torch.float32, CPU_PRODUCT_SIZE, 1)
+    finally:
+        torch.set_num_threads(threads)
     return Rates(
         host_to_device_bytes_per_second=None,
         device_to_host_bytes_per_second=None,
         device_copy_bytes_per_second=None,
         disk_read_bytes_per_second=disk_read_rate(folder),
-        product_flops_per_second={"float32": product},
+        product_flops_per_second={"float32": round_rate(threads * product)},
     )
 
 
@@ -430,7 +440,7 @@ def measure_gpu(uuid: str, used_before: int | None) -> GpuMeasurement:
 
 
 def _warm_step(device: torch.device, dtype: torch.dtype) -> None:
-    """A small training step: products in both threads, attention, reductions, an optimizer.
+    """A small training step: products in both threads, attention, pointwise kernels, reductions.
 
     It makes CUDA load the kinds of kernels that a real step needs, and cuBLAS take its workspaces.
     Everything that it allocates is free when it returns, but for those.
@@ -445,7 +455,6 @@ def _warm_step(device: torch.device, dtype: torch.dtype) -> None:
     x = x + attended.transpose(1, 2).reshape(256, 256) @ weight
     loss = F.cross_entropy((x @ embedding.T).float(), tokens)
     loss.backward()  # type: ignore[no-untyped-call]
-    torch.optim.AdamW([embedding, weight, bias]).step()
     loss.item()
 
 
@@ -730,7 +739,7 @@ def describe(hardware: Hardware) -> list[str]:
     )
     speeds = [f"{name} {format_bytes(rate)}/s" for name, rate in links if rate is not None]
     speeds += [
-        f"{dtype} {rate / 10**12:.2g} TFLOP/s"
+        f"{dtype} {rate / 10**12:g} TFLOP/s"
         for dtype, rate in rates.product_flops_per_second.items()
     ]
     lines.append(f"speed   {', '.join(speeds) or 'not measured: the GPU is not here'}")

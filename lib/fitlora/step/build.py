@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fitlora.errors import UserError
 from fitlora.model import decoder_layers
@@ -68,17 +69,18 @@ class TrainingStep:
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, settings: StepSettings, context: StepContext
+        self,
+        model: nn.Module,
+        plan: Plan,
+        settings: StepSettings,
+        context: StepContext,
+        optimizer: torch.optim.Optimizer | None,
     ) -> None:
         self.model, self.plan, self.settings, self.context = model, plan, settings, context
         self.adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.device = next(model.parameters()).device
         self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
-        self.optimizer = (
-            make_optimizer(list(self.adapters.values()), plan.optimizer, settings.train)
-            if self.adapters
-            else None
-        )
+        self.optimizer = optimizer
 
     def micro_batches(self, sequences: Sequence[TokenSequence]) -> list[Sequence[TokenSequence]]:
         """This device's share of an effective batch, cut as the Plan says; the last may be smaller."""
@@ -200,7 +202,13 @@ class StepSkeleton:
             if index >= len(layers):
                 raise UserError(f"the Plan recomputes layer {index}, and the model has {len(layers)}")
             recompute(layers[index])
-        return TrainingStep(self.model, self.plan, self.settings, self.context)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = (
+            make_optimizer(trained, self.plan.optimizer, self.settings.train, weights)
+            if trained
+            else None
+        )
+        return TrainingStep(self.model, self.plan, self.settings, self.context, optimizer)
 
 
 def step_skeleton(config: Any, plan: Plan, settings: StepSettings) -> StepSkeleton:
@@ -277,7 +285,7 @@ def add_adapters(model: nn.Module, lora: LoraParams) -> None:
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], kind: Optimizer, train: TrainParams
+    parameters: list[nn.Parameter], kind: Optimizer, train: TrainParams, weights: Weights
 ) -> torch.optim.Optimizer:
     """AdamW by PyTorch (fused: no temporaries), or bitsandbytes' 8-bit and paged ones."""
     settings: dict[str, Any] = {
@@ -295,7 +303,11 @@ def make_optimizer(
         "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }[kind]
-    return cast(torch.optim.Optimizer, make(parameters, **settings))
+    with unset_fake_temporarily():  # its code books are computed, and need numbers
+        optimizer = make(parameters, **settings)
+    for name, book in optimizer.name2qmap.items():
+        optimizer.name2qmap[name] = weights.constant(name, book)
+    return cast(torch.optim.Optimizer, optimizer)
 
 
 def learning_rate(step: int, total_steps: int, train: TrainParams) -> float:

@@ -1,0 +1,145 @@
+"""What a run came to, in one screen: four models side by side, memory predicted and measured, places.
+
+Everything is read from the artifacts, so the table can be shown again at any time and says nothing
+that a file does not. It is plain text, as readable in a log as in a terminal.
+"""
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, TextIO
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fitlora import artifacts
+from fitlora.artifacts import (
+    ADAPTER,
+    EVALUATION,
+    MERGED_MODEL,
+    PLAN,
+    TRAINING_LOG,
+    Evaluation,
+    Metrics,
+    PlanArtifact,
+)
+from fitlora.errors import ArtifactError
+from fitlora.units import format_bytes
+
+MODELS = {
+    "base": "base",
+    "quantized_base": "4-bit base",
+    "adapter": "adapter",
+    "merged": "merged",
+}
+PLACES = {
+    "adapter": ADAPTER,
+    "merged model": MERGED_MODEL,
+    "4-bit base": artifacts.QUANTIZED_MODEL,
+    "plan": PLAN,
+    "evaluation": EVALUATION,
+    "training log": TRAINING_LOG,
+}
+
+
+class TrainingEnd(BaseModel):
+    """The last line of the training log. Further keys are the log's own business."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    event: Literal["end"]
+    steps: int
+    seconds: float
+    predicted_peak_bytes: int
+    measured_peak_bytes: int = Field(gt=0)
+
+
+class Summary(BaseModel):
+    """What `fitlora summary` shows."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: int
+    models: dict[str, Metrics]
+    device: str
+    plan: str
+    steps: int
+    seconds: float
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    places: dict[str, str]
+
+    def error_of_prediction(self) -> float:
+        """How far the prediction is off, as a share of what was measured."""
+        return self.predicted_peak_bytes / self.measured_peak_bytes - 1
+
+
+def summarize(root: Path = Path()) -> Summary:
+    """Reads what a run left under `root`; raises ArtifactError that names the stage to run."""
+    evaluation = Evaluation.read(root / EVALUATION)
+    plan = PlanArtifact.read(root / PLAN).plan
+    end = _read_end(root / TRAINING_LOG)
+    return Summary(
+        rows=evaluation.rows,
+        models={key: getattr(evaluation, key) for key in MODELS},
+        device=plan.device,
+        plan=plan.describe(),
+        steps=end.steps,
+        seconds=end.seconds,
+        predicted_peak_bytes=end.predicted_peak_bytes,
+        measured_peak_bytes=end.measured_peak_bytes,
+        places={name: str(root / path) for name, path in PLACES.items()},
+    )
+
+
+def _read_end(path: Path) -> TrainingEnd:
+    again = "make it again with: dvc repro --force train_adapters"
+    try:
+        with path.open(encoding="utf-8") as file:
+            last = deque(file, maxlen=1)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; make it with: dvc repro train_adapters") from None
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is damaged ({error}); {again}") from None
+    try:
+        return TrainingEnd.model_validate(json.loads(last[0]))
+    except (IndexError, json.JSONDecodeError, ValidationError):
+        raise ArtifactError(
+            f"{path} does not end with a training run's last line, so the run was cut short; {again}"
+        ) from None
+
+
+def show(summary: Summary, file: TextIO | None = None) -> None:
+    """Prints the summary to `file`, or to standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=file, highlight=False, soft_wrap=True, emoji=False, markup=False)
+    models = Table(box=box.SIMPLE_HEAD, title=f"{summary.rows} held-out rows", title_justify="left")
+    models.add_column("model")
+    for column in ("loss", "perplexity", "exact match"):
+        models.add_column(column, justify="right")
+    for key, metrics in summary.models.items():
+        models.add_row(
+            MODELS[key],
+            f"{metrics.loss:.4f}",
+            f"{metrics.perplexity:.3f}",
+            f"{100 * metrics.exact_match:.1f}%",
+        )
+    console.print(models)
+    for name, value in _lines(summary):
+        console.print(f"  {name:<16}{value}")
+
+
+def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
+    what = "allocator" if summary.device == "cuda" else "live tensors"
+    yield "training", f"{summary.steps} steps in {summary.seconds:.0f} s"
+    yield "plan", summary.plan
+    yield (
+        "peak memory",
+        f"predicted {format_bytes(summary.predicted_peak_bytes)}, "
+        f"measured {format_bytes(summary.measured_peak_bytes)} ({what}); "
+        f"off by {100 * summary.error_of_prediction():+.1f}%",
+    )
+    yield from summary.places.items()
