@@ -200,7 +200,9 @@ class StepSkeleton:
         layers = decoder_layers(self.model)
         for index in self.plan.recompute_layers:
             if index >= len(layers):
-                raise UserError(f"the Plan recomputes layer {index}, and the model has {len(layers)}")
+                raise UserError(
+                    f"the Plan recomputes layer {index}, and the model has {len(layers)}"
+                )
             recompute(layers[index])
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = (
