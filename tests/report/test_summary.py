@@ -1,0 +1,108 @@
+"""`fitlora summary`: everything it shows comes from the artifacts, and a gap names its stage."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fitlora.artifacts import (
+    EVALUATION,
+    PLAN,
+    TRAINING_LOG,
+    Evaluation,
+    Metrics,
+    PlanArtifact,
+    dump_line,
+)
+from fitlora.cli import main
+from fitlora.plan import Plan
+
+END = {
+    "event": "end",
+    "steps": 150,
+    "seconds": 61.4,
+    "predicted_peak_bytes": 209715200,
+    "measured_peak_bytes": 207618048,
+    "best_step": 100,
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what a finished run leaves."""
+    monkeypatch.chdir(tmp_path)
+
+    def metrics(loss: float, exact_match: float) -> Metrics:
+        return Metrics(loss=loss, perplexity=2.0, exact_match=exact_match)
+
+    Evaluation(
+        rows=200,
+        base=metrics(2.5, 0.0),
+        quantized_base=metrics(2.53125, 0.005),
+        adapter=metrics(0.03, 0.975),
+        merged=metrics(0.03, 0.97),
+        devices={"base": "cpu"},
+        samples=(),
+    ).write(EVALUATION)
+    plan = Plan(
+        device="cpu",
+        effective_batch_size=32,
+        micro_batch_size=8,
+        evaluation_batch_size=8,
+        sequence_length=128,
+        compute_dtype="float32",
+        optimizer="adamw",
+        loss_chunk_tokens=1024,
+    )
+    PlanArtifact(plan=plan, reasons={}).write(PLAN)
+    TRAINING_LOG.write_text(dump_line({"event": "step", "step": 1}) + dump_line(END))
+    return tmp_path
+
+
+def test_table_shows_each_model_the_memory_and_the_places(run: Path) -> None:
+    result = CliRunner().invoke(main, ["summary"])
+    assert result.exit_code == 0, result.output
+    lines = {" ".join(line.split()) for line in result.output.splitlines()}
+    assert "200 held-out rows" in lines
+    assert "model loss perplexity exact match" in lines
+    assert "base 2.5000 2.000 0.0%" in lines
+    assert "4-bit base 2.5312 2.000 0.5%" in lines
+    assert "adapter 0.0300 2.000 97.5%" in lines
+    assert "merged 0.0300 2.000 97.0%" in lines
+    assert (
+        "peak memory predicted 200.00 MiB, measured 198.00 MiB (live tensors); off by +1.0%"
+    ) in lines
+    assert "adapter artifacts/adapter" in lines
+    assert "merged model artifacts/merged_model" in lines
+    assert "\x1b" not in result.output
+
+
+def test_json_is_for_programs(run: Path) -> None:
+    result = CliRunner().invoke(main, ["summary", "--json"])
+    content = json.loads(result.output)
+    assert content["models"]["adapter"]["exact_match"] == 0.975
+    assert content["measured_peak_bytes"] == END["measured_peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("path", "stage"),
+    [
+        (EVALUATION, "merge_and_evaluate"),
+        (PLAN, "find_batch_size"),
+        (TRAINING_LOG, "train_adapters"),
+    ],
+)
+def test_missing_artifact_names_its_stage(run: Path, path: Path, stage: str) -> None:
+    path.unlink()
+    result = CliRunner().invoke(main, ["summary"])
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {path} is missing; make it with: dvc repro {stage}\n"
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"event": "step", "step": 3}\n', "[]\n"])
+def test_log_of_a_run_that_was_cut_short(run: Path, text: str) -> None:
+    TRAINING_LOG.write_text(text)
+    result = CliRunner().invoke(main, ["summary"])
+    assert result.exit_code == 2
+    assert "cut short; make it again with: dvc repro --force train_adapters" in result.stderr
