@@ -4,6 +4,9 @@ Two layers of hidden size 64 and a byte-level tokenizer: a model is made in a fe
 every name, fused layer, bias and tied head is the architecture's own, written by `save_pretrained`.
 """
 
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +120,29 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         tensors.update(load_file(file))
     return tensors
+
+
+def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A 4-bit checkpoint's tensors with its weights in float32: the layout's table in plain PyTorch.
+
+    It shares no code with the library or with bitsandbytes' kernels.
+    """
+    plain = {name: tensor for name, tensor in tensors.items() if ".weight." not in name}
+    for key, packed in tensors.items():
+        name, separator, _ = key.partition(".quant_state.")
+        if not separator:
+            continue
+        state = json.loads(bytes(packed.tolist()))
+        scales = tensors[f"{name}.absmax"]
+        if "nested_offset" in state:
+            groups = torch.arange(len(scales)) // state["nested_blocksize"]
+            code = tensors[f"{name}.nested_quant_map"]
+            scales = code[scales.long()] * tensors[f"{name}.nested_absmax"][groups]
+            scales = scales + torch.tensor(state["nested_offset"], dtype=torch.float32)
+        pairs = tensors[name].view(-1)
+        codes = torch.stack((pairs >> 4, pairs & 15), dim=1).view(-1).long()
+        codes = codes[: math.prod(state["shape"])]
+        blocks = torch.arange(len(codes)) // state["blocksize"]
+        values = tensors[f"{name}.quant_map"][codes] * scales[blocks]
+        plain[name] = values.view(state["shape"])
+    return plain

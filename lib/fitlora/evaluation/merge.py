@@ -43,8 +43,8 @@ PREFIX = "base_model.model."
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
     "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
-    "peft_type", "peft_version", "qalora_group_size", "r", "revision", "target_modules",
-    "task_type", "use_rslora",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
+    "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 # Ways to start an adapter that leave the base model's weights alone.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")

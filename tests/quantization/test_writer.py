@@ -1,0 +1,224 @@
+"""A folder of weights that appears whole or not at all, with bytes that follow from its content."""
+
+import io
+import json
+import os
+import stat
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fitlora.checkpoint import TensorInfo
+from fitlora.errors import UserError
+from fitlora.quantization import writer as module
+from fitlora.quantization.writer import (
+    ModelWriter,
+    Pending,
+    bfloat16_config,
+    other_files,
+    progress,
+    write_safetensors,
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("words")
+    return folder
+
+
+def test_files_read_back_as_written(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 5, dtype=torch.bfloat16),
+        "a": torch.arange(7, dtype=torch.uint8),
+        "scalar": torch.tensor(2.5),
+        "long": torch.tensor([1 << 40]),
+        "none": torch.empty(0, 4),
+        "flags": torch.tensor([True, False, True]),
+        "strided": torch.randn(4, 6).t(),
+    }
+    file = tmp_path / "x.safetensors"
+    size = write_safetensors(file, tensors)
+    found = load_file(file)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    assert size == sum(tensor.nbytes for tensor in tensors.values())
+    with safe_open(file, framework="pt") as content:
+        assert content.metadata() == {"format": "pt"}
+    header_bytes = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + header_bytes])
+    assert header_bytes % 8 == 0
+    for name, tensor in tensors.items():
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
+
+
+def test_order_of_the_tensors_does_not_matter(tmp_path: Path) -> None:
+    tensors = {"b": torch.ones(3), "a": torch.zeros(5, dtype=torch.uint8), "c": torch.ones(2)}
+    write_safetensors(tmp_path / "x", tensors)
+    write_safetensors(tmp_path / "y", dict(reversed(tensors.items())))
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+def test_pending_tensors_live_one_at_a_time(tmp_path: Path) -> None:
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+
+    def make() -> Tensor:
+        nonlocal most
+        tensor = torch.ones(100)
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    info = TensorInfo(torch.float32, (100,))
+    write_safetensors(tmp_path / "x", {f"t{i}": Pending(info, make) for i in range(5)})
+    assert len(load_file(tmp_path / "x")) == 5
+    assert most <= 2  # the one being written, and the next one being made
+
+
+def test_modes_are_for_sharing_whatever_the_umask(tmp_path: Path, model: Path) -> None:
+    (model / "tokenizer.json").chmod(0o400)
+    before = os.umask(0o077)
+    try:
+        with ModelWriter(model, tmp_path / "deep" / "new") as writer:
+            writer.write_shard("model.safetensors", {"a": torch.ones(1)})
+            writer.finish({})
+    finally:
+        os.umask(before)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "deep/new").iterdir()}
+    assert modes == dict.fromkeys(["config.json", "model.safetensors", "tokenizer.json"], 0o644)
+
+
+def test_an_interrupt_leaves_nothing_and_keeps_the_old(tmp_path: Path, model: Path) -> None:
+    target = tmp_path / "new"
+
+    def write(value: float, *, interrupt: bool) -> None:
+        with ModelWriter(model, target) as writer:
+            writer.write_shard("model.safetensors", {"a": torch.full((2,), value)})
+            if interrupt:
+                raise KeyboardInterrupt
+            writer.finish({})
+
+    with pytest.raises(KeyboardInterrupt):
+        write(1.0, interrupt=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    write(2.0, interrupt=False)
+    with pytest.raises(KeyboardInterrupt):
+        write(3.0, interrupt=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "new"]
+    assert load_file(target / "model.safetensors")["a"].tolist() == [2.0, 2.0]
+    write(4.0, interrupt=False)
+    assert load_file(target / "model.safetensors")["a"].tolist() == [4.0, 4.0]
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path, model: Path) -> None:
+    stale = tmp_path / ".new.partial"
+    stale.mkdir()
+    (stale / "junk").write_text("half")
+    with ModelWriter(model, tmp_path / "new") as writer:
+        writer.write_shard("model.safetensors", {"a": torch.ones(1)})
+        writer.finish({})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "new"]
+    assert not (tmp_path / "new/junk").exists()
+
+
+def test_no_other_folder_is_replaced(tmp_path: Path, model: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "letter.txt").write_text("dear")
+    with (
+        pytest.raises(UserError, match="home exists and is not a model's folder"),
+        ModelWriter(model, home),
+    ):
+        pass
+    for inside in (model, model / "artifacts" / "new"):
+        with pytest.raises(UserError, match="lies in"), ModelWriter(model, inside):
+            pass
+    assert (home / "letter.txt").read_text() == "dear"
+    assert sorted(p.name for p in model.iterdir()) == ["config.json", "tokenizer.json"]
+
+
+def test_weights_pickles_and_hidden_files_are_no_other_files(tmp_path: Path) -> None:
+    wanted = [
+        "README.md", "additional_chat_templates/tool.jinja", "chat_template.jinja",
+        "generation_config.json", "modeling_own.py", "tokenizer.json", "tokenizer.model",
+    ]  # fmt: skip
+    unwanted = [
+        ".gitattributes", ".cache/x.json", "config.json", "consolidated.safetensors",
+        "model.safetensors.index.json", "onnx/config.json", "onnx/model.onnx",
+        "original/consolidated.00.pth", "original/params.json", "pytorch_model.bin",
+        "pytorch_model.bin.index.json", "tf_model.h5", "training_args.bin", "optimizer.pt",
+        "model-q4.gguf", "additional_chat_templates/.hidden",
+    ]  # fmt: skip
+    for name in (*wanted, *unwanted):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [str(path) for path in other_files(tmp_path)] == wanted
+
+
+def test_links_of_a_hub_cache_become_files(tmp_path: Path, model: Path) -> None:
+    blob = tmp_path / "blob"
+    blob.write_text("merges")
+    (model / "merges.txt").symlink_to(blob)
+    with ModelWriter(model, tmp_path / "new") as writer:
+        writer.write_shard("model.safetensors", {"a": torch.ones(1)})
+        writer.finish({})
+    copy = tmp_path / "new/merges.txt"
+    assert copy.read_text() == "merges"
+    assert not copy.is_symlink()
+
+
+def test_config_in_bfloat16_keeps_all_else_and_its_order() -> None:
+    content = {
+        "model_type": "x",
+        "torch_dtype": "float16",
+        "quantization_config": {"bits": 4},
+        "text_config": {"dtype": "float32", "size": 3},
+    }
+    new = bfloat16_config(content)
+    assert json.dumps(new) == (
+        '{"model_type": "x", "torch_dtype": "bfloat16", '
+        '"text_config": {"dtype": "bfloat16", "size": 3}}'
+    )
+    assert content["torch_dtype"] == "float16"
+    assert bfloat16_config({}) == {"dtype": "bfloat16"}
+
+
+def test_plain_lines_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter([0.0, 4.0, 16.0, 30.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
+    with progress("quantizing", 100 << 20) as advance:
+        advance(20 << 20)  # after 4 s: too soon for a line
+        advance(20 << 20)  # after 16 s
+        advance(60 << 20)  # done: the caller has the last word
+    assert capsys.readouterr().out == (
+        "quantizing: 40.00 MiB of 100.00 MiB, 2.50 MiB/s, 24 s left\n"
+    )
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress("quantizing", 64 << 20) as advance:
+        advance(64 << 20)
+    assert "quantizing" in terminal.getvalue()
+    assert "64.0/64.0 MiB" in terminal.getvalue()
