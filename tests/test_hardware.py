@@ -11,7 +11,7 @@ import pynvml
 import pytest
 import torch
 
-from fitlora import hardware
+from fitlora import device, hardware
 from fitlora.artifacts import Gpu, Hardware, Rates
 from fitlora.errors import UserError
 from fitlora.params import HardwareParams, TargetParams
@@ -255,14 +255,14 @@ def test_host_memory(
 
 def test_nvml_is_shut_down_also_after_an_error() -> None:
     fake = FakeNvml()
-    with pytest.raises(pynvml.NVMLError_NotFound), hardware.nvml_session(fake) as nvml:
-        hardware.device_used_bytes(nvml, "GPU-another")
+    with pytest.raises(pynvml.NVMLError_NotFound), device.nvml_session(fake) as nvml:
+        device.device_used_bytes(nvml, "GPU-another")
     assert (fake.sessions, fake.ended) == (1, 1)
 
 
 def test_nvml_that_did_not_start_is_not_shut_down() -> None:
     fake = FakeNvml(start_error=pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-    with pytest.raises(pynvml.NVMLError_DriverNotLoaded), hardware.nvml_session(fake):
+    with pytest.raises(pynvml.NVMLError_DriverNotLoaded), device.nvml_session(fake):
         pass
     assert fake.ended == 0
 
@@ -272,7 +272,7 @@ def test_nvml_that_did_not_start_is_not_shut_down() -> None:
     [({7: 900 * MIB, 8: MIB}, 900 * MIB), ({8: MIB}, None), ({7: None}, None), ({}, None)],
 )
 def test_memory_of_a_process(processes: dict[int, int | None], expected: int | None) -> None:
-    assert hardware.process_used_bytes(FakeNvml(processes=processes), UUID, 7) == expected
+    assert device.process_used_bytes(FakeNvml(processes=processes), UUID, 7) == expected
 
 
 # Which device
@@ -771,11 +771,11 @@ def test_summary_names_what_how_much_and_how_fast() -> None:
 
 def test_on_the_cpu_nothing_is_limited_and_tensors_live_there() -> None:
     artifact = make_hardware(device="cpu", gpus=(), context_bytes=0)
-    assert hardware.torch_device(artifact) == torch.device("cpu")
-    hardware.limit_memory(artifact)
+    assert device.torch_device(artifact) == torch.device("cpu")
+    device.limit_memory(artifact)
 
 
-@pytest.mark.parametrize("use", [hardware.torch_device, hardware.limit_memory])
+@pytest.mark.parametrize("use", [device.torch_device, device.limit_memory])
 def test_training_needs_the_gpu_that_was_planned_for(
     monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml, use: Any
 ) -> None:
@@ -797,10 +797,10 @@ def test_allocator_is_held_to_what_the_context_leaves(monkeypatch: pytest.Monkey
         "set_per_process_memory_fraction",
         lambda fraction, device: limits.append((int(fraction * 8 * GIB), device)),
     )
-    hardware.limit_memory(make_hardware(budget_bytes=4 * GIB, context_bytes=512 * MIB))
+    device.limit_memory(make_hardware(budget_bytes=4 * GIB, context_bytes=512 * MIB))
     assert limits == [(4 * GIB - 512 * MIB, torch.device("cuda", 1))]
     with pytest.raises(UserError, match=r"budget is 9\.00 GiB, but RTX 3070 has 8\.00 GiB"):
-        hardware.limit_memory(make_hardware(budget_bytes=9 * GIB))
+        device.limit_memory(make_hardware(budget_bytes=9 * GIB))
     assert len(limits) == 1
 
 
@@ -855,7 +855,7 @@ def test_real_allocator_overflows_at_the_budget_and_not_before() -> None:
     program = """
 import torch
 from fitlora.artifacts import Hardware, Rates
-from fitlora import hardware
+from fitlora import device, hardware
 MIB = 2**20
 artifact = Hardware(
     device="cuda", gpus=hardware.visible_gpus(), cpu_name="", cpu_cores=1, host_memory_bytes=1,
@@ -863,8 +863,8 @@ artifact = Hardware(
     rates=Rates(host_to_device_bytes_per_second=None, device_to_host_bytes_per_second=None,
     device_copy_bytes_per_second=None, disk_read_bytes_per_second=None,
     product_flops_per_second={}), target=None)
-hardware.limit_memory(artifact)
-device = hardware.torch_device(artifact)
+device.limit_memory(artifact)
+device = device.torch_device(artifact)
 assert artifact.allocator_bytes == 1024 * MIB
 kept = torch.empty(1000 * MIB, dtype=torch.uint8, device=device)
 try:

@@ -24,11 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import pynvml
@@ -38,6 +37,7 @@ from pydantic import ValidationError
 
 from fitlora.artifacts import Gpu, Hardware, Rates, Record
 from fitlora.console import say
+from fitlora.device import device_used_bytes, gpu_uuid, nvml_session, process_used_bytes, why_no_gpu
 from fitlora.errors import UserError
 from fitlora.params import HardwareParams
 from fitlora.units import GIB, MIB, format_bytes, parse_bytes
@@ -200,42 +200,6 @@ def host_memory_bytes() -> int:
 # NVML
 
 
-@contextmanager
-def nvml_session(library: Any = pynvml) -> Iterator[Any]:
-    """NVML, initialised for the block; raises its NVMLError where there is no driver."""
-    library.nvmlInit()
-    try:
-        yield library
-    finally:
-        library.nvmlShutdown()
-
-
-def driver_gpu_names(nvml: Any) -> list[str]:
-    """Every GPU that the driver knows, whether torch can use it or not."""
-    return [
-        nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index))
-        for index in range(nvml.nvmlDeviceGetCount())
-    ]
-
-
-def device_used_bytes(nvml: Any, uuid: str) -> int:
-    """Memory of a GPU that is allocated, by whomever, without the driver's own reserve."""
-    handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-    return int(nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used)
-
-
-def process_used_bytes(nvml: Any, uuid: str, pid: int) -> int | None:
-    """Memory of a GPU that a process has; None where NVML does not tell.
-
-    In a container NVML lists the host's process ids, so that one's own is usually not there.
-    """
-    handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-    for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-        if process.pid == pid and process.usedGpuMemory is not None:
-            return int(process.usedGpuMemory)
-    return None
-
-
 def _used_bytes_if_told(uuid: str) -> int | None:
     try:
         with nvml_session() as nvml:
@@ -244,38 +208,16 @@ def _used_bytes_if_told(uuid: str) -> int | None:
         return None  # the caller has a way without it, and says which way it took
 
 
-def _first_gpu_uuid() -> str:
-    # torch leaves NVML's prefix out
-    return f"GPU-{str(torch.cuda.get_device_properties(0).uuid).removeprefix('GPU-')}"
-
-
 def choose_device(wanted: Literal["auto", "cuda", "cpu"]) -> tuple[Device, str]:
     """The device and why; raises UserError where cuda is wanted and torch has none."""
     if wanted == "cpu":
         return "cpu", "hardware.device is cpu"
     if torch.cuda.is_available():
         return "cuda", "torch can use a GPU"
-    reason = _why_no_gpu()
+    reason = why_no_gpu()
     if wanted == "cuda":
         raise UserError(f"hardware.device is cuda, but {reason}; set it to auto or cpu")
     return "cpu", reason
-
-
-def _why_no_gpu() -> str:
-    try:
-        with nvml_session() as nvml:
-            names = driver_gpu_names(nvml)
-    except pynvml.NVMLError as error:
-        return f"there is no NVIDIA driver to ask ({error})"
-    if not names:
-        return "the NVIDIA driver lists no GPU"
-    listed = ", ".join(names)
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA (the driver lists {listed})"
-    return (
-        f"torch {torch.__version__} cannot use what the driver lists ({listed}); "
-        "CUDA_VISIBLE_DEVICES may hide it, or the driver may be too old"
-    )
 
 
 # Measuring
@@ -652,7 +594,7 @@ def _find_gpus(params: HardwareParams) -> tuple[tuple[Gpu, ...], Device]:
 
 
 def _measure_first_gpu(gpu: Gpu, budget_bytes: int) -> GpuMeasurement:
-    uuid = _first_gpu_uuid()
+    uuid = gpu_uuid()
     used_before = _used_bytes_if_told(uuid)
     if used_before is not None and used_before > max(64 * MIB, gpu.memory_bytes - budget_bytes):
         say(
@@ -744,49 +686,3 @@ def describe(hardware: Hardware) -> list[str]:
     ]
     lines.append(f"speed   {', '.join(speeds) or 'not measured: the GPU is not here'}")
     return lines
-
-
-# Using it
-
-
-def torch_device(hardware: Hardware) -> torch.device:
-    """Where this process computes: the CPU, or torch's current GPU (a rank may have set its own).
-
-    Raises UserError where the artifact describes a GPU that is not here, or torch has none.
-    """
-    if hardware.device == "cpu":
-        return torch.device("cpu")
-    if hardware.target is not None:
-        raise UserError(
-            f"this artifact plans for GPU {hardware.target}, and training needs the machine "
-            "itself; remove hardware.target from params.yaml and run: dvc repro"
-        )
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"this artifact was made with {hardware.gpus[0].name}, but {_why_no_gpu()}; "
-            "make it again here with: dvc repro --force profile_hardware"
-        )
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def limit_memory(hardware: Hardware) -> None:
-    """Holds this process within `budget_bytes`: PyTorch's allocator to what the context leaves.
-
-    An allocation beyond it raises torch.OutOfMemoryError, as on a GPU of that size. Call it before
-    the first allocation: what is there already stays. On the CPU nothing is limited. Memory beside
-    the allocator (paged optimizer states, kernels loaded later) is not held back by it.
-
-    Raises UserError as `torch_device` does, and where the GPU is smaller than the budget.
-    """
-    device = torch_device(hardware)
-    if device.type == "cpu":
-        return
-    # the total that the allocator multiplies the fraction by
-    _, total_bytes = torch.cuda.mem_get_info(device)
-    if hardware.budget_bytes > total_bytes:
-        raise UserError(
-            f"this artifact's budget is {format_bytes(hardware.budget_bytes)}, but "
-            f"{torch.cuda.get_device_name(device)} has {format_bytes(total_bytes)}; "
-            "make it again here with: dvc repro --force profile_hardware"
-        )
-    torch.cuda.set_per_process_memory_fraction(hardware.allocator_bytes / total_bytes, device)

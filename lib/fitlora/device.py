@@ -1,0 +1,119 @@
+"""The device that this process computes on: which it is, holding it to a budget, asking its driver.
+
+Every stage that touches tensors needs this little; how the machine is measured is `fitlora.hardware`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pynvml
+import torch
+
+from fitlora.artifacts import Hardware
+from fitlora.errors import UserError
+from fitlora.units import format_bytes
+
+
+@contextmanager
+def nvml_session(library: Any = pynvml) -> Iterator[Any]:
+    """NVML, initialised for the block; raises its NVMLError where there is no driver."""
+    library.nvmlInit()
+    try:
+        yield library
+    finally:
+        library.nvmlShutdown()
+
+
+def driver_gpu_names(nvml: Any) -> list[str]:
+    """Every GPU that the driver knows, whether torch can use it or not."""
+    return [
+        nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index))
+        for index in range(nvml.nvmlDeviceGetCount())
+    ]
+
+
+def device_used_bytes(nvml: Any, uuid: str) -> int:
+    """Memory of a GPU that is allocated, by whomever, without the driver's own reserve."""
+    handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+    return int(nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used)
+
+
+def process_used_bytes(nvml: Any, uuid: str, pid: int) -> int | None:
+    """Memory of a GPU that a process has; None where NVML does not tell.
+
+    In a container NVML lists the host's process ids, so that one's own is usually not there.
+    """
+    handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+    for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+        if process.pid == pid and process.usedGpuMemory is not None:
+            return int(process.usedGpuMemory)
+    return None
+
+
+def gpu_uuid(index: int = 0) -> str:
+    """The GPU's name for NVML, by torch's index."""
+    # torch leaves NVML's prefix out
+    return f"GPU-{str(torch.cuda.get_device_properties(index).uuid).removeprefix('GPU-')}"
+
+
+def why_no_gpu() -> str:
+    try:
+        with nvml_session() as nvml:
+            names = driver_gpu_names(nvml)
+    except pynvml.NVMLError as error:
+        return f"there is no NVIDIA driver to ask ({error})"
+    if not names:
+        return "the NVIDIA driver lists no GPU"
+    listed = ", ".join(names)
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA (the driver lists {listed})"
+    return (
+        f"torch {torch.__version__} cannot use what the driver lists ({listed}); "
+        "CUDA_VISIBLE_DEVICES may hide it, or the driver may be too old"
+    )
+
+
+def torch_device(hardware: Hardware) -> torch.device:
+    """Where this process computes: the CPU, or torch's current GPU (a rank may have set its own).
+
+    Raises UserError where the artifact describes a GPU that is not here, or torch has none.
+    """
+    if hardware.device == "cpu":
+        return torch.device("cpu")
+    if hardware.target is not None:
+        raise UserError(
+            f"this artifact plans for GPU {hardware.target}, and training needs the machine "
+            "itself; remove hardware.target from params.yaml and run: dvc repro"
+        )
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"this artifact was made with {hardware.gpus[0].name}, but {why_no_gpu()}; "
+            "make it again here with: dvc repro --force profile_hardware"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def limit_memory(hardware: Hardware) -> None:
+    """Holds this process within `budget_bytes`: PyTorch's allocator to what the context leaves.
+
+    An allocation beyond it raises torch.OutOfMemoryError, as on a GPU of that size. Call it before
+    the first allocation: what is there already stays. On the CPU nothing is limited. Memory beside
+    the allocator (paged optimizer states, kernels loaded later) is not held back by it.
+
+    Raises UserError as `torch_device` does, and where the GPU is smaller than the budget.
+    """
+    device = torch_device(hardware)
+    if device.type == "cpu":
+        return
+    # the total that the allocator multiplies the fraction by
+    _, total_bytes = torch.cuda.mem_get_info(device)
+    if hardware.budget_bytes > total_bytes:
+        raise UserError(
+            f"this artifact's budget is {format_bytes(hardware.budget_bytes)}, but "
+            f"{torch.cuda.get_device_name(device)} has {format_bytes(total_bytes)}; "
+            "make it again here with: dvc repro --force profile_hardware"
+        )
+    # Segments that grow leave few holes, so that what is reserved stays near what is allocated.
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    torch.cuda.set_per_process_memory_fraction(hardware.allocator_bytes / total_bytes, device)

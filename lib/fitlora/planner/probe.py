@@ -1,0 +1,86 @@
+"""Proving a Plan: the real step on the real device, with noise for weights.
+
+Nothing is read from disk and nothing is learned, but every kernel runs and every byte is allocated:
+what an estimate traces (`rehearse`) is what runs here. On the CPU, which has no allocator to ask, the
+same trace counts real tensors.
+"""
+
+import gc
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fitlora.artifacts import Hardware
+from fitlora.device import limit_memory, torch_device
+from fitlora.memory.estimate import Load, rehearse, sequences_of, trace_step
+from fitlora.plan import Plan
+from fitlora.step.build import StepSettings, build_step
+from fitlora.step.weights import RandomWeights
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe measured. `peak_reserved_bytes` and the rates are None on the CPU."""
+
+    plan: Plan
+    fits: bool
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int | None
+    step_seconds: float | None
+    tokens_per_second: float | None
+
+
+def probe(
+    config: Any, plan: Plan, settings: StepSettings, load: Load, hardware: Hardware
+) -> ProbeResult:
+    """Runs the plan's heaviest steps and measures their peak.
+
+    A plan that overflows the budget gives `fits=False`; its memory is given back either way.
+    """
+    limit_memory(hardware)
+    device = torch_device(hardware)
+    if device.type == "cpu":
+        found = trace_step(config, plan, settings, load, RandomWeights(device))
+        return ProbeResult(
+            plan, found.peak_bytes <= hardware.budget_bytes, found.peak_bytes, None, None, None
+        )
+    try:
+        return _probe_cuda(config, plan, settings, load, device)
+    except torch.OutOfMemoryError:
+        pass  # the traceback holds tensors; leave the handler before giving memory back
+    give_back_memory()
+    return ProbeResult(plan, False, 0, None, None, None)
+
+
+def _probe_cuda(
+    config: Any, plan: Plan, settings: StepSettings, load: Load, device: torch.device
+) -> ProbeResult:
+    give_back_memory()
+    torch.cuda.reset_peak_memory_stats(device)
+    step = build_step(config, plan, settings, RandomWeights(device))
+    rehearse(step, load)
+    allocated = torch.cuda.max_memory_allocated(device)
+    reserved = torch.cuda.max_memory_reserved(device)
+    seconds, tokens = time_step(step, load)
+    del step
+    give_back_memory()
+    return ProbeResult(plan, True, allocated, reserved, seconds, tokens / seconds)
+
+
+def time_step(step: Any, load: Load) -> tuple[float, int]:
+    """Seconds and tokens of one micro-batch's optimizer step, after the rehearsal has warmed it up."""
+    batch = sequences_of(load.train[: step.plan.micro_batch_size])
+    torch.cuda.synchronize(step.device)
+    start = time.perf_counter()
+    step.run(batch, step=2, learning_rate=0.0)
+    torch.cuda.synchronize(step.device)
+    return time.perf_counter() - start, sum(len(s.tokens) for s in batch)
+
+
+def give_back_memory() -> None:
+    """Frees what nothing refers to and hands cached blocks back to the driver."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
