@@ -88,9 +88,8 @@ def quantize_checkpoint(
 
     config = bfloat16_config(content)
     if spec is not None:
-        config["quantization_config"] = quantization_config(
-            spec, [*_head_names(model), *(name for name in everywhere if name not in set(layers))]
-        )
+        kept = [name for name in everywhere if f"{name}.weight" not in weights]
+        config["quantization_config"] = quantization_config(spec, [*_head_names(model), *kept])
     total = sum(info.bytes for info in infos.values())
     with (
         ModelWriter(source, target) as writer,
