@@ -1,14 +1,18 @@
-"""Stage: what the machine is and how fast its links are -> artifacts/hardware.json."""
+"""Stage: what the machine is, how fast its links are, which model it is about -> hardware.json, model.json."""
 
-from fitlora.artifacts import HARDWARE, SCRATCH, Hardware
+from fitlora.artifacts import HARDWARE, MODEL, SCRATCH, Hardware
 from fitlora.console import run, say
 from fitlora.errors import ArtifactError
 from fitlora.hardware import describe, keep_stable, profile
+from fitlora.model import model_facts
 from fitlora.params import read_params
 
 
 def main() -> None:
-    hardware = profile(read_params().hardware, SCRATCH)
+    params = read_params()
+    facts = model_facts(params.model.id, params.model.revision, SCRATCH / "fingerprints.json")
+    facts.write(MODEL)
+    hardware = profile(params.hardware, SCRATCH)
     earlier = read_earlier()
     if earlier is not None:
         hardware = keep_stable(hardware, earlier)

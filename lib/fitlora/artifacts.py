@@ -19,12 +19,14 @@ from fitlora.errors import ArtifactError
 from fitlora.plan import Plan
 
 HARDWARE = Path("artifacts/hardware.json")
+MODEL = Path("artifacts/model.json")
 MEMORY_ESTIMATE = Path("artifacts/memory_estimate.json")
 DATASET = Path("artifacts/dataset.json")
 PLAN = Path("artifacts/plan.json")
 QUANTIZED_MODEL = Path("artifacts/quantized_model")
 ADAPTER = Path("artifacts/adapter")
 TRAINING_LOG = Path("artifacts/training.jsonl")
+CURVES = Path("artifacts/curves.json")
 MERGED_MODEL = Path("artifacts/merged_model")
 EVALUATION = Path("artifacts/evaluation.json")
 SCRATCH = Path(".fitlora")
@@ -142,6 +144,21 @@ class Hardware(Artifact):
     def allocator_bytes(self) -> int:
         """What PyTorch's allocator may reserve on the device."""
         return self.budget_bytes - self.context_bytes
+
+
+class ModelFacts(Artifact):
+    """Which model it is, by content.
+
+    Later stages depend on these facts and not on the folder, which for a hub model is not here.
+    """
+
+    KIND: ClassVar[str] = "model"
+    STAGE: ClassVar[str] = "profile_hardware"
+
+    source: str
+    revision: str | None
+    definition: str = Field(description="sha256 of config and tokenizer; a hub model's commit")
+    weights: str | None = Field(description="the same of the weights; None for a config alone")
 
 
 class SequenceSize(Record):

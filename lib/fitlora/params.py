@@ -146,7 +146,7 @@ class TrainParams(Section):
     epochs: float | None = Field(
         None, gt=0, description="passes over the rows; either this or max_steps"
     )
-    max_steps: int | None = Field(150, ge=1, description="optimizer steps")
+    max_steps: int | None = Field(100, ge=1, description="optimizer steps")
     learning_rate: float = Field(2.0e-3, gt=0, description="at its highest")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="the learning rate's way down, after the warm-up"

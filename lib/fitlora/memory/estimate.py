@@ -19,9 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fitlora.artifacts import Components, Dataset, Estimate, Hardware, SequenceSize
 from fitlora.memory.trace import Block, MemoryTrace
+from fitlora.model import empty_model
 from fitlora.plan import Plan
 from fitlora.step.batch import TokenSequence
-from fitlora.step.build import StepSettings, TrainingStep, step_skeleton
+from fitlora.step.build import TrainingStep, step_skeleton
+from fitlora.step.settings import StepSettings
 from fitlora.step.weights import EmptyWeights, Weights
 
 # Share of the peak that cached blocks of the wrong size may take beside it. With expandable segments
@@ -185,3 +187,10 @@ def estimate(
         phase_peak_bytes=found.phase_peak_bytes,
         components=components,
     )
+
+
+def count_parameters(config: Any, plan: Plan, settings: StepSettings) -> tuple[int, int]:
+    """The model's parameters, adapters aside, and those of the adapters."""
+    whole = sum(p.numel() for p in empty_model(config, dtype=torch.bfloat16).parameters())
+    model = step_skeleton(config, plan, settings).model
+    return whole, sum(p.numel() for p in model.parameters() if p.requires_grad)

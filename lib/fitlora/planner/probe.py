@@ -6,17 +6,21 @@ same trace counts real tensors.
 """
 
 import gc
+import json
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fitlora.artifacts import Hardware
+from fitlora.artifacts import Estimate, Hardware, write_text_atomically
 from fitlora.device import limit_memory, torch_device
 from fitlora.memory.estimate import Load, rehearse, sequences_of, trace_step
 from fitlora.plan import Plan
-from fitlora.step.build import StepSettings, build_step
+from fitlora.step.build import TrainingStep, build_step
+from fitlora.step.settings import StepSettings
 from fitlora.step.weights import RandomWeights
 
 
@@ -69,7 +73,7 @@ def _probe_cuda(
     return ProbeResult(plan, True, allocated, reserved, seconds, tokens / seconds)
 
 
-def time_step(step: Any, load: Load) -> tuple[float, int]:
+def time_step(step: TrainingStep, load: Load) -> tuple[float, int]:
     """Seconds and tokens of one micro-batch's optimizer step, after the rehearsal has warmed it up."""
     batch = sequences_of(load.train[: step.plan.micro_batch_size])
     torch.cuda.synchronize(step.device)
@@ -84,3 +88,12 @@ def give_back_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def write_log(path: Path, predicted: Estimate, probes: Sequence[ProbeResult]) -> None:
+    """What was predicted for the chosen plan and what the probes measured, for people to read."""
+    content = {
+        "predicted": predicted.model_dump(mode="json"),
+        "probes": [{**asdict(p), "plan": p.plan.model_dump(mode="json")} for p in probes],
+    }
+    write_text_atomically(path, json.dumps(content, indent=2) + "\n")

@@ -15,6 +15,7 @@ This module imports no torch: it is handed the function that estimates.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fitlora.artifacts import Estimate, Hardware
 from fitlora.errors import UserError
@@ -37,6 +38,12 @@ class ModelSize:
 
     layers: int
     vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> "ModelSize":
+        """Of a transformers config."""
+        text = config.get_text_config()
+        return cls(text.num_hidden_layers, text.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -76,27 +83,44 @@ def loss_chunk(vocabulary: int) -> int:
 
 
 def default_plan(
-    params: Params, hardware: Hardware, model: ModelSize, sequence_length: int, devices: int = 1
+    params: Params,
+    hardware: Hardware,
+    model: ModelSize,
+    tokens: Callable[[int], int],
+    *,
+    sequence_length: int,
+    devices: int = 1,
 ) -> Plan:
-    """The plan to start from: everything the user fixed, micro-batch 1 and full recompute else."""
+    """The plan to start from: what the user fixed, and else the fastest that memory might allow.
+
+    That is a micro-batch just large enough to keep the device busy, and nothing recomputed. tokens:
+    tokens of the heaviest micro-batch, by its size.
+    """
     asked = params.plan
     dtype, _ = compute_dtype(params, hardware)
     share = -(-params.train.effective_batch_size // devices)
-    micro = asked.micro_batch_size if isinstance(asked.micro_batch_size, int) else 1
+    micro = asked.micro_batch_size
+    if micro == "auto":
+        micro = enough_sequences(micro_batch_sizes(share), tokens)
+    evaluation = asked.evaluation_batch_size
     return Plan(
         device=hardware.device,
         devices=devices,
         effective_batch_size=params.train.effective_batch_size,
         micro_batch_size=min(micro, share),
-        evaluation_batch_size=(
-            asked.evaluation_batch_size if isinstance(asked.evaluation_batch_size, int) else 1
-        ),
+        evaluation_batch_size=min(micro, share) if evaluation == "auto" else evaluation,
         sequence_length=sequence_length,
         recompute_layers=_recomputed(params, model) or (),
         compute_dtype=dtype,
         optimizer=params.train.optimizer,
         loss_chunk_tokens=loss_chunk(model.vocabulary),
     )
+
+
+def enough_sequences(sizes: Sequence[int], tokens: Callable[[int], int]) -> int:
+    """The smallest of `sizes` (largest first) that keeps the device busy; the largest if none does."""
+    busy = [size for size in sizes if tokens(size) >= BUSY_TOKENS]
+    return busy[-1] if busy else sizes[0]
 
 
 def _recomputed(params: Params, model: ModelSize) -> tuple[int, ...] | None:
@@ -150,14 +174,11 @@ class Search:
         counts: Sequence[int] = (
             range(self.model.layers + 1) if fixed_layers is None else [len(fixed_layers)]
         )
-        busy = [size for size in sizes if self.tokens(size) >= BUSY_TOKENS]
-        # the smallest that keeps the device busy, and all that do where no layer recomputes
-        enough = busy[-1:] or sizes[:1]
-        for size in [*busy, *enough] if 0 in counts else enough:
-            yield self._plan(size, 0 if 0 in counts else counts[0])
-        for count in counts:
-            yield self._plan(enough[0], count)
-        for size in (s for s in sizes if s < enough[0]):
+        enough = enough_sequences(sizes, self.tokens)
+        if 0 in counts:  # a larger micro-batch is worth having only where it costs no recomputation
+            for size in (size for size in sizes if size > enough):
+                yield self._plan(size, 0)
+        for size in (size for size in sizes if size <= enough):
             for count in counts:
                 yield self._plan(size, count)
 

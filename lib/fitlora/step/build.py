@@ -18,14 +18,14 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fitlora.errors import UserError
 from fitlora.model import decoder_layers
-from fitlora.params import LoraParams, QuantizationParams, TrainParams
+from fitlora.params import LoraParams, TrainParams
 from fitlora.plan import Optimizer, Plan
-from fitlora.quantization.layout import QuantSpec
 from fitlora.step import attention
 from fitlora.step.batch import MicroBatch, StepContext, TokenSequence, make_micro_batch
 from fitlora.step.linear import FrozenLinear, Linear4bit, LoraLinear
 from fitlora.step.loss import chunked_cross_entropy
 from fitlora.step.recompute import recompute
+from fitlora.step.settings import StepSettings
 from fitlora.step.skeleton import skeleton
 from fitlora.step.weights import Weights, fill
 
@@ -34,21 +34,6 @@ from fitlora.step.weights import Weights, fill
 PLAIN_HEAD = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "olmo2", "smollm3"}
 )
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """What the user decides about a step; the Plan has the rest."""
-
-    quantization: QuantizationParams
-    lora: LoraParams | None
-    train: TrainParams
-    trust_remote_code: bool = False
-
-    @property
-    def spec(self) -> QuantSpec | None:
-        q = self.quantization
-        return QuantSpec(q.type, q.block_size, q.double) if q.bits == 4 else None
 
 
 @dataclass(frozen=True)
@@ -241,6 +226,12 @@ def step_skeleton(config: Any, plan: Plan, settings: StepSettings) -> StepSkelet
 def build_step(config: Any, plan: Plan, settings: StepSettings, weights: Weights) -> TrainingStep:
     """The step. config: a transformers config; weights: fake, noise or a checkpoint."""
     return step_skeleton(config, plan, settings).fill(weights)
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """The last parts of the names of the layers that have adapters."""
+    names = (name for name, module in model.named_modules() if isinstance(module, LoraLinear))
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def peft_config(model: nn.Module, lora: LoraParams) -> Any:

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from fitlora.checkpoint import Checkpoint
 from fitlora.errors import ArtifactError
-from fitlora.quantization.layout import QuantSpec, decode_state, nested_code, state_key
+from fitlora.quantization.layout import (
+    STATE_PREFIX,
+    QuantSpec,
+    decode_state,
+    nested_code,
+    state_key,
+)
 
 
 class Weights(Protocol):
@@ -127,6 +133,24 @@ class CheckpointWeights:
                 return decode_state(self.checkpoint.tensor(state_key(weight, kind)))  # type: ignore[arg-type]
         raise ArtifactError(f"{self.checkpoint.folder} has no quantization state for {weight}")
 
+    def check(self, spec: QuantSpec) -> None:
+        """Raises ArtifactError where the checkpoint's 4-bit weights are not stored as `spec` says."""
+        folder = self.checkpoint.folder
+        mark = f".{STATE_PREFIX}"
+        names = sorted(n.partition(mark)[0] for n in self.checkpoint.shards if mark in n)
+        again = "make it again with: dvc repro --force quantize_model"
+        if not names:
+            raise ArtifactError(f"{folder} has no 4-bit weights, and params want them; {again}")
+        weight = names[0]
+        state = self._state(weight)
+        found = (state["quant_type"], state["blocksize"], "nested_offset" in state)
+        if found != (spec.type, spec.block_size, spec.double):
+            raise ArtifactError(f"{folder} is stored as {found} and params want {spec}; {again}")
+        if spec.double and not torch.equal(
+            self.checkpoint.tensor(f"{weight}.nested_quant_map"), nested_code()
+        ):
+            raise ArtifactError(f"{folder} has scales with an unknown code book; {again}")
+
     def adapter(self, name: str, like: Tensor) -> Tensor:
         if self._adapter is None:
             return start_adapter(name, like, self._seed).to(self.device)
@@ -136,22 +160,6 @@ class CheckpointWeights:
 
     def constant(self, name: str, value: Tensor) -> Tensor:
         return value.to(self.device)
-
-
-def check_quantization(checkpoint: Checkpoint, spec: QuantSpec, names: list[str]) -> None:
-    """Raises ArtifactError where the checkpoint's 4-bit weights are not stored as `spec` says."""
-    for name in names[:1]:
-        weight = f"{name}.weight"
-        key = state_key(weight, spec.type)
-        if key not in checkpoint:
-            raise ArtifactError(f"{checkpoint.folder} is not quantized to {spec.type}: no {key}")
-        state = decode_state(checkpoint.tensor(key))
-        if state["blocksize"] != spec.block_size or ("nested_offset" in state) != spec.double:
-            raise ArtifactError(f"{checkpoint.folder} is quantized differently from {spec}")
-        if spec.double and not torch.equal(
-            checkpoint.tensor(f"{weight}.nested_quant_map"), nested_code()
-        ):
-            raise ArtifactError(f"{checkpoint.folder} has scales with an unknown code book")
 
 
 def fill(model: nn.Module, weights: Weights) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from fitlora.artifacts import Percentiles, SequenceSize, Split
 from fitlora.errors import UserError
+from fitlora.params import DataParams
 from fitlora.step.batch import TokenSequence
 
 # For tokenizers without a chat template: plain headings, each turn closed by the end-of-text token.
@@ -233,3 +234,21 @@ def sizes(sequences: Sequence[TokenSequence]) -> tuple[SequenceSize, ...]:
     return tuple(
         SequenceSize(tokens=len(s.tokens), target_tokens=s.target_tokens) for s in sequences
     )
+
+
+def load_splits(
+    data: DataParams, folder: Path, vocabulary: int, *, trust_remote_code: bool = False
+) -> tuple[TokenizedSplit, TokenizedSplit]:
+    """Training and validation rows as params name them, with the tokenizer of the model's folder."""
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    train, validation = (
+        tokenize(
+            Path(file),
+            tokenizer,
+            max_length=data.max_length,
+            train_on=data.train_on,
+            vocabulary=vocabulary,
+        )
+        for file in (data.train, data.validation)
+    )
+    return train, validation

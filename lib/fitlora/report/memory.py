@@ -1,0 +1,76 @@
+"""Data, estimates and plans as lines of text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fitlora.artifacts import Dataset, Estimate, MemoryEstimate, Split
+from fitlora.planner.probe import ProbeResult
+from fitlora.units import format_bytes
+
+
+def data_lines(dataset: Dataset) -> Iterator[str]:
+    """How many rows there are and how long they come out."""
+    for name, split in (("train", dataset.train), ("validation", dataset.validation)):
+        yield f"{name:<11}{_split(split)}"
+
+
+def _split(split: Split) -> str:
+    length = split.length
+    cut = f", {split.truncated_rows} cut to the limit" if split.truncated_rows else ""
+    return (
+        f"{split.rows:,} rows, {split.tokens:,} tokens ({split.target_tokens:,} learned), "
+        f"lengths {length.p50} median, {length.p90} p90, {length.maximum} longest{cut}"
+    )
+
+
+def estimate_lines(result: MemoryEstimate) -> Iterator[str]:
+    """The default plan by component, and its neighbours."""
+    yield (
+        f"{result.model}: {result.parameters:,} parameters, "
+        f"{result.trainable_parameters:,} of the adapters"
+    )
+    yield f"default    {result.default.plan.describe()}"
+    for name, count in result.default.components.model_dump().items():
+        yield f"  {name.replace('_', ' '):<20}{format_bytes(count):>12}"
+    yield f"  {'peak allocated':<20}{format_bytes(result.default.peak_allocated_bytes):>12}"
+    yield f"  at: {result.default.instant}"
+    yield f"whole process, against a budget of {format_bytes(result.budget_bytes)}:"
+    for name, found in {"default": result.default, **result.neighbours}.items():
+        fits = "fits" if found.fits else "does not fit"
+        yield f"  {name:<24}{format_bytes(found.process_bytes):>12}  {fits}"
+
+
+def plan_lines(
+    found: Estimate, reasons: Mapping[str, str], probes: Sequence[ProbeResult]
+) -> Iterator[str]:
+    """The Plan with the reason of each choice, and what the probe said of it."""
+    plan = found.plan
+    decisions = plan.model_dump()
+    decisions["recompute_layers"] = f"{len(plan.recompute_layers)} layers"
+    for name, reason in reasons.items():
+        yield f"{name:<22}{decisions[name]!s:<10} {reason}"
+    yield f"{'accumulation':<22}{plan.accumulation!s:<10} makes the effective batch"
+    yield f"predicted peak {format_bytes(found.peak_allocated_bytes)}"
+    if not probes:
+        yield "not probed: the plan is for a GPU that is not here"
+    for probe in probes:
+        if not probe.fits:
+            yield f"probe      {probe.plan.describe()}: overflowed"
+            continue
+        speed = (
+            "" if probe.tokens_per_second is None else f", {probe.tokens_per_second:,.0f} tokens/s"
+        )
+        yield f"probed peak    {format_bytes(probe.peak_allocated_bytes)}{speed}"
+
+
+def outcome_lines(end: Mapping[str, Any]) -> Iterator[str]:
+    """The last record of a training log."""
+    early = ", stopped early" if end["stopped_early"] else ""
+    yield f"{end['steps']} steps in {end['seconds']:.0f} s{early}"
+    if end["best_validation_loss"] is not None:
+        yield f"best validation loss {end['best_validation_loss']:.4f} at step {end['best_step']}"
+    predicted, measured = end["predicted_peak_bytes"], end["measured_peak_bytes"]
+    yield (
+        f"peak memory: predicted {format_bytes(predicted)}, measured {format_bytes(measured)} "
+        f"({(predicted - measured) / measured:+.1%})"
+    )

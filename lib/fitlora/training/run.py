@@ -1,0 +1,136 @@
+"""A whole training run on this machine: from a Plan and a 4-bit checkpoint to an adapter on disk."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fitlora.adapter import adapter_config, save_adapter
+from fitlora.artifacts import Hardware, write_text_atomically
+from fitlora.console import say
+from fitlora.device import limit_memory, torch_device
+from fitlora.memory.estimate import Load, estimate
+from fitlora.memory.tracker import MemoryTracker
+from fitlora.params import Params
+from fitlora.plan import Plan
+from fitlora.step.build import TrainingStep, build_step, lora_targets
+from fitlora.step.settings import StepSettings
+from fitlora.step.weights import CheckpointWeights
+from fitlora.training.batches import Batches
+from fitlora.training.data import TokenizedSplit, longest, sizes
+from fitlora.training.loop import Outcome, Ranks, Run, RunLog
+from fitlora.training.progress import TrainingProgress
+from fitlora.training.trackers import start_accelerator
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run writes."""
+
+    adapter: Path
+    log: Path
+    curves: Path
+    scratch: Path
+
+
+def train_adapters(
+    params: Params,
+    plan: Plan,
+    hardware: Hardware,
+    *,
+    config: Any,
+    checkpoint: Path,
+    train: TokenizedSplit,
+    validation: TokenizedSplit,
+    places: Places,
+) -> dict[str, Any]:
+    """Trains and saves the adapter; returns the log's last record.
+
+    config: the model's transformers config. checkpoint: the folder of its 4-bit (or 16-bit) weights.
+    """
+    settings = StepSettings.of(params)
+    batches = Batches(train.sequences, plan.effective_batch_size, params.train.seed)
+    load = Load(
+        sizes(longest(train.sequences, plan.sequences_per_device)),
+        sizes(longest(validation.sequences, plan.evaluation_batch_size)),
+    )
+    predicted = estimate(config, plan, settings, load, hardware)
+
+    limit_memory(hardware)
+    device = torch_device(hardware)
+    accelerator = start_accelerator(params, device, places.scratch)
+    weights = CheckpointWeights(checkpoint, device, seed=params.train.seed)
+    if settings.spec is not None:
+        weights.check(settings.spec)
+    step = build_step(config, plan, settings, weights)
+    tracker = MemoryTracker(places.scratch / "memory", device)
+    start = time.perf_counter()
+    with RunLog(places.log) as log, tracker.watch(step.model):
+        outcome = _run(step, batches, validation, params, tracker, log, accelerator)
+        end = {
+            "event": "end",
+            "steps": outcome.steps,
+            "seconds": round(time.perf_counter() - start, 3),
+            "best_step": outcome.best_step,
+            "best_validation_loss": outcome.best_loss,
+            "stopped_early": outcome.stopped_early,
+            "predicted_peak_bytes": predicted.peak_allocated_bytes,
+            "measured_peak_bytes": tracker.peak_allocated_bytes,
+            "measured_reserved_bytes": tracker.peak_reserved_bytes,
+        }
+        log.write(end)
+    if accelerator.is_main_process:
+        write_text_atomically(places.curves, json.dumps(log.curves, indent=1) + "\n")
+        _save(outcome, step.model, params, places.adapter)
+    return end
+
+
+def _run(
+    step: TrainingStep,
+    batches: Batches,
+    validation: TokenizedSplit,
+    params: Params,
+    tracker: MemoryTracker,
+    log: RunLog,
+    accelerator: Any,
+) -> Outcome:
+    def record(content: dict[str, Any]) -> None:
+        if accelerator.is_main_process:
+            log.write(content)
+            progress.show(content)
+        numbers = {k: v for k, v in content.items() if k not in ("event", "step") and v is not None}
+        accelerator.log(numbers, step=content["step"])
+
+    run = Run(
+        step=step,
+        batches=batches,
+        validation=validation.sequences,
+        train=params.train,
+        tracker=tracker,
+        log=record,
+        ranks=Ranks.of(accelerator),
+    )
+    say(f"training {run.total_steps} steps: {step.plan.describe()}")
+    with TrainingProgress(run.total_steps) as progress:
+        outcome = run()
+    accelerator.end_training()
+    return outcome
+
+
+def _save(outcome: Outcome, model: torch.nn.Module, params: Params, folder: Path) -> None:
+    """The adapter that goes on in `folder`, the other of best and last in a folder inside."""
+    described = adapter_config(
+        params.lora,
+        lora_targets(model),
+        base_model=params.model.id,
+        revision=params.model.revision,
+    )
+    best_goes_on = params.train.keep == "best"
+    kept, other = outcome.best, outcome.last
+    if not best_goes_on:
+        kept, other = other, kept
+    save_adapter(folder, kept, described)
+    save_adapter(folder / ("last" if best_goes_on else "best"), other, described)
