@@ -26,6 +26,9 @@ EXCUSED = {
     "fitlora.errors": "names of errors",
     "fitlora.console": "how stages speak to the user",
     "fitlora.units": "bytes in and out of words; the hardware profile, which parses, always runs",
+    "fitlora.report.memory": "lines of text for the user",
+    "fitlora.training.progress": "a bar, or lines, for the user",
+    "fitlora.memory.tracker": "measures; what it measured is not held to be the same bytes again",
 }
 
 CODE = re.compile(r"^\s+- (?:lib|stages)/\S+\.py\s*$")
@@ -168,7 +171,15 @@ def with_code(text: str, code: dict[str, tuple[str, ...]]) -> str:
 
 def main() -> int:
     text = DVC_FILE.read_text(encoding="utf-8")
-    new = with_code(text, {stage: code_of(stage) for stage in stages()})
+    code: dict[str, tuple[str, ...]] = {}
+    for stage in stages():
+        try:
+            code[stage] = code_of(stage)
+        except ValueError as error:
+            print(f"error: {stage}: {error}", file=sys.stderr)
+    new = with_code(text, code)
+    if len(code) < len(stages()):
+        return 1
     if new == text:
         print("dvc.yaml lists what the stages import already")
         return 0
