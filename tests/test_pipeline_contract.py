@@ -45,6 +45,13 @@ _OPTIMIZER = (
 NOT_LISTED: dict[str, dict[str, str]] = {
     "estimate_memory": {f"train.{key}": _NUMBERS for key in _OPTIMIZER},
     "find_batch_size": {f"train.{key}": _NUMBERS for key in (*_OPTIMIZER, "seed")},
+    "merge_and_evaluate": {
+        "data.train": "read where both files are loaded; here only the held-out rows are",
+        **{
+            f"train.{key}": "read where a training step is built; nothing is trained here"
+            for key in (*_OPTIMIZER, "max_gradient_norm", "seed")
+        },
+    },
 }
 # Keys that are listed with their section though the code reads them elsewhere.
 ALSO_LISTED: dict[str, dict[str, str]] = {
