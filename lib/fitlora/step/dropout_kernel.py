@@ -46,7 +46,8 @@ def dropout(
 ) -> None:
     """out (tokens, features) = x masked and scaled, or has it added. row_keys: int32 (tokens,)."""
     tokens, features = x.shape
-    assert x.stride(1) == 1 and out.stride(1) == 1
+    assert x.stride(1) == 1
+    assert out.stride(1) == 1
     key = (stream * 0x21F0AAAD + 0x9E3779B9) & 0xFFFFFFFF
     key -= (1 << 32) * (key >> 31)  # Triton takes 32 signed bits
     grid = (tokens, triton.cdiv(features, _BLOCK))

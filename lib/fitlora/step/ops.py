@@ -7,6 +7,7 @@ allocates inside and frees again is told to the trace by `scratch_bytes`, beside
 calls it.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,7 +55,14 @@ def _dequantize_4bit_cpu(
         )
         scales.add_(nested_offset)
         absmax = scales
-    out.copy_(bnb.dequantize_4bit(packed, absmax, block_size, quant_type, out.shape, out.dtype))
+    # On CPUs with AVX512 bitsandbytes 0.50 is wrong where a row is no whole number of blocks, and slow
+    # for odd rows and blocks of 2048 and more: one long row in blocks of at most 1024 is neither.
+    block = min(block_size, 1024)
+    if block < block_size:
+        absmax = absmax.repeat_interleave(block_size // block)
+    shape = (1, 2 * packed.numel())
+    flat = bnb.dequantize_4bit(packed, absmax, block, quant_type, shape, out.dtype)
+    out.view(-1).copy_(flat.view(-1)[: out.numel()])
 
 
 def _dequantize_4bit_cuda(
@@ -186,7 +194,7 @@ def _segments(lengths: Sequence[int]) -> list[slice]:
     ends = [0]
     for length in lengths:
         ends.append(ends[-1] + length)
-    return [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
 def _window_mask(length: int, window: int, dtype: torch.dtype) -> Tensor | None:

@@ -174,7 +174,9 @@ def _encode(
     for row in rows:
         text = render(tokenizer, row.messages, prompt=False)
         spans = _answer_spans(tokenizer, row, text)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         ids = list(encoded["input_ids"])
         offsets = encoded["offset_mapping"]
         if train_on == "all":

@@ -1,0 +1,1 @@
+"""Each figure's program. `results/` keeps what they printed, on what device, when."""
