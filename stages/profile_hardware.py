@@ -4,7 +4,7 @@ from fitlora.artifacts import HARDWARE, MODEL, SCRATCH, Hardware
 from fitlora.console import run, say
 from fitlora.errors import ArtifactError
 from fitlora.hardware import describe, keep_stable, profile
-from fitlora.model import model_facts
+from fitlora.model_facts import model_facts
 from fitlora.params import read_params
 
 

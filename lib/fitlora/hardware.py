@@ -396,7 +396,7 @@ def _warm_step(device: torch.device, dtype: torch.dtype) -> None:
     attended = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
     x = x + attended.transpose(1, 2).reshape(256, 256) @ weight
     loss = F.cross_entropy((x @ embedding.T).float(), tokens)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     loss.item()
 
 

@@ -1,19 +1,16 @@
 """What the model is: its folder, its config, and its modules without weights."""
 
 import fnmatch
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from fitlora.artifacts import ModelFacts, write_text_atomically
 from fitlora.errors import UserError
 
-CONFIG_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+DEFINITION_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 WEIGHT_FILES = ("*.safetensors",)
 
 
@@ -39,63 +36,13 @@ def resolve_model(model_id: str, revision: str | None, *, weights: bool) -> Path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*CONFIG_FILES, *(WEIGHT_FILES if weights else ())]
+    patterns = [*DEFINITION_FILES, *(WEIGHT_FILES if weights else ())]
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model.id {model_id} at {revision} could not be fetched: {error}"
         ) from None
-
-
-def fingerprint(files: Iterable[Path], cache: Path) -> str | None:
-    """sha256 over the names and contents of files; None where there are none.
-
-    cache: a JSON file that remembers the sum of a file by its path, size and time of change, so that
-    16 GB of weights are read once and not at every run.
-    """
-    try:
-        known = json.loads(cache.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        known = {}
-    total = hashlib.sha256()
-    found = False
-    for file in sorted(files):
-        found = True
-        stat = file.stat()
-        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        if key not in known:
-            known[key] = _digest(file)
-        total.update(f"{file.name}:{known[key]}\n".encode())
-    write_text_atomically(cache, json.dumps(known, indent=0))
-    return total.hexdigest() if found else None
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while chunk := content.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def model_facts(model_id: str, revision: str | None, cache: Path) -> ModelFacts:
-    """Which model `model.id` names, without fetching it."""
-    if not Path(model_id).is_dir():
-        if revision is None:
-            resolve_model(model_id, revision, weights=False)  # says what is missing
-        commit = f"{model_id}@{revision}"
-        return ModelFacts(source=model_id, revision=revision, definition=commit, weights=commit)
-    folder = resolve_model(model_id, revision, weights=False)
-    index = set(folder.glob("*.safetensors.index.json"))
-    definition = {f for pattern in CONFIG_FILES for f in folder.glob(pattern)} - index
-    weights = {f for pattern in WEIGHT_FILES for f in folder.glob(pattern)} | index
-    return ModelFacts(
-        source=model_id,
-        revision=None,
-        definition=fingerprint(definition, cache) or "",
-        weights=fingerprint(weights, cache),
-    )
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -254,7 +254,7 @@ def peft_config(model: nn.Module, lora: LoraParams) -> Any:
         leaves = sorted(set(lora.target_modules))
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=leaves,
         bias="none",

@@ -181,6 +181,12 @@ class LoraLinear(nn.Module, LoraLayer):
     adapter = "default"
     stream = 0
     context: StepContext
+    # peft's, which has no annotations
+    base_layer: AnyFrozenLinear
+    scaling: dict[str, float]
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any
@@ -189,15 +195,15 @@ class LoraLinear(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         assert adapter_name == self.adapter, "one adapter is trained at a time"
-        self.update_layer(adapter_name, kwargs["r"], kwargs["lora_alpha"], config=config)
+        LoraLayer.update_layer(self, adapter_name, kwargs["r"], kwargs["lora_alpha"], config=config)
 
     @property
     def frozen(self) -> AnyFrozenLinear:
-        return cast(AnyFrozenLinear, self.base_layer)
+        return self.base_layer
 
     @property
     def scale(self) -> float:
-        return float(self.scaling[self.adapter])
+        return self.scaling[self.adapter]
 
     @property
     def dropout(self) -> float:
@@ -223,6 +229,6 @@ class LoraLinear(nn.Module, LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
-            return cast(Tensor, self.base_layer(x))
-        a, b = self.lora_A[self.adapter].weight, self.lora_B[self.adapter].weight
+            return cast(Tensor, self.frozen(x))
+        a, b = (cast(nn.Linear, part[self.adapter]).weight for part in (self.lora_A, self.lora_B))
         return cast(Tensor, _LoraProduct.apply(x, a, b, self))

@@ -52,4 +52,4 @@ def recompute(layer: nn.Module) -> None:
 
         return cast(Tensor, _Recomputed.apply(anchor, hidden_states, run))
 
-    layer.forward = recomputed  # type: ignore[method-assign]
+    layer.forward = recomputed

@@ -129,8 +129,8 @@ class CheckpointWeights:
 
     def _state(self, weight: str) -> dict[str, Any]:
         for kind in ("nf4", "fp4"):
-            if state_key(weight, kind) in self.checkpoint:  # type: ignore[arg-type]
-                return decode_state(self.checkpoint.tensor(state_key(weight, kind)))  # type: ignore[arg-type]
+            if state_key(weight, kind) in self.checkpoint:
+                return decode_state(self.checkpoint.tensor(state_key(weight, kind)))
         raise ArtifactError(f"{self.checkpoint.folder} has no quantization state for {weight}")
 
     def check(self, spec: QuantSpec) -> None:
@@ -176,7 +176,7 @@ def fill(model: nn.Module, weights: Weights) -> None:
                 done[id(parameter)] = nn.Parameter(
                     give(name, parameter), requires_grad=parameter.requires_grad
                 )
-            module._parameters[leaf] = done[id(parameter)]  # type: ignore[assignment]
+            module._parameters[leaf] = done[id(parameter)]
         for leaf, buffer in module._buffers.items():
             if buffer is None:
                 continue

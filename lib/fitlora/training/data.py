@@ -96,7 +96,7 @@ def _raise(problems: Sequence[str]) -> None:
 def _check_messages(content: Any) -> list[dict[str, str]]:
     if not isinstance(content, dict) or not isinstance(content.get("messages"), list):
         raise ValueError('no "messages" list')
-    messages = content["messages"]
+    messages: list[dict[str, str]] = content["messages"]
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ValueError(f"message {index} is no object")
