@@ -1,4 +1,4 @@
-"""Stage: what the machine is, how fast its links are, which model it is about -> hardware.json, model.json."""
+"""Stage: what the machine is, and which model it is about -> hardware.json, model.json."""
 
 from fitlora.artifacts import HARDWARE, MODEL, SCRATCH, Hardware
 from fitlora.console import run, say

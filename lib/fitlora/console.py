@@ -1,6 +1,5 @@
 """How stages and commands speak: plain lines, progress with rates, and errors a user can act on."""
 
-import logging
 import sys
 from collections.abc import Callable
 
@@ -14,8 +13,6 @@ def say(text: str = "") -> None:
 
 def run(main: Callable[[], object]) -> None:
     """Runs a stage's `main`; the user's mistakes end in a message and status 2, no traceback."""
-    # On some CPUs bitsandbytes says that an optional kernel from a hub is missing; we never use it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:

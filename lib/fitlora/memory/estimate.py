@@ -1,8 +1,9 @@
 """Peak memory of a Plan before anything runs: the real step, traced on fake tensors.
 
 The step is built as it would be to train, its tensors have shapes and no content, and a trace counts
-what lives when. Two optimizer steps are run (the second has optimizer states from its start), with
-two micro-batches where the Plan accumulates (the second finds gradients there), and an evaluation.
+what lives when. Two optimizer steps are run (the second has optimizer states from its start), the
+second with two micro-batches where the Plan accumulates (its second finds gradients there), and an
+evaluation.
 
 What the trace cannot see is added by name: library workspaces inside the allocator and the CUDA
 context beside it, both measured by the hardware profile. What is left out: the allocator's
@@ -134,8 +135,7 @@ def rehearse(step: TrainingStep, load: Load) -> None:
     """
     plan = step.plan
     heavy = sequences_of(load.train[: plan.micro_batch_size])
-    batch = heavy * min(2, plan.accumulation)
-    for index in range(2):
+    for index, batch in enumerate((heavy, heavy * min(2, plan.accumulation))):
         step.run(batch, step=index, learning_rate=step.settings.train.learning_rate)
     held_out = sequences_of(load.validation[: plan.evaluation_batch_size])
     if held_out:

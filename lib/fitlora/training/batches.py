@@ -1,4 +1,4 @@
-"""Which sequences make up which optimizer step: a function of the seed and the step, and of nothing else.
+"""Which sequences make up which optimizer step: a function of the seed and the step alone.
 
 The first step of a run is made of the longest sequences that the data has, so that a run that would
 run out of memory does so at once and not in its last hour. The rest of the first pass, and every
