@@ -1,0 +1,204 @@
+"""What a model answers: greedy, in batches, and the same as for each prompt alone.
+
+transformers' own `generate` does the decoding, with its own attention: the step's attention is for
+sequences that lie behind each other, and generation pads them to a rectangle and keeps keys and
+values. Prompts are sorted by length, so that little is padding, and padded on the left.
+
+Decoding is greedy whatever the model's generation settings say, with no penalties: the answer is then
+a function of the weights, and two models can be compared. Of those settings only the tokens that end
+an answer are taken.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fitlora.errors import UserError
+from fitlora.evaluation.overflow import each_batch
+from fitlora.step.build import TrainingStep
+from fitlora.training.data import Row, render
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out row to answer. tokens: the prompt up to where the assistant goes on."""
+
+    prompt: str
+    expected: str
+    tokens: tuple[int, ...]
+
+
+def make_questions(rows: Sequence[Row], tokenizer: Any) -> list[Question]:
+    """The rows' last answers as questions, tokenized as in training."""
+    return [
+        Question(
+            prompt=_readable(row.prompt),
+            expected=row.answer.strip(),
+            tokens=tuple(
+                tokenizer(render(tokenizer, row.prompt, prompt=True), add_special_tokens=False)[
+                    "input_ids"
+                ]
+            ),
+        )
+        for row in rows
+    ]
+
+
+def _readable(messages: list[dict[str, str]]) -> str:
+    """The prompt for people: its text, with the speakers where there are several turns."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def end_tokens(folder: Path, config: Any, tokenizer: Any, rows: Sequence[Row]) -> tuple[int, ...]:
+    """Every token that ends an answer, ascending.
+
+    The tokenizer's and the config's end of text, those of generation_config.json in `folder` (chat
+    models list their end of turn there), and what the chat template puts behind an answer, if that is
+    a special token. Raises UserError for a damaged generation_config.json.
+    """
+    found = {tokenizer.eos_token_id, _end_of_turn(tokenizer, rows[0])}
+    found.update(_listed(config.get_text_config().eos_token_id))
+    path = folder / "generation_config.json"
+    if path.is_file():
+        try:
+            found.update(_listed(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")))
+        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+    return tuple(sorted(token for token in found if token is not None))
+
+
+def _listed(tokens: int | list[int] | None) -> list[int]:
+    if tokens is None:
+        return []
+    return tokens if isinstance(tokens, list) else [tokens]
+
+
+def _end_of_turn(tokenizer: Any, row: Row) -> int | None:
+    """The special token that the template closes an answer with; None where it closes with text."""
+    before = render(tokenizer, row.prompt, prompt=True)
+    through = render(tokenizer, row.messages, prompt=False)
+    rest = through.removeprefix(before).strip()  # templates may trim the answer
+    answer = row.answer.strip()
+    if not through.startswith(before) or not rest.startswith(answer):
+        return None
+    tail = tokenizer(rest.removeprefix(answer).strip(), add_special_tokens=False)["input_ids"]
+    return tail[0] if tail and tail[0] in _special_tokens(tokenizer) else None
+
+
+def _special_tokens(tokenizer: Any) -> set[int]:
+    """All of them: chat models have more than the tokenizer has roles for."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(token for token, entry in added if entry.special)}
+
+
+def prompt_limit(config: Any, max_new_tokens: int) -> int | None:
+    """The longest prompt that leaves room for an answer, in tokens; None where nothing limits it.
+
+    Raises UserError where the model has no room for a prompt at all.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return None
+    if positions <= max_new_tokens:
+        raise UserError(
+            f"evaluate.max_new_tokens {max_new_tokens} leaves no room for a prompt: the model has "
+            f"{positions} positions; lower it"
+        )
+    return int(positions - max_new_tokens)
+
+
+@torch.no_grad()
+def generate_answers(
+    step: TrainingStep,
+    questions: Sequence[Question],
+    tokenizer: Any,
+    *,
+    ends: Sequence[int],
+    max_new_tokens: int,
+    rows: int,
+    advance: Callable[[int], None],
+) -> list[str]:
+    """The model's greedy answer to each question, stripped, in the questions' order.
+
+    A prompt that leaves no room for an answer (`prompt_limit`) has the empty one. ends: tokens that end
+    an answer. rows: how many are answered at once, fewer where the device overflows. advance: is
+    called with how many were answered. Raises torch.OutOfMemoryError where a single row is too much.
+    """
+    limit = prompt_limit(cast(Any, step.model).config, max_new_tokens)
+    short = [i for i, q in enumerate(questions) if limit is None or len(q.tokens) <= limit]
+    answers = [""] * len(questions)
+    advance(len(questions) - len(short))
+    # the longest first, so that what overflows does so at the start
+    order = sorted(short, key=lambda i: -len(questions[i].tokens))
+    settings = _greedy(tokenizer, ends, max_new_tokens)
+    with _generating(step.model):
+
+        def answer(batch: Sequence[int]) -> list[list[int]]:
+            return _generate(step, [questions[i].tokens for i in batch], settings)
+
+        for batch, found in each_batch(order, rows, answer):
+            for index, tokens in zip(batch, found, strict=True):
+                text = tokenizer.decode(
+                    tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+                answers[index] = text.strip()
+            advance(len(batch))
+    return answers
+
+
+def _greedy(tokenizer: Any, ends: Sequence[int], max_new_tokens: int) -> Any:
+    from transformers import GenerationConfig
+
+    padding = tokenizer.pad_token_id
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends),
+        pad_token_id=tokenizer.eos_token_id if padding is None else padding,
+        use_cache=True,
+    )
+
+
+@contextmanager
+def _generating(model: Any) -> Iterator[None]:
+    """The model with an attention that knows padding, and without generation settings of its own."""
+    from transformers import GenerationConfig
+
+    attention, settings = model.config._attn_implementation, model.generation_config
+    # sdpa has no soft-capped scores, and transformers then leaves the cap out without a word
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
+    model.generation_config = GenerationConfig()  # generate() fills what ours leaves open from it
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        model.generation_config = settings
+
+
+def _generate(
+    step: TrainingStep, prompts: Sequence[Sequence[int]], settings: Any
+) -> list[list[int]]:
+    """The new tokens of each prompt, without the one that ends them and what follows it."""
+    longest = max(len(prompt) for prompt in prompts)
+    padding = settings.pad_token_id
+    ids = [[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    found = cast(Any, step.model).generate(
+        input_ids=torch.tensor(ids, device=step.device),
+        attention_mask=torch.tensor(mask, device=step.device),
+        generation_config=settings,
+    )
+    ends = set(settings.eos_token_id)
+    answers = []
+    for tokens in found[:, longest:].tolist():
+        stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+        answers.append(tokens[:stop])
+    return answers
