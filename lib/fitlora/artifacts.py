@@ -52,9 +52,9 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 class Record(BaseModel):
-    """A part of an artifact."""
+    """A part of an artifact. Its numbers are finite: JSON has no others."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Artifact(Record):
@@ -79,6 +79,8 @@ class Artifact(Record):
             raise ArtifactError(f"{path} is missing; make it with: dvc repro {cls.STAGE}") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ArtifactError(f"{path} is damaged ({error}); {again}") from None
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read ({error.strerror}); {again}") from None
         if not isinstance(content, Mapping) or content.get("kind") != cls.KIND:
             found = content.get("kind") if isinstance(content, Mapping) else type(content).__name__
             raise ArtifactError(f"{path} is not a FitLoRA {cls.KIND} (it says {found!r}); {again}")

@@ -6,7 +6,7 @@ and the nearest key for a misspelling. The file is YAML 1.2, the version that DV
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +31,7 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML has lists
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelParams(Section):
@@ -114,7 +114,7 @@ class LoraParams(Section):
     r: int = Field(16, ge=1, description="rank of the update matrices")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / r")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on their input")
-    target_modules: Literal["all-linear"] | Names = Field(
+    target_modules: Literal["all-linear"] | Annotated[Names, Field(min_length=1)] = Field(
         "all-linear",
         description="all-linear, or the last parts of the layers' names (q_proj, v_proj)",
     )
@@ -153,10 +153,12 @@ class TrainParams(Section):
     )
     warmup_steps: int = Field(10, ge=0, description="steps of linear rise from 0")
     optimizer: Optimizer = Field("adamw", description="8-bit and paged ones are bitsandbytes'")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1.0e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="memory of AdamW's mean gradient")
+    beta2: float = Field(0.999, ge=0, lt=1, description="memory of its mean squared gradient")
+    epsilon: float = Field(1.0e-8, gt=0, description="keeps its quotient finite")
+    weight_decay: float = Field(
+        0.0, ge=0, description="share of a weight taken off, times the rate"
+    )
     max_gradient_norm: float | None = Field(
         1.0, gt=0, description="gradients are scaled down to this norm; null: never"
     )
@@ -258,28 +260,62 @@ def check_params(content: object, source: str = "params") -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        problems = list(dict.fromkeys(_explain(problem) for problem in error.errors()))
+        problems = _explain(error.errors())
     raise UserError("\n".join([f"{source} has {len(problems)} problem(s):", *problems]))
 
 
-def _explain(problem: Any) -> str:
-    path = [str(part) for part in problem["loc"]]
-    found = problem["input"]
-    if problem["type"] == "extra_forbidden":
-        siblings = [key for key in _every_path() if key.count(".") == len(path) - 1]
-        near = difflib.get_close_matches(".".join(path), siblings, n=1, cutoff=0.6)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"  {'.'.join(path)}: no such key{hint}"
-    # pydantic adds the branch of a union to the path; the key ends where the model's fields end
+# What pydantic says in Python's words, in YAML's.
+_WORDS = {
+    "tuple_type": "should be a list",
+    "model_type": "should be a section with keys of its own",
+    "string_type": "should be text",
+    "missing": "is missing",
+    "too_short": "should not be empty",
+}
+
+
+def _explain(errors: Sequence[Any]) -> list[str]:
+    """One line for each key that is wrong; what a union's branches say of one value is joined."""
     known = set(_every_path())
-    while path and ".".join(path) not in known:
-        path.pop()
-    where = ".".join(path)
-    message = problem["msg"].removeprefix("Value error, ")
-    if not where:
-        return f"  {message}"
-    allowed = _describe(where)
-    return f"  {where}: found {found!r}; {message}{allowed}"
+    unknown: list[str] = []
+    wrong: dict[str, tuple[str, list[str]]] = {}  # by key: what was found, what is allowed
+    for error in errors:
+        path = [str(part) for part in error["loc"]]
+        if error["type"] == "extra_forbidden":
+            unknown.append(f"  {'.'.join(path)}: no such key{_nearest(path, known)}")
+            continue
+        # pydantic adds the branch of a union to the path; the key ends where the model's fields end
+        while path and ".".join(path) not in known:
+            path.pop()
+        message = _WORDS.get(error["type"], error["msg"])
+        message = message.removeprefix("Value error, ").replace("Input should", "should", 1)
+        found = "" if error["type"] == "missing" else f"found {error['input']!r}; "
+        messages = wrong.setdefault(".".join(path), (found, []))[1]
+        if message not in messages:
+            messages.append(message)
+    lines = []
+    for where, (found, messages) in wrong.items():
+        allowed = _join(messages)
+        lines.append(f"  {where}: {found}{allowed}{_describe(where)}" if where else f"  {allowed}")
+    return [*unknown, *lines]
+
+
+def _join(messages: Sequence[str]) -> str:
+    """`["should be 'auto'", "should be text"]` -> `"should be 'auto', or text"`."""
+    start = "should be "
+    if all(message.startswith(start) for message in messages):
+        return start + ", or ".join(message.removeprefix(start) for message in messages)
+    return "; ".join(messages)
+
+
+def _nearest(path: list[str], known: set[str]) -> str:
+    """A hint for a key that does not exist: one spelled like it beside it, or its name elsewhere."""
+    *section, leaf = path
+    beside = {k.rpartition(".")[2]: k for k in known if k.split(".")[:-1] == section}
+    near = difflib.get_close_matches(leaf, beside, n=1, cutoff=0.6)
+    elsewhere = sorted(key for key in known if key.rpartition(".")[2] == leaf)
+    hints = [beside[near[0]]] if near else elsewhere
+    return f"; did you mean {hints[0]}?" if hints else ""
 
 
 def _every_path(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:
