@@ -1,14 +1,14 @@
-"""Which Plan: few traces, straight lines between them, and the first candidate that fits.
-
-Peak memory is close to linear in the tokens of a micro-batch and in the number of layers that
-recompute. Four traces at the corners (one and two micro-batches' worth, no layer and every layer)
-give the plane; candidates are ranked by preference, the plane says which should fit, and the one
-chosen is traced itself before it is believed.
+"""Which Plan: the preferred one that fits, found with a handful of traces.
 
 Preference, until there is a speed model: enough tokens in flight to keep the device busy come first
 (`BUSY_TOKENS`), then as little recomputation as fits, then a larger micro-batch. Recomputing a layer
 costs a third more of its time (one more forward pass beside a forward and a backward); a starved
 device costs more.
+
+Peak memory grows with the micro-batch and falls with the layers that recompute, mostly in straight
+lines, with a bend where the peak moves to another instant of the step. So along each of the two the
+edge of what fits is guessed by a straight line, looked for beside the guess, and then bisected: a
+trace of a large model takes seconds, and no plan is believed that was not traced itself.
 
 This module imports no torch: it is handed the function that estimates.
 """
@@ -28,6 +28,10 @@ from fitlora.units import GIB, MIB, format_bytes
 BUSY_TOKENS = 4096
 # fp32 logits that exist at one time; rows of a large vocabulary are cut to this.
 LOSS_CHUNK_BYTES = 256 * MIB
+
+# How much less the next plan should take where one overflowed that should have fitted: about what an
+# estimate is off by at most, so that a few probes get out of any error that is still to be expected.
+STEP_BACK = 0.03
 
 Estimator = Callable[[Plan], Estimate]
 
@@ -165,23 +169,6 @@ class Search:
         self.seen.append(found)
         return found
 
-    def candidates(self) -> Iterator[Plan]:
-        """Every plan that the user's settings allow, preferred ones first."""
-        share = self.start.sequences_per_device
-        fixed_micro = self.params.plan.micro_batch_size
-        sizes = micro_batch_sizes(share) if fixed_micro == "auto" else [self.start.micro_batch_size]
-        fixed_layers = _recomputed(self.params, self.model)
-        counts: Sequence[int] = (
-            range(self.model.layers + 1) if fixed_layers is None else [len(fixed_layers)]
-        )
-        enough = enough_sequences(sizes, self.tokens)
-        if 0 in counts:  # a larger micro-batch is worth having only where it costs no recomputation
-            for size in (size for size in sizes if size > enough):
-                yield self._plan(size, 0)
-        for size in (size for size in sizes if size <= enough):
-            for count in counts:
-                yield self._plan(size, count)
-
     def _plan(self, micro_batch_size: int, layers: int) -> Plan:
         evaluation = self.params.plan.evaluation_batch_size
         return self.start.replace(
@@ -191,49 +178,81 @@ class Search:
             recompute_layers=tuple(range(layers)),
         )
 
-    def _plane(self) -> Callable[[Plan], float]:
-        """Predicted process bytes of a plan, from traces at the corners of the space."""
-        sizes = sorted({1, min(2, self.start.sequences_per_device)})
-        if self.params.plan.micro_batch_size != "auto":
-            sizes = [self.start.micro_batch_size]
-        layers = sorted({0, self.model.layers})
-        fixed = _recomputed(self.params, self.model)
-        if fixed is not None:
-            layers = [len(fixed)]
-        corner = {
-            (s, c): self._estimate(self._plan(s, c)).process_bytes for s in sizes for c in layers
-        }
-
-        def at(plan: Plan) -> float:
-            x = _share(self.tokens(plan.micro_batch_size), [self.tokens(s) for s in sizes])
-            y = _share(len(plan.recompute_layers), layers)
-            low = corner[sizes[0], layers[0]] * (1 - x) + corner[sizes[-1], layers[0]] * x
-            high = corner[sizes[0], layers[-1]] * (1 - x) + corner[sizes[-1], layers[-1]] * x
-            return low * (1 - y) + high * y
-
-        return at
-
     def fitting(self) -> Iterator[Choice]:
-        """Plans that fit, preferred ones first, each traced itself.
+        """Plans that fit, the preferred one first, each traced itself.
 
-        Raises UserError, with figures, where nothing does.
+        Whoever asks for another one says that the last did not fit in truth: the next takes
+        `STEP_BACK` less. Raises UserError, with figures, where nothing fits from the start.
         """
-        plane = self._plane()
-        found = False
-        budget = self.hardware.budget_bytes
-        tried: set[str] = set()
-        for plan in self.candidates():
-            if plan.fingerprint() in tried:
-                continue
-            tried.add(plan.fingerprint())
-            if plane(plan) > 1.02 * budget:  # the plane is not exact; what is near is traced
-                continue
-            estimate = self._estimate(plan)
-            if estimate.fits:
-                found = True
-                yield Choice(estimate, self._reasons(plan))
-        if not found:
-            raise UserError(self._nothing_fits())
+        best, smallest = self._best(self.hardware.budget_bytes)
+        if best is None:
+            raise UserError(self._nothing_fits(smallest))
+        while best is not None:
+            yield Choice(best, self._reasons(best.plan))
+            best, _ = self._best(int(best.process_bytes * (1 - STEP_BACK)))
+
+    def _best(self, limit: int) -> tuple[Estimate | None, Estimate]:
+        """The preferred plan within `limit` bytes, and the smallest that was looked at."""
+        fixed = _recomputed(self.params, self.model)
+        fewest, most = (0, self.model.layers) if fixed is None else (len(fixed), len(fixed))
+        sizes = [self.start.micro_batch_size]
+        if self.params.plan.micro_batch_size == "auto":
+            sizes = micro_batch_sizes(self.start.sequences_per_device)
+        enough = enough_sequences(sizes, self.tokens)
+        larger = [size for size in reversed(sizes) if size >= enough]
+        smaller = [size for size in reversed(sizes) if size <= enough]
+
+        smallest = self._estimate(self._plan(enough, fewest))
+        if smallest.process_bytes <= limit:
+            if fewest > 0:
+                return smallest, smallest
+            # a larger micro-batch is worth having only where it costs no recomputation
+            return self._last([self._plan(size, 0) for size in larger], limit), smallest
+        micro = enough
+        smallest = self._estimate(self._plan(enough, most))
+        if smallest.process_bytes > limit:
+            smallest = self._estimate(self._plan(smaller[0], most))
+            if smallest.process_bytes > limit:
+                return None, smallest
+            least = self._last([self._plan(size, most) for size in smaller], limit)
+            micro = least.plan.micro_batch_size
+        plans = [self._plan(micro, count) for count in range(most, fewest - 1, -1)]
+        return self._last(plans, limit), smallest
+
+    def _last(self, plans: Sequence[Plan], limit: int) -> Estimate:
+        """The last of `plans` within `limit` bytes. They are in order of memory; the first fits."""
+        low, high = 0, len(plans) - 1
+        if self._estimate(plans[high]).process_bytes <= limit:
+            return self._estimate(plans[high])
+        guesses = 0
+        while high - low > 1:
+            if guesses == 0:
+                at = self._guess(plans, limit)
+            elif guesses == 1:  # beside the guess, on the side where the edge is
+                at = low + 1 if low else high - 1
+            else:
+                at = (low + high) // 2
+            guesses += 1
+            if self._estimate(plans[at]).process_bytes <= limit:
+                low = at
+            else:
+                high = at
+        return self._estimate(plans[low])
+
+    def _guess(self, plans: Sequence[Plan], limit: int) -> int:
+        """Which of `plans` is the last within `limit`, were memory linear between the ends."""
+        ends = [self._estimate(plan).process_bytes for plan in (plans[0], plans[-1])]
+        share = (limit - ends[0]) / max(1, ends[1] - ends[0])
+
+        def place(plan: Plan) -> float:
+            # along one of the two, the other is constant
+            return self.tokens(plan.micro_batch_size) - len(plan.recompute_layers)
+
+        first, last = place(plans[0]), place(plans[-1])
+        within = [
+            i for i, plan in enumerate(plans) if place(plan) <= first + share * (last - first)
+        ]
+        return min(max(1, within[-1] if within else 1), len(plans) - 2)
 
     def _reasons(self, plan: Plan) -> dict[str, str]:
         asked = self.params.plan
@@ -265,8 +284,7 @@ class Search:
             "loss_chunk_tokens": f"fp32 logits stay within {format_bytes(LOSS_CHUNK_BYTES)}",
         }
 
-    def _nothing_fits(self) -> str:
-        least = min(self.seen, key=lambda e: e.process_bytes)
+    def _nothing_fits(self, least: Estimate) -> str:
         asked = self.params.plan
         ways = [
             f"a budget of {-(-least.process_bytes // (GIB // 4)) / 4:.2f} GiB would carry the "
@@ -274,18 +292,14 @@ class Search:
         ]
         if asked.micro_batch_size != "auto" or asked.recompute != "auto":
             ways.append("plan.micro_batch_size and plan.recompute: auto leave more choice")
+        if asked.evaluation_batch_size not in ("auto", 1):
+            ways.append("a lower plan.evaluation_batch_size")
         ways += ["a lower data.max_length", "a lower lora.r", "a smaller model"]
         return (
             f"nothing fits {format_bytes(self.hardware.budget_bytes)}: the smallest plan tried needs "
             f"{format_bytes(least.process_bytes)}, of which weights are "
             f"{format_bytes(least.components.weights)}. Ways out: {'; '.join(ways)}"
         )
-
-
-def _share(value: float, ends: Sequence[float]) -> float:
-    """Where `value` lies between the ends, 0 to 1 and beyond; 0 where they are one point."""
-    span = ends[-1] - ends[0]
-    return (value - ends[0]) / span if span else 0.0
 
 
 def neighbours(plan: Plan, layers: int) -> dict[str, Plan]:
