@@ -21,11 +21,12 @@ import torch
 
 from benchmarks.common import ROOT, make_checkpoint, shape_config, write_result
 from fitlora.artifacts import Hardware, SequenceSize
+from fitlora.device import give_back_memory
 from fitlora.hardware import profile
 from fitlora.memory.estimate import Load, estimate
 from fitlora.params import Params, check_params
 from fitlora.plan import Plan
-from fitlora.planner.probe import give_back_memory, probe
+from fitlora.planner.probe import probe
 from fitlora.planner.search import loss_chunk
 from fitlora.quantization.quantize import quantize_checkpoint
 from fitlora.step.settings import StepSettings

@@ -5,11 +5,10 @@ import torch
 from fitlora import artifacts
 from fitlora.artifacts import Hardware, PlanArtifact
 from fitlora.console import run
-from fitlora.device import limit_memory, torch_device
+from fitlora.device import give_back_memory, limit_memory, torch_device
 from fitlora.evaluation.compare import compare, read_held_out
 from fitlora.evaluation.merge import merge_checkpoint
 from fitlora.evaluation.models import Memory, check_adapter, check_folder, contenders
-from fitlora.evaluation.overflow import give_back_memory
 from fitlora.model import resolve_model
 from fitlora.params import read_params
 

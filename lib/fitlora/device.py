@@ -3,6 +3,7 @@
 Every stage that touches tensors needs this little; how the machine is measured is `fitlora.hardware`.
 """
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -117,3 +118,13 @@ def limit_memory(hardware: Hardware) -> None:
     # Segments that grow leave few holes, so that what is reserved stays near what is allocated.
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     torch.cuda.set_per_process_memory_fraction(hardware.allocator_bytes / total_bytes, device)
+
+
+def give_back_memory() -> None:
+    """Frees what nothing refers to, and hands the allocator's cached blocks back to the driver.
+
+    After an overflow, call it outside the handler: the traceback holds tensors.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

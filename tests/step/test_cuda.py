@@ -44,9 +44,7 @@ def test_attention_agrees_with_the_cpu(kv_heads: int, window: int) -> None:
         )
         return [t.float().cpu() for t in (out, lse, *back)]
 
-    for found, expected in zip(
-        run("cuda", torch.bfloat16), run("cpu", torch.float32), strict=True
-    ):
+    for found, expected in zip(run("cuda", torch.bfloat16), run("cpu", torch.float32), strict=True):
         assert found.shape == expected.shape
         assert (found - expected).norm() / expected.norm() < 0.015
 

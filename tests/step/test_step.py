@@ -1,5 +1,7 @@
 """The step itself: gradients that do not depend on how a batch is split, and that are right."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,22 +62,23 @@ def test_gradients_are_those_of_plain_pytorch(bits: int) -> None:
         labels = torch.tensor(sequence.tokens)[1:]
         labels = labels.masked_fill(~torch.tensor(sequence.learned)[1:], -100)
         (F.cross_entropy(logits, labels, reduction="sum") / total).backward()
-    expected = {
-        name: reference.get_parameter(name).grad for name in found
-    }
+    expected = {name: reference.get_parameter(name).grad for name in found}
     assert steps.distance(found, expected) < 1e-4
 
 
 def test_loss_is_the_mean_over_target_tokens() -> None:
     batch = steps.sequences(5)
-    made = steps.step(steps.plan(effective_batch_size=5, micro_batch_size=2, evaluation_batch_size=3))
+    made = steps.step(
+        steps.plan(effective_batch_size=5, micro_batch_size=2, evaluation_batch_size=3)
+    )
     summed, count = made.evaluate(batch)
     assert count == sum(sum(s.learned[1:]) for s in batch)
     reference = steps.plain_model(made)
     expected = 0.0
     for sequence in batch:
-        logits = reference(input_ids=torch.tensor([sequence.tokens]), use_cache=False).logits[0]
-        chosen = logits.detach().log_softmax(-1)[:-1].gather(1, torch.tensor(sequence.tokens)[1:, None])[:, 0]
+        ids = torch.tensor(sequence.tokens)
+        logits = reference(input_ids=ids[None], use_cache=False).logits[0, :-1].detach()
+        chosen = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         expected -= float(chosen[torch.tensor(sequence.learned)[1:]].sum())
     assert float(summed) == pytest.approx(expected, rel=1e-5)
 
@@ -133,4 +136,4 @@ def test_schedules(schedule: str, middle: float, last: float) -> None:
     assert rates[10] == 1.0
     assert rates[60] == pytest.approx(middle)
     assert rates[110] == pytest.approx(last, abs=1e-12)
-    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:11]))

@@ -14,6 +14,7 @@ import torch
 
 from fitlora.artifacts import Evaluation, Metrics, Sample
 from fitlora.console import say
+from fitlora.device import give_back_memory
 from fitlora.evaluation.answers import (
     Question,
     end_tokens,
@@ -23,7 +24,6 @@ from fitlora.evaluation.answers import (
 )
 from fitlora.evaluation.metrics import exact_match, mean_loss, perplexity
 from fitlora.evaluation.models import Contender, Memory, Place, choose_place, load, on_cpu
-from fitlora.evaluation.overflow import give_back_memory
 from fitlora.evaluation.progress import progress
 from fitlora.model import load_config
 from fitlora.params import DataParams, EvaluateParams

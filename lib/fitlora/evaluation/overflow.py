@@ -1,14 +1,15 @@
-"""Work in batches that become smaller when the device overflows, and the memory that is given back.
+"""Work in batches that become smaller when the device overflows.
 
 How many rows go through a model at once is guessed by a quick bound. The guess is the start only: what
 overflows is tried again with half as many, so that a wrong guess costs time and never the run.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+
+from fitlora.device import give_back_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -37,10 +38,3 @@ def each_batch(
             continue
         # Here and not in the handler, where the traceback still holds the tensors that were too many.
         give_back_memory()
-
-
-def give_back_memory() -> None:
-    """Frees what nothing refers to, and hands the allocator's cached blocks back to the driver."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -5,7 +5,6 @@ what an estimate traces (`rehearse`) is what runs here. On the CPU, which has no
 same trace counts real tensors.
 """
 
-import gc
 import json
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from fitlora.artifacts import Estimate, Hardware, write_text_atomically
-from fitlora.device import limit_memory, torch_device
+from fitlora.device import give_back_memory, limit_memory, torch_device
 from fitlora.memory.estimate import Load, rehearse, sequences_of, trace_step
 from fitlora.plan import Plan
 from fitlora.step.build import TrainingStep, build_step
@@ -81,13 +80,6 @@ def time_step(step: TrainingStep, load: Load) -> tuple[float, int]:
     step.run(batch, step=2, learning_rate=0.0)
     torch.cuda.synchronize(step.device)
     return time.perf_counter() - start, sum(len(s.tokens) for s in batch)
-
-
-def give_back_memory() -> None:
-    """Frees what nothing refers to and hands cached blocks back to the driver."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def write_log(path: Path, predicted: Estimate, probes: Sequence[ProbeResult]) -> None:
