@@ -6,8 +6,10 @@ later pass, is in random order. A run that is continued elsewhere, on another nu
 on with the same sequences.
 """
 
+import math
 import random
 from collections.abc import Sequence
+from fractions import Fraction
 
 from fitlora.errors import UserError
 from fitlora.step.batch import TokenSequence
@@ -35,7 +37,8 @@ class Batches:
 
     def steps_of(self, epochs: float) -> int:
         """Optimizer steps that see every sequence `epochs` times, rounded up."""
-        return -(-int(epochs * len(self.sequences)) // self.size)
+        # 1.1 is meant as written: in floats 1.1 * 10 is more than 11, and would take one step more
+        return math.ceil(Fraction(str(epochs)) * len(self.sequences) / self.size)
 
     def order(self, epoch: int) -> list[int]:
         """Positions of all sequences in the order of pass `epoch` (from 0)."""

@@ -105,6 +105,8 @@ def _check_messages(content: Any) -> list[dict[str, str]]:
             raise ValueError(f"message {index} has role {role!r}, not one of {', '.join(ROLES)}")
         if not isinstance(text, str):
             raise ValueError(f"message {index} has content that is no text")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"message {index} has half a character (a lone surrogate)")
         if role == "assistant" and not text.strip():
             raise ValueError(f"message {index} is an empty answer")
     if not messages or messages[-1]["role"] != "assistant":
@@ -150,7 +152,7 @@ def tokenize(
     sequences: list[TokenSequence] = []
     problems: list[str] = []
     truncated = 0
-    for index, (row, ids, learned) in enumerate(_encode(rows, tokenizer, train_on, problems)):
+    for index, (row, ids, learned) in enumerate(_encode(path, rows, tokenizer, train_on, problems)):
         if len(ids) > max_length:
             truncated += 1
             ids, learned = ids[:max_length], learned[:max_length]
@@ -169,11 +171,18 @@ def tokenize(
 
 
 def _encode(
-    rows: list[Row], tokenizer: Any, train_on: str, problems: list[str]
+    path: Path, rows: list[Row], tokenizer: Any, train_on: str, problems: list[str]
 ) -> Iterator[tuple[Row, list[int], list[bool]]]:
+    """Token ids of each row and which are learned; rows that the template refuses are `problems`."""
+    from jinja2 import TemplateError
+
     for row in rows:
-        text = render(tokenizer, row.messages, prompt=False)
-        spans = _answer_spans(tokenizer, row, text)
+        try:
+            text = render(tokenizer, row.messages, prompt=False)
+            spans = _answer_spans(tokenizer, row, text) if train_on == "answers" else []
+        except TemplateError as error:
+            problems.append(f"{path}:{row.line}: the chat template refuses it ({error})")
+            continue
         encoded = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
