@@ -22,6 +22,13 @@ from fitlora.step.batch import TokenSequence
 from fitlora.step.build import TrainingStep, learning_rate
 from fitlora.training.batches import Batches, share_of
 
+_DIVERGED = (
+    "nothing was saved from there on. A lower train.learning_rate or a longer train.warmup_steps is "
+    "the usual way out"
+)
+# What DVC plots; every point has every one, as its plots need.
+_CURVES = ("loss", "validation_loss", "learning_rate", "tokens_per_second", "allocated_bytes")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -124,10 +131,7 @@ class Run:
         loss, norm = float(result.loss), float(result.gradient_norm)
         seconds = time.perf_counter() - start
         if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of step {index + 1} is {loss}; nothing was saved from there on. "
-                "A lower train.learning_rate or a longer train.warmup_steps is the usual way out"
-            )
+            raise UserError(f"the loss of step {index + 1} is {loss}; {_DIVERGED}")
         tokens = sum(len(s.tokens) for s in batch)
         memory = self.tracker.update(step=index + 1)
         self.log(
@@ -155,6 +159,8 @@ class Run:
         if self.ranks.reduce is not None:
             self.ranks.reduce([totals])
         loss = float(totals[0] / totals[1])
+        if not math.isfinite(loss):
+            raise UserError(f"the validation loss after step {done} is {loss}; {_DIVERGED}")
         self.log(
             {
                 "event": "evaluation",
@@ -167,30 +173,35 @@ class Run:
 
 
 class RunLog:
-    """artifacts/training.jsonl as it grows, and the curves that DVC plots, written at the end."""
+    """artifacts/training.jsonl as it grows, and the curves that DVC plots, written at the end.
 
-    def __init__(self, path: Path) -> None:
+    path: None keeps the points and writes nothing, for the ranks beside the first.
+    """
+
+    def __init__(self, path: Path | None) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
+        self._file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w", encoding="utf-8")
         self._points: dict[int, dict[str, Any]] = {}
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a line, at once."""
-        self._file.write(dump_line(record))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(dump_line(record))
+            self._file.flush()
         if "step" in record:
-            point = self._points.setdefault(record["step"], {"step": record["step"]})
-            kept = ("loss", "validation_loss", "learning_rate", "tokens_per_second")
-            for key in (*kept, "allocated_bytes"):
-                if record.get(key) is not None:
-                    point[key] = record[key]
+            empty = {"step": record["step"], **dict.fromkeys(_CURVES)}
+            point = self._points.setdefault(record["step"], empty)
+            point.update({key: record[key] for key in _CURVES if record.get(key) is not None})
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     @property
     def curves(self) -> list[dict[str, Any]]:

@@ -36,14 +36,14 @@ class Places:
     scratch: Path
 
 
-def train_adapters(
+def train(
     params: Params,
     plan: Plan,
     hardware: Hardware,
     *,
     config: Any,
     checkpoint: Path,
-    train: TokenizedSplit,
+    rows: TokenizedSplit,
     validation: TokenizedSplit,
     places: Places,
 ) -> dict[str, Any]:
@@ -52,9 +52,9 @@ def train_adapters(
     config: the model's transformers config. checkpoint: the folder of its 4-bit (or 16-bit) weights.
     """
     settings = StepSettings.of(params)
-    batches = Batches(train.sequences, plan.effective_batch_size, params.train.seed)
+    batches = Batches(rows.sequences, plan.effective_batch_size, params.train.seed)
     load = Load(
-        sizes(longest(train.sequences, plan.sequences_per_device)),
+        sizes(longest(rows.sequences, plan.sequences_per_device)),
         sizes(longest(validation.sequences, plan.evaluation_batch_size)),
     )
     predicted = estimate(config, plan, settings, load, hardware)
@@ -66,9 +66,13 @@ def train_adapters(
     if settings.spec is not None:
         weights.check(settings.spec)
     step = build_step(config, plan, settings, weights)
-    tracker = MemoryTracker(places.scratch / "memory", device)
+    first = accelerator.is_main_process  # the others would write over its files
+    memory = places.scratch / "memory"
+    tracker = MemoryTracker(
+        memory if first else memory / f"rank{accelerator.process_index}", device
+    )
     start = time.perf_counter()
-    with RunLog(places.log) as log, tracker.watch(step.model):
+    with RunLog(places.log if first else None) as log, tracker.watch(step.model):
         outcome = _run(step, batches, validation, params, tracker, log, accelerator)
         end = {
             "event": "end",
@@ -82,7 +86,7 @@ def train_adapters(
             "measured_reserved_bytes": tracker.peak_reserved_bytes,
         }
         log.write(end)
-    if accelerator.is_main_process:
+    if first:
         write_text_atomically(places.curves, json.dumps(log.curves, indent=1) + "\n")
         _save(outcome, step.model, params, places.adapter)
     return end

@@ -1,0 +1,281 @@
+"""The loop: when it validates, what it keeps, when it stops, and that ranks add up to one process."""
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fitlora.errors import UserError
+from fitlora.memory.tracker import MemoryTracker
+from fitlora.params import TrainParams
+from fitlora.step.batch import TokenSequence
+from fitlora.step.build import TrainingStep
+from fitlora.training.batches import Batches
+from fitlora.training.loop import Outcome, Ranks, Run, RunLog
+from tests.step import steps
+
+ROOT = Path(__file__).parent.parent.parent
+Records = list[dict[str, Any]]
+
+
+class FakeStep:
+    """A step whose losses are a script: what the loop does with them is what is looked at."""
+
+    def __init__(self, validation: Sequence[float] = (), train: Sequence[float] = ()) -> None:
+        self.device = torch.device("cpu")
+        self.validation, self.train = list(validation), list(train)
+        self.done = 0
+        self.rates: list[float] = []
+        self.phase: Any = None
+
+    def run(self, sequences: Any, *, step: int, learning_rate: float, **options: Any) -> Any:
+        assert step == self.done
+        self.done += 1
+        self.rates.append(learning_rate)
+        loss = self.train[step] if self.train else 1.0 / self.done
+
+        class Result:
+            pass
+
+        result: Any = Result()
+        result.loss, result.gradient_norm = torch.tensor(loss), torch.tensor(0.5)
+        return result
+
+    def evaluate(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, int]:
+        loss = self.validation.pop(0)
+        return torch.tensor(loss * len(sequences), dtype=torch.float64), len(sequences)
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        return {"a": torch.tensor(self.done)}
+
+
+def run_fake(
+    folder: Path, step: FakeStep, *, rows: int = 4, **train: Any
+) -> tuple[Outcome, Records]:
+    train = {"max_steps": 10, "evaluate_every": None, **train}
+    records: Records = []
+    run = Run(
+        step=step,  # type: ignore[arg-type]
+        batches=Batches(steps.sequences(4), 2, seed=0),
+        validation=steps.sequences(rows),
+        train=TrainParams.model_validate(train),
+        tracker=MemoryTracker(folder, "cpu"),
+        log=records.append,
+    )
+    return run(), records
+
+
+def validated(records: Records) -> list[int]:
+    return [r["step"] for r in records if r["event"] == "evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("every", "total", "at"),
+    [(3, 10, [3, 6, 9, 10]), (5, 10, [5, 10]), (20, 10, [10]), (None, 10, [10]), (1, 2, [1, 2])],
+)
+def test_validation_every_n_steps_and_at_the_end(
+    every: int | None, total: int, at: list[int], tmp_path: Path
+) -> None:
+    step = FakeStep([1.0] * len(at))
+    outcome, records = run_fake(tmp_path, step, evaluate_every=every, max_steps=total)
+    assert validated(records) == at
+    assert outcome.steps == total
+    assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, total + 1))
+
+
+def test_best_and_last_are_kept(tmp_path: Path) -> None:
+    step = FakeStep([3.0, 1.0, 2.0, 1.0, 4.0])
+    outcome, records = run_fake(tmp_path, step, evaluate_every=2)
+    assert outcome.last == {"a": 10}
+    assert outcome.best == {"a": 4}  # the first of two that are alike
+    assert (outcome.best_step, outcome.best_loss) == (4, 1.0)
+    assert not outcome.stopped_early
+    assert [r["validation_loss"] for r in records if r["event"] == "evaluation"] == [3, 1, 2, 1, 4]
+
+
+def test_without_validation_rows_the_last_is_the_best(tmp_path: Path) -> None:
+    outcome, records = run_fake(tmp_path, FakeStep(), rows=0, evaluate_every=2)
+    assert validated(records) == []
+    assert outcome.best == outcome.last == {"a": 10}
+    assert (outcome.best_step, outcome.best_loss) == (10, None)
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "stops_after"),
+    [
+        ([5.0, 4.0, 4.5, 4.4, 4.3], 2, 4),
+        ([5.0, 4.0, 4.5, 3.0, 3.5, 3.5], 2, 6),  # a better one starts the count again
+        ([5.0, 5.0], 1, 2),  # alike is not better
+        ([5.0, 4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 5, 10),
+        ([5.0] * 10, 9, 10),  # out of patience at the end is no early stop
+    ],
+)
+def test_early_stopping(
+    losses: list[float], patience: int, stops_after: int, tmp_path: Path
+) -> None:
+    outcome, records = run_fake(
+        tmp_path, FakeStep(losses), evaluate_every=1, early_stopping=patience
+    )
+    assert validated(records) == list(range(1, stops_after + 1))
+    assert outcome.stopped_early == (stops_after < 10)
+    assert outcome.last == {"a": stops_after}
+    assert outcome.best == {"a": losses.index(min(losses)) + 1}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_run(value: float, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"loss of step 3 is (nan|inf).*train\.learning_rate"):
+        run_fake(tmp_path, FakeStep(train=[1.0, 1.0, value, 1.0]))
+    with pytest.raises(UserError, match=r"validation loss after step 4 is (nan|inf)"):
+        run_fake(tmp_path, FakeStep([1.0, value]), evaluate_every=2)
+
+
+def test_the_schedule_ends_with_the_run(tmp_path: Path) -> None:
+    step = FakeStep([1.0])
+    run_fake(tmp_path, step, warmup_steps=2, schedule="linear", learning_rate=8.0)
+    assert step.rates[2] == 8.0 == max(step.rates)
+    assert step.rates[-1] == pytest.approx(1.0)  # the next would be 0
+    step = FakeStep([1.0])
+    outcome, _ = run_fake(tmp_path, step, max_steps=None, epochs=3)
+    assert outcome.steps == len(step.rates) == 6
+
+
+def test_curves_have_the_same_keys_at_every_point(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "new" / "training.jsonl") as log:
+        log.write({"event": "step", "step": 2, "loss": 1.0, "learning_rate": 0.1, "tokens": 5})
+        log.write({"event": "evaluation", "step": 2, "validation_loss": 2.0, "seconds": 1.0})
+        log.write({"event": "step", "step": 1, "loss": 3.0, "allocated_bytes": None})
+        lines = (tmp_path / "new" / "training.jsonl").read_text().splitlines()
+        assert len(lines) == 3, "lines are there at once"
+        log.write({"event": "end", "steps": 2})
+    rest = {"tokens_per_second": None, "allocated_bytes": None}
+    assert log.curves == [
+        {"step": 1, "loss": 3.0, "validation_loss": None, "learning_rate": None, **rest},
+        {"step": 2, "loss": 1.0, "validation_loss": 2.0, "learning_rate": 0.1, **rest},
+    ]
+    assert len({tuple(point) for point in log.curves}) == 1
+    assert json.loads(lines[1]) == {
+        "event": "evaluation", "step": 2, "validation_loss": 2.0, "seconds": 1.0,
+    }  # fmt: skip
+
+
+def test_a_rank_beside_the_first_writes_no_log() -> None:
+    with RunLog(None) as log:
+        log.write({"event": "step", "step": 1, "loss": 3.0})
+    assert [point["loss"] for point in log.curves] == [3.0]
+
+
+# --- ranks, on a real step ---------------------------------------------------------------------------
+
+TRAIN = {
+    "max_steps": 4, "warmup_steps": 0, "learning_rate": 2e-2, "evaluate_every": 2,
+    "effective_batch_size": 5,
+}  # fmt: skip
+
+
+def real_step(devices: int) -> TrainingStep:
+    plan = steps.plan(
+        devices=devices,
+        effective_batch_size=5,
+        micro_batch_size=min(2, -(-5 // devices)),
+        evaluation_batch_size=2,
+    )
+    return steps.step(plan, steps.settings(dropout=0.1, **TRAIN))
+
+
+def run_real(folder: Path, step: TrainingStep, ranks: Ranks) -> tuple[Outcome, list[float]]:
+    """Four steps of five sequences; training and validation losses, and the gradients' norms."""
+    records: Records = []
+    run = Run(
+        step=step,
+        batches=Batches(steps.sequences(12), 5, seed=0),
+        validation=steps.sequences(7, seed=1),
+        train=TrainParams.model_validate(TRAIN),
+        tracker=MemoryTracker(folder / str(ranks.rank), "cpu"),
+        log=records.append,
+        ranks=ranks,
+    )
+    outcome = run()
+    losses = [r.get("loss", r.get("validation_loss")) for r in records]
+    norms = [r["gradient_norm"] for r in records if r["event"] == "step"]
+    return outcome, [*losses, *norms]
+
+
+def test_training_learns_and_validation_sees_it(tmp_path: Path) -> None:
+    outcome, losses = run_real(tmp_path, real_step(1), Ranks())
+    assert len(losses) == 4 + 2 + 4
+    assert outcome.best_loss == pytest.approx(min(losses[2], losses[5]))
+    assert any(not torch.equal(outcome.last[n], outcome.best[n]) for n in outcome.last) == (
+        outcome.best_step < 4
+    )
+
+
+@pytest.mark.parametrize("devices", [2, 3, 5])
+def test_ranks_add_up_to_one_process(devices: int, tmp_path: Path) -> None:
+    """Each rank is a thread, and their sum is taken where all of them wait."""
+    barrier = threading.Barrier(devices)
+    shared: dict[int, list[Tensor]] = {}
+
+    def rank(index: int) -> Ranks:
+        def reduce(tensors: Sequence[Tensor]) -> None:
+            shared[index] = [t.clone() for t in tensors]
+            barrier.wait(60)
+            for at, tensor in enumerate(tensors):
+                tensor.copy_(sum(shared[i][at] for i in range(devices)))  # type: ignore[arg-type]
+            barrier.wait(60)
+
+        return Ranks(index, devices, reduce)
+
+    made = [real_step(devices) for _ in range(devices)]  # modules are not made in threads
+    found: dict[int, tuple[Outcome, list[float]]] = {}
+
+    def work(index: int) -> None:
+        try:
+            found[index] = run_real(tmp_path, made[index], rank(index))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(devices)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(devices))
+    whole, losses = run_real(tmp_path, real_step(1), Ranks())
+    for outcome, others in found.values():
+        assert others == pytest.approx(losses, rel=2e-5)
+        for name, tensor in whole.last.items():
+            torch.testing.assert_close(outcome.last[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def _process(rank: int, devices: int, store: str, folder: str) -> None:
+    """One of several processes; the first writes down its losses."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=devices
+    )
+
+    class Accelerator:
+        num_processes, process_index = devices, rank
+
+    _, losses = run_real(Path(folder), real_step(devices), Ranks.of(Accelerator()))
+    torch.distributed.destroy_process_group()
+    (Path(folder) / f"losses{rank}.json").write_text(json.dumps(losses))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_with_gloo_have_the_losses_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(
+        _process, args=(2, str(tmp_path / "store"), str(tmp_path)), nprocs=2, join=True
+    )
+    _, losses = run_real(tmp_path, real_step(1), Ranks())
+    for rank in range(2):
+        found = json.loads((tmp_path / f"losses{rank}.json").read_text())
+        assert found == pytest.approx(losses, rel=2e-5)
