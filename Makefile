@@ -17,6 +17,8 @@ SHELL := /bin/sh
 BIN := $(abspath $(VENV))/bin
 # dvc starts `python`, and that must be the environment's
 WITH_VENV := PATH="$(BIN):$$PATH"
+# Idle threads of a CPU run sleep instead of spinning: beside other work spinning costs tenfold.
+export OMP_WAIT_POLICY ?= passive
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 UV_VERSION := 0.13.9
 

@@ -31,7 +31,7 @@ from fitlora.planner.search import loss_chunk
 from fitlora.quantization.quantize import quantize_checkpoint
 from fitlora.step.settings import StepSettings
 from fitlora.training.data import load_splits
-from fitlora.training.run import Places, train_adapters
+from fitlora.training.run import Places, train
 
 
 def params_for(args: argparse.Namespace, micro_batch: int) -> Params:
@@ -138,7 +138,7 @@ def write_rows(args: argparse.Namespace, rows: int) -> None:
         (args.work / name).write_text((row + "\n") * count)
 
 
-def train(
+def train_case(
     args: argparse.Namespace, micro_batch: int, recompute: str, hardware: Hardware
 ) -> dict[str, Any]:
     """The real loop on the real checkpoint; the log's last record, and the speed of its last step."""
@@ -148,13 +148,13 @@ def train(
     places = Places(
         args.work / "adapter", args.work / "log.jsonl", args.work / "curves.json", args.work / "s"
     )
-    end = train_adapters(
+    end = train(
         params,
         plan_for(args, micro_batch, recompute, hardware.device),
         hardware,
         config=config,
         checkpoint=args.work / "quantized",
-        train=rows,
+        rows=rows,
         validation=validation,
         places=places,
     )
@@ -195,7 +195,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             hardware,
         )
         give_back_memory()
-        trained = train(args, micro_batch, recompute, hardware)
+        trained = train_case(args, micro_batch, recompute, hardware)
         measured = trained["measured_peak_bytes"]
         row = {
             "model": args.model,

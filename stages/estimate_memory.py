@@ -1,58 +1,12 @@
 """Stage: the default plan and its neighbours, in bytes -> memory_estimate.json, dataset.json."""
 
-from fitlora.artifacts import DATASET, HARDWARE, MEMORY_ESTIMATE, Dataset, Hardware, MemoryEstimate
-from fitlora.console import run, say
-from fitlora.memory.estimate import Load, count_parameters, estimate
-from fitlora.model import load_config, resolve_model
+from fitlora.console import run
 from fitlora.params import read_params
-from fitlora.planner.search import ModelSize, default_plan, neighbours
-from fitlora.report.memory import data_lines, estimate_lines
-from fitlora.step.settings import StepSettings
-from fitlora.training.batches import Batches
-from fitlora.training.data import load_splits, longest, sizes
+from fitlora.pipeline.estimate_memory import estimate_memory
 
 
 def main() -> None:
-    params = read_params()
-    trusted = params.model.trust_remote_code
-    hardware = Hardware.read(HARDWARE)
-    folder = resolve_model(params.model.id, params.model.revision, weights=False)
-    config = load_config(folder, trust_remote_code=trusted)
-    model = ModelSize.of(config)
-    train, validation = load_splits(
-        params.data, folder, model.vocabulary, trust_remote_code=trusted
-    )
-    count = params.train.effective_batch_size
-    Batches(train.sequences, count, params.train.seed)  # refuses too few rows, before anything runs
-    dataset = Dataset(
-        train=train.facts,
-        validation=validation.facts,
-        longest_train=sizes(longest(train.sequences, count)),
-        longest_validation=sizes(longest(validation.sequences, count)),
-    )
-    dataset.write(DATASET)
-    for line in data_lines(dataset):
-        say(line)
-
-    load, settings = Load.of(dataset), StepSettings.of(params)
-    start = default_plan(
-        params, hardware, model, load.tokens, sequence_length=dataset.train.length.maximum
-    )
-    parameters, trainable = count_parameters(config, start, settings)
-    result = MemoryEstimate(
-        model=params.model.id,
-        parameters=parameters,
-        trainable_parameters=trainable,
-        budget_bytes=hardware.budget_bytes,
-        default=estimate(config, start, settings, load, hardware),
-        neighbours={
-            name: estimate(config, plan, settings, load, hardware)
-            for name, plan in neighbours(start, model.layers).items()
-        },
-    )
-    result.write(MEMORY_ESTIMATE)
-    for line in estimate_lines(result):
-        say(line)
+    estimate_memory(read_params())
 
 
 if __name__ == "__main__":

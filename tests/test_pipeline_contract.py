@@ -66,6 +66,7 @@ QUANTIZE_CODE = {
     "stages/quantize_model.py",
     "lib/fitlora/checkpoint.py",
     "lib/fitlora/model.py",
+    "lib/fitlora/pipeline/quantize_model.py",
     "lib/fitlora/quantization/layout.py",
     "lib/fitlora/quantization/quantize.py",
     "lib/fitlora/quantization/weight.py",

@@ -9,7 +9,8 @@ from fitlora import console, hardware
 from fitlora.artifacts import HARDWARE, SCRATCH, Hardware
 from stages import profile_hardware
 
-CPU = "hardware:\n  device: cpu\n"
+MODEL = f"model:\n  id: {Path(__file__).parents[2] / 'assets/sample_model'}\n"
+CPU = f"{MODEL}hardware:\n  device: cpu\n"
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_a_wrong_wish_ends_in_a_message_and_leaves_the_artifact(
     profile_hardware.main()
     before = HARDWARE.read_bytes()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    Path("params.yaml").write_text("hardware:\n  device: cuda\n")
+    Path("params.yaml").write_text(f"{MODEL}hardware:\n  device: cuda\n")
     with pytest.raises(SystemExit) as end:
         console.run(profile_hardware.main)
     assert end.value.code == 2

@@ -1,0 +1,46 @@
+"""The Plan, proven by a probe -> plan.json (and logs/probe.json, which nothing depends on)."""
+
+from pathlib import Path
+
+from fitlora.artifacts import (
+    DATASET,
+    HARDWARE,
+    MEMORY_ESTIMATE,
+    PLAN,
+    PROBE_LOG,
+    Dataset,
+    Hardware,
+    MemoryEstimate,
+    PlanArtifact,
+)
+from fitlora.console import say
+from fitlora.memory.estimate import Load
+from fitlora.model import load_config, resolve_model
+from fitlora.params import Params
+from fitlora.planner.find import find_plan
+from fitlora.planner.probe import write_log
+from fitlora.report.memory import plan_lines
+from fitlora.step.settings import StepSettings
+
+
+def find_batch_size(params: Params, root: Path = Path()) -> PlanArtifact:
+    """Searches for the preferred plan that fits, and proves it on the device."""
+    hardware = Hardware.read(root / HARDWARE)
+    known = MemoryEstimate.read(root / MEMORY_ESTIMATE)
+    load = Load.of(Dataset.read(root / DATASET))
+    folder = resolve_model(params.model.id, params.model.revision, weights=False)
+    config = load_config(folder, trust_remote_code=params.model.trust_remote_code)
+    choice, probes = find_plan(
+        config,
+        params,
+        StepSettings.of(params),
+        load,
+        hardware,
+        known=[known.default, *known.neighbours.values()],
+    )
+    artifact = PlanArtifact(plan=choice.plan, reasons=choice.reasons)
+    artifact.write(root / PLAN)
+    write_log(root / PROBE_LOG, choice.estimate, probes)
+    for line in plan_lines(choice.estimate, choice.reasons, probes):
+        say(line)
+    return artifact

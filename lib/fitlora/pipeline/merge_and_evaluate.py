@@ -1,0 +1,61 @@
+"""The merged model, and four models on the held-out rows -> merged_model/, evaluation.json."""
+
+from pathlib import Path
+
+import torch
+
+from fitlora.artifacts import (
+    ADAPTER,
+    EVALUATION,
+    HARDWARE,
+    MERGED_MODEL,
+    PLAN,
+    QUANTIZED_MODEL,
+    Evaluation,
+    Hardware,
+    PlanArtifact,
+)
+from fitlora.device import give_back_memory, limit_memory, torch_device
+from fitlora.evaluation.compare import compare, read_held_out
+from fitlora.evaluation.merge import merge_checkpoint
+from fitlora.evaluation.models import Memory, check_adapter, check_folder, contenders
+from fitlora.model import resolve_model
+from fitlora.params import Params
+
+
+def merge_and_evaluate(params: Params, root: Path = Path()) -> Evaluation:
+    """Merges the adapter and compares base, 4-bit base, adapter and merged model."""
+    plan = PlanArtifact.read(root / PLAN).plan
+    hardware = Hardware.read(root / HARDWARE)
+    original = resolve_model(params.model.id, params.model.revision, weights=True)
+    # All that can be wrong with the inputs is found before the first byte is written.
+    check_folder(root / QUANTIZED_MODEL, "quantize_model")
+    check_adapter(root / ADAPTER, params.lora)
+    held_out = read_held_out(
+        original, params.data, params.evaluate, trust_remote_code=params.model.trust_remote_code
+    )
+    limit_memory(hardware)
+    device = torch_device(hardware)
+    merge_checkpoint(
+        original=original,
+        quantized=root / QUANTIZED_MODEL,
+        adapter=root / ADAPTER,
+        target=root / MERGED_MODEL,
+        base=params.merge.base,
+        device=device,
+        compute_dtype=getattr(torch, plan.compute_dtype),
+    )
+    give_back_memory()
+    models = contenders(
+        original=original,
+        quantized=root / QUANTIZED_MODEL,
+        adapter=root / ADAPTER,
+        merged=root / MERGED_MODEL,
+        quantization=params.quantization,
+        lora=params.lora,
+        trust_remote_code=params.model.trust_remote_code,
+    )
+    memory = Memory(device, hardware.allocator_bytes, hardware.host_budget_bytes)
+    evaluation = compare(models, held_out, plan, memory, samples=params.evaluate.samples)
+    evaluation.write(root / EVALUATION)
+    return evaluation
