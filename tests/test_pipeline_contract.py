@@ -67,8 +67,10 @@ QUANTIZE_CODE = {
     "lib/fitlora/checkpoint.py",
     "lib/fitlora/model.py",
     "lib/fitlora/pipeline/quantize_model.py",
+    "lib/fitlora/quantization/codes.py",
     "lib/fitlora/quantization/layout.py",
     "lib/fitlora/quantization/quantize.py",
+    "lib/fitlora/quantization/reciprocal.py",
     "lib/fitlora/quantization/weight.py",
     "lib/fitlora/quantization/writer.py",
 }

@@ -1,13 +1,23 @@
 """One weight to 4 bits: bitsandbytes' own parts, whatever the chunks."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from bitsandbytes import functional
 
 from fitlora.errors import UserError
 from fitlora.quantization import weight as module
-from fitlora.quantization.layout import QuantSpec, decode_state, find_state, part_names, spec_of
-from fitlora.quantization.weight import quantize_weight, require_finite
+from fitlora.quantization.codes import quantize_4bit, quantize_8bit
+from fitlora.quantization.layout import (
+    QuantSpec,
+    decode_state,
+    encode_state,
+    find_state,
+    part_names,
+    spec_of,
+)
+from fitlora.quantization.weight import exact_mean, quantize_weight, require_finite
 from tests.tiny_models import dequantized
 
 CPU = torch.device("cpu")
@@ -26,7 +36,7 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(64, 128), (95, 63), (3, 7)], ids=str)
-def test_parts_are_those_of_bitsandbytes(
+def test_parts_are_laid_out_as_bitsandbytes_does(
     spec: QuantSpec, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     weight = noise(*shape, dtype=dtype)
@@ -36,20 +46,55 @@ def test_parts_are_those_of_bitsandbytes(
     )
     expected = {"w": packed} | {f"w.{k}": v for k, v in state.as_dict(packed=True).items()}
     assert parts.keys() == expected.keys() == set(part_names("w", spec))
-    for name, part in parts.items():
-        assert part.dtype == expected[name].dtype
-        assert torch.equal(part, expected[name]), name
     key = find_state(parts, "w")
     assert key is not None
+    for name, part in parts.items():
+        assert part.dtype == expected[name].dtype
+        if name == key:
+            ours, theirs = decode_state(part), decode_state(expected[name])
+            assert list(ours) == list(theirs)  # their order too
+            assert ours.pop("nested_offset", 0) == pytest.approx(theirs.pop("nested_offset", 0))
+            assert ours == theirs
+        else:
+            assert part.shape == expected[name].shape
+    assert torch.equal(parts["w.quant_map"], expected["w.quant_map"])
+    if not spec.double:  # which no kernel rounds
+        assert torch.equal(parts["w.absmax"], expected["w.absmax"])
     assert spec_of(decode_state(parts[key])) == spec
+    assert parts[key].tolist() == encode_state(decode_state(parts[key])).tolist()
+
+
+def test_codes_and_scales_are_put_together_from_blocks() -> None:
+    weight, spec = noise(95, 63, dtype=torch.bfloat16), QuantSpec("nf4", 64, double=True)
+    parts = quantize_weight("w", weight, spec, CPU)
+    packed, absmax = quantize_4bit(weight.view(-1), 64, "nf4")
+    assert torch.equal(parts["w"][:, 0], packed)
+    scales, nested = quantize_8bit(absmax - exact_mean(absmax), 256)
+    assert torch.equal(parts["w.absmax"], scales)
+    assert torch.equal(parts["w.nested_absmax"], nested)
+
+
+def test_the_mean_is_rounded_once() -> None:
+    values = noise(10_007).abs() * torch.exp2(noise(10_007).mul(9).round())
+    exact = sum(map(Fraction, values.tolist())) / len(values)
+    mean = exact_mean(values)
+    assert mean.dtype == torch.float32
+    assert mean.item() == torch.tensor(float(exact), dtype=torch.float64).float().item()
+    assert torch.equal(mean, exact_mean(values.flip(0)))
+    # float32 sums and even float64 sums in order lose what is small beside the rest
+    huge = torch.tensor([3.0e38, 1.0, 3.0e38, 2.0**-126] * 3)
+    assert exact_mean(huge).item() == huge.double().mean().float().item()
+    assert torch.isinf(huge.sum())
+    assert exact_mean(torch.zeros(5)).item() == 0.0
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_chunks_change_nothing(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = noise(203, 101)
     whole = quantize_weight("w", weight, spec, CPU)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 4096)
-    assert len(module.chunks(weight)) == 6
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 8192)
+    monkeypatch.setattr(module, "_CACHED_ELEMENTS", 4096)
+    assert len(module.chunks(weight)) == 3
     pieces = quantize_weight("w", weight, spec, CPU)
     assert pieces.keys() == whole.keys()
     assert all(torch.equal(pieces[name], whole[name]) for name in whole)

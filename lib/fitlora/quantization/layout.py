@@ -14,7 +14,10 @@ A weight `W: (out, in)` becomes, beside each other in the same safetensors file,
 Stock transformers and bitsandbytes read exactly this (bitsandbytes `QuantState.as_dict(packed=True)`).
 """
 
+import functools
+import itertools
 import json
+import struct
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,9 +81,53 @@ def decode_state(tensor: torch.Tensor) -> dict[str, Any]:
     return content
 
 
-def nested_code() -> torch.Tensor:
-    """The code book of the 8-bit scales: float32 (256,), bitsandbytes' dynamic map."""
-    from bitsandbytes.functional import create_dynamic_map
+def to_float32(number: float) -> float:
+    """The nearest float32."""
+    value: float = struct.unpack("<f", struct.pack("<f", number))[0]
+    return value
 
-    code: torch.Tensor = create_dynamic_map()
-    return code.to(torch.float32)
+
+@functools.cache
+def code_book(kind: QuantType) -> torch.Tensor:
+    """What the 4-bit codes stand for, as a part of the scale: float32 (16,).
+
+    NF4: appendix E of the QLoRA paper (Dettmers et al., 2023), as bitsandbytes has it in float32.
+    FP4: a sign, two bits of exponent and one of fraction, over the largest.
+    """
+    if kind == "nf4":
+        values = [
+            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+            -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+            0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        ]  # fmt: skip
+    else:
+        magnitudes = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]
+        values = [m / 12.0 for m in magnitudes] + [0.0 - m / 12.0 for m in magnitudes]
+    return torch.tensor(values, dtype=torch.float32)
+
+
+@functools.cache
+def nested_code() -> torch.Tensor:
+    """What the 8-bit codes stand for: float32 (256,), ascending; bitsandbytes' `create_dynamic_map`.
+
+    Dettmers, 8-Bit Approximations for Parallelism in Deep Learning (2015): decades from 1e-6 to 1, the
+    k-th with 2**k numbers a sign, each the middle of its part of [0.1, 1]; 0 and 1. bitsandbytes
+    computes it in float32 with vector instructions that differ between machines, so every rounding is
+    spelled out here, from double precision, where the steps are exact enough to round but once.
+    """
+    values = [0.0, 1.0]
+    for k in range(7):
+        step = to_float32(to_float32(0.9) / 2**k)
+        halves = 2**k + 1
+        ends = [
+            to_float32(to_float32(0.1) + step * i)
+            if i < halves / 2
+            else to_float32(1.0 - step * (halves - 1 - i))
+            for i in range(halves)
+        ]
+        for low, high in itertools.pairwise(ends):
+            middle = to_float32(to_float32(low + high) / 2)
+            value = to_float32(to_float32(10.0 ** (k - 6)) * middle)
+            values += [value, -value]
+    return torch.tensor(sorted(values), dtype=torch.float32)

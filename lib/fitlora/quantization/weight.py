@@ -1,18 +1,33 @@
-"""One weight from 16 or 32 bits to 4.
+"""One weight from 16 or 32 bits to 4: the tensors that bitsandbytes would store, byte for byte.
 
-Blocks are quantized independently of each other, so a weight goes through in chunks of whole blocks
-and the result does not depend on the chunk; temporaries stay small for any size of layer, on the host
-and on a GPU. bitsandbytes' own kernels do the work, and what they leave open stays so: the bytes of
-the CPU and of a GPU differ in rounding.
+Blocks are quantized independently of each other, so a weight goes through in pieces of whole blocks
+and the result does not depend on the pieces; temporaries stay small for any size of layer, on the host
+and on a GPU. The codes are those of bitsandbytes' CUDA kernels, wherever they are computed (`codes`).
+
+In one thing there is no kernel to agree with: double quantization subtracts the mean of a weight's
+scales, and CUDA sums in an order that depends on the card. Here it is the exact sum divided once.
 """
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fitlora.checkpoint import TensorInfo
 from fitlora.errors import UserError
-from fitlora.quantization.layout import NESTED_BLOCK_SIZE, QuantSpec
+from fitlora.quantization.codes import quantize_4bit, quantize_8bit
+from fitlora.quantization.layout import (
+    NESTED_BLOCK_SIZE,
+    QuantSpec,
+    code_book,
+    encode_state,
+    nested_code,
+    part_names,
+)
 
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB in float32; a multiple of every block size
+_CACHED_ELEMENTS = 1 << 18  # what a CPU's cache holds with the temporaries; likewise
 
 
 def quantize_weight(
@@ -24,38 +39,65 @@ def quantize_weight(
     last half byte zero's code. device: where the work is done. Raises UserError for a weight with
     elements that are not finite.
     """
-    from bitsandbytes import functional
+    info = TensorInfo(weight.dtype, tuple(weight.shape))
+    return quantize_pieces(name, info, (piece.to(device) for piece in chunks(weight)), spec)
 
-    codes, scales, code_book = [], [], None
-    for chunk in chunks(weight):
-        chunk = chunk.to(device)
-        require_finite(name, chunk)
-        packed, state = functional.quantize_4bit(
-            chunk, blocksize=spec.block_size, quant_type=spec.type
-        )
-        codes.append(packed.cpu())
-        scales.append(state.absmax)
-        code_book = state.code
-    absmax = torch.cat(scales)
-    offset = nested = None
-    if spec.double:
-        offset = absmax.mean()
-        absmax, nested = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
-    state = functional.QuantState(
-        absmax=absmax,
-        shape=weight.shape,
-        code=code_book,
-        blocksize=spec.block_size,
-        quant_type=spec.type,
-        dtype=weight.dtype,
-        offset=offset,
-        state2=nested,
-    )
-    parts: dict[str, Tensor] = state.as_dict(packed=True)
-    return {
-        name: torch.cat(codes),
-        **{f"{name}.{suffix}": part.cpu() for suffix, part in parts.items()},
+
+def quantize_pieces(
+    name: str, info: TensorInfo, pieces: Iterable[Tensor], spec: QuantSpec
+) -> dict[str, Tensor]:
+    """`quantize_weight` of a weight that comes in flat pieces, on the device where the work is done.
+
+    All pieces but the last are of CHUNK_ELEMENTS. info: the whole weight's dtype and shape.
+    """
+    count = info.bytes // info.dtype.itemsize
+    codes = torch.empty(spec.packed_bytes(count), 1, dtype=torch.uint8)
+    scales = torch.empty(spec.blocks(count), dtype=torch.float32)
+    start = 0
+    for piece in pieces:
+        step = piece.numel() if piece.is_cuda else _CACHED_ELEMENTS
+        for part in torch.split(piece, step):
+            packed, absmax = quantize_4bit(part, spec.block_size, spec.type)
+            codes[start // 2 :][: len(packed), 0] = packed
+            scales[start // spec.block_size :][: len(absmax)] = absmax
+            start += part.numel()
+        # The largest of a block is finite only if all of it is.
+        first = (start - piece.numel()) // spec.block_size
+        if not torch.isfinite(scales[first : spec.blocks(start)]).all():
+            require_finite(name, piece)
+    assert start == count, name
+    state: dict[str, Any] = {
+        "quant_type": spec.type,
+        "blocksize": spec.block_size,
+        "dtype": str(info.dtype).removeprefix("torch."),
+        "shape": list(info.shape),
     }
+    tensors = [codes, scales, code_book(spec.type)]
+    if spec.double:
+        offset = exact_mean(scales)
+        tensors[1], nested = quantize_8bit(scales - offset, NESTED_BLOCK_SIZE)
+        tensors += [nested, nested_code()]
+        state |= {
+            "nested_blocksize": NESTED_BLOCK_SIZE,
+            "nested_dtype": "float32",
+            "nested_offset": offset.item(),
+        }
+    tensors.append(encode_state(state))
+    return dict(zip(part_names(name, spec), tensors, strict=True))
+
+
+def exact_mean(values: Tensor) -> Tensor:
+    """The mean of positive finite float32 numbers, correctly rounded to float64 and then to float32.
+
+    Summed as integers, one sum for each exponent, so that no order matters. Subnormals count as 0.
+    """
+    bits = values.view(torch.int32)
+    exponents = (bits >> 23).to(torch.int64)
+    mantissas = (bits & 0x7FFFFF | 0x800000).to(torch.int64)
+    sums = torch.zeros(256, dtype=torch.int64).index_add_(0, exponents, mantissas).tolist()
+    total = sum(value << exponent for exponent, value in enumerate(sums) if exponent)
+    # A number is its mantissa times 2**(exponent - 150); a quotient of ints is rounded correctly.
+    return torch.tensor(total / (len(values) << 150), dtype=torch.float64).to(torch.float32)
 
 
 def chunks(values: Tensor) -> tuple[Tensor, ...]:
