@@ -195,8 +195,10 @@ class Dataset(Artifact):
     KIND: ClassVar[str] = "dataset"
     STAGE: ClassVar[str] = "estimate_memory"
 
-    train: Split
-    validation: Split
+    train: Split | None = Field(
+        description="None where the model's folder has no tokenizer: then lengths are assumed"
+    )
+    validation: Split | None
     longest_train: tuple[SequenceSize, ...] = Field(
         strict=False, description="the longest sequences, longest first, one effective batch"
     )

@@ -45,6 +45,12 @@ def resolve_model(model_id: str, revision: str | None, *, weights: bool) -> Path
         ) from None
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder has any file that a tokenizer is loaded from."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return any((folder / name).is_file() for name in names)
+
+
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's transformers config; raises UserError for an unknown or unreadable one."""
     from transformers import AutoConfig

@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
-from fitlora.artifacts import DATASET, HARDWARE, MEMORY_ESTIMATE, Dataset, Hardware, MemoryEstimate
+from fitlora.artifacts import (
+    DATASET,
+    HARDWARE,
+    MEMORY_ESTIMATE,
+    Dataset,
+    Hardware,
+    MemoryEstimate,
+    SequenceSize,
+)
 from fitlora.console import say
 from fitlora.memory.estimate import Load, count_parameters, estimate
-from fitlora.model import load_config, resolve_model
+from fitlora.model import has_tokenizer, load_config, resolve_model
 from fitlora.params import Params
 from fitlora.planner.search import ModelSize, default_plan, neighbours
 from fitlora.report.memory import data_lines, estimate_lines
@@ -21,25 +29,13 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
     folder = resolve_model(params.model.id, params.model.revision, weights=False)
     config = load_config(folder, trust_remote_code=trusted)
     model = ModelSize.of(config)
-    train, validation = load_splits(
-        params.data, folder, model.vocabulary, trust_remote_code=trusted
-    )
-    count = params.train.effective_batch_size
-    Batches(train.sequences, count, params.train.seed)  # refuses too few rows, before anything runs
-    dataset = Dataset(
-        train=train.facts,
-        validation=validation.facts,
-        longest_train=sizes(longest(train.sequences, count)),
-        longest_validation=sizes(longest(validation.sequences, count)),
-    )
+    dataset = read_dataset(params, folder, model.vocabulary)
     dataset.write(root / DATASET)
     for line in data_lines(dataset):
         say(line)
 
     load, settings = Load.of(dataset), StepSettings.of(params)
-    start = default_plan(
-        params, hardware, model, load.tokens, sequence_length=dataset.train.length.maximum
-    )
+    start = default_plan(params, hardware, model, load.tokens, sequence_length=load.train[0].tokens)
     parameters, trainable = count_parameters(config, start, settings)
     result = MemoryEstimate(
         model=params.model.id,
@@ -56,3 +52,27 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
     for line in estimate_lines(result):
         say(line)
     return result
+
+
+def read_dataset(params: Params, folder: Path, vocabulary: int) -> Dataset:
+    """The data as the model's tokenizer sees it; lengths are assumed where it comes without one.
+
+    Raises UserError for bad rows, and for fewer rows than an effective batch.
+    """
+    count = params.train.effective_batch_size
+    if not has_tokenizer(folder):
+        limit = params.data.max_length
+        assumed = (SequenceSize(tokens=limit, target_tokens=limit - 1),) * count
+        return Dataset(
+            train=None, validation=None, longest_train=assumed, longest_validation=assumed
+        )
+    train, validation = load_splits(
+        params.data, folder, vocabulary, trust_remote_code=params.model.trust_remote_code
+    )
+    Batches(train.sequences, count, params.train.seed)  # refuses too few rows, before anything runs
+    return Dataset(
+        train=train.facts,
+        validation=validation.facts,
+        longest_train=sizes(longest(train.sequences, count)),
+        longest_validation=sizes(longest(validation.sequences, count)),
+    )

@@ -11,7 +11,13 @@ from fitlora.units import format_bytes
 def data_lines(dataset: Dataset) -> Iterator[str]:
     """How many rows there are and how long they come out."""
     for name, split in (("train", dataset.train), ("validation", dataset.validation)):
-        yield f"{name:<11}{_split(split)}"
+        if split is not None:
+            yield f"{name:<11}{_split(split)}"
+    if dataset.train is None:
+        yield (
+            "no tokenizer with the model, so no rows were read: planning for sequences of "
+            f"{dataset.longest_train[0].tokens} tokens (data.max_length), all learned"
+        )
 
 
 def _split(split: Split) -> str:
