@@ -114,7 +114,7 @@ class MemoryTrace(TorchDispatchMode):
     def watch(self, tensors: Iterable[Tensor]) -> None:
         """Counts tensors that were made before the trace began."""
         for tensor in tensors:
-            self._see(tensor, "")
+            self._see(tensor)
         self._raise_peak("")
 
     def blocks_of(self, tensors: Iterable[Tensor]) -> set[int]:
@@ -130,19 +130,17 @@ class MemoryTrace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         scratch = scratch_bytes.get(func._schema.name)
-        if scratch is not None:
-            extra = sum(self._size(block) for block in scratch(*args))
-            self._raise_peak(func._schema.name, extra)
+        extra = 0 if scratch is None else sum(self._size(block) for block in scratch(*args))
         out = func(*args, **(kwargs or {}))
         grown = False
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                grown |= self._see(leaf, func._schema.name)
-        if grown:
-            self._raise_peak(func._schema.name)
+                grown |= self._see(leaf)
+        if grown or extra:  # a kernel has its outputs and its scratch at the same time
+            self._raise_peak(func._schema.name, extra)
         return out
 
-    def _see(self, tensor: Tensor, operator: str) -> bool:
+    def _see(self, tensor: Tensor) -> bool:
         if tensor.device.type == "meta":
             return False
         storage = tensor.untyped_storage()

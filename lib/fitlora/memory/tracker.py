@@ -111,6 +111,8 @@ class MemoryTracker:
         self._phases.clear()
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
+        elif self._trace is not None:
+            self._trace.reset_peak()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(dump_line(line))
         return line

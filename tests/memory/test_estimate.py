@@ -1,0 +1,209 @@
+"""Estimates of a tiny model: equal to what the same step takes on real tensors, to the byte."""
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from fitlora.artifacts import Hardware, Rates, SequenceSize
+from fitlora.memory import estimate as memory_estimate
+from fitlora.memory.estimate import (
+    FRAGMENTATION,
+    Load,
+    TraceResult,
+    count_parameters,
+    estimate,
+    sequences_of,
+    trace_step,
+)
+from fitlora.plan import Plan
+from fitlora.step.settings import StepSettings
+from fitlora.step.weights import RandomWeights
+from tests.step import steps
+
+CONFIG = steps.config()
+SETTINGS = steps.settings()
+LOAD = Load(
+    [SequenceSize(tokens=t, target_tokens=t // 2) for t in (90, 90, 71, 64, 40, 12, 9)],
+    [SequenceSize(tokens=t, target_tokens=t - 1) for t in (80, 50, 33, 8)],
+)
+
+
+def hardware(**changes: Any) -> Hardware:
+    base: dict[str, Any] = {
+        "device": "cpu", "gpus": (), "cpu_name": "", "cpu_cores": 1, "host_memory_bytes": 1,
+        "host_budget_bytes": 1, "budget_bytes": 2**30, "context_bytes": 0, "workspace_bytes": 0,
+        "rates": Rates(
+            host_to_device_bytes_per_second=None, device_to_host_bytes_per_second=None,
+            device_copy_bytes_per_second=None, disk_read_bytes_per_second=None,
+            product_flops_per_second={},
+        ),
+        "target": None,
+    }  # fmt: skip
+    return Hardware.model_validate({**base, **changes})
+
+
+@cache
+def traced(
+    plan: Plan,
+    settings: StepSettings | None = None,
+    *,
+    real: bool = False,
+    **changes: Any,
+) -> TraceResult:
+    """changes: keys of the model's config. Remembered, as a trace takes most of a second."""
+    weights = RandomWeights(torch.device("cpu")) if real else None
+    return trace_step(steps.config(**changes), plan, settings or SETTINGS, LOAD, weights)
+
+
+def drawn(count: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Plans and settings at random, with every choice of each at least once."""
+    draw = random.Random(4)
+    found = []
+    for index in range(count):
+        plan = {
+            "micro_batch_size": draw.randint(1, 7),
+            "evaluation_batch_size": draw.randint(1, 4),
+            "recompute_layers": [(), (0,), (1,), (0, 1)][index % 4],
+            "optimizer": ["adamw", "adamw_8bit"][index // 2 % 2],
+            "loss_chunk_tokens": draw.choice([7, 50, 4096]),
+            "compute_dtype": draw.choice(["float32", "bfloat16"]),
+        }
+        found.append((plan, {"bits": [4, 4, 16][index % 3], "dropout": [0.0, 0.1][index % 2]}))
+    return found
+
+
+@pytest.mark.parametrize(("plan", "settings"), drawn(5))
+def test_fake_tensors_take_what_real_ones_take(
+    plan: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    made = steps.plan(**plan), steps.settings(**settings)
+    fake, real = traced(*made), traced(*made, real=True)
+    # but for buffers, which are where they should be on the CPU, and are copied to a device
+    sizes = [r.phase_peak_bytes.pop("load") for r in (fake, real)]
+    assert 0 <= sizes[0] - sizes[1] <= 4096
+    assert fake == real
+
+
+def test_the_same_plan_gives_the_same_estimate() -> None:
+    again = trace_step(CONFIG, steps.plan(), SETTINGS, LOAD)
+    assert again == traced(steps.plan())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"micro_batch_size": 1, "recompute_layers": (0, 1)}, {"optimizer": "adamw_8bit"}]
+)
+def test_components_add_up_to_the_peak(changes: dict[str, Any]) -> None:
+    here = hardware(workspace_bytes=1000)
+    found = estimate(CONFIG, steps.plan(**changes), SETTINGS, LOAD, here)
+    assert found.components.total == found.peak_allocated_bytes
+    assert found.components.library_workspaces == 1000
+    assert max(found.phase_peak_bytes.values()) == found.peak_allocated_bytes - 1000
+    assert min(found.components.model_dump().values()) >= 0
+
+
+def test_components_are_what_they_say() -> None:
+    plan, settings = steps.plan(micro_batch_size=3), steps.settings(bits=16, dropout=0.0)
+    found = traced(plan, settings).components
+    whole, adapters = count_parameters(CONFIG, plan, settings)
+    model = steps.step(plan, settings).model
+    assert adapters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert whole == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    # every size here is a multiple of 512 bytes but for the buffers and the counts of AdamW
+    assert found["adapters"] == 4 * adapters
+    assert 4 * whole <= found["weights"] <= 4 * whole + 4096
+    assert found["optimizer_states"] >= 2 * 4 * adapters
+    assert 0 <= found["optimizer_states"] - 2 * 4 * adapters <= 512 * 28
+    assert found["gradients"] <= 4 * adapters
+    assert found["activations"] > 0
+
+
+def test_four_bits_take_less_than_sixteen() -> None:
+    weights = [traced(steps.plan(), steps.settings(bits=b)).components["weights"] for b in (4, 16)]
+    assert weights[0] < weights[1]
+
+
+def test_it_grows_with_the_micro_batch() -> None:
+    peaks = [traced(steps.plan(micro_batch_size=m)).peak_bytes for m in (2, 7)]
+    assert peaks == sorted(set(peaks))
+
+
+def test_it_shrinks_with_recomputation() -> None:
+    """But for the last layer's, which is the first in backward and has all its activations there."""
+    none, one, two = (
+        traced(steps.plan(recompute_layers=layers)).peak_bytes for layers in ((), (0,), (0, 1))
+    )
+    assert none - one > 1_000_000
+    assert two == pytest.approx(one, rel=0.02)
+
+
+def test_a_change_of_the_loss_chunk_shows() -> None:
+    targets = sum(size.target_tokens for size in LOAD.train)
+    plan = steps.plan(recompute_layers=(0, 1))
+    whole, same, small = (
+        traced(plan.replace(loss_chunk_tokens=n), vocab_size=4096).phase_peak_bytes["forward"]
+        for n in (4096, targets, targets // 3)
+    )
+    assert whole == same
+    assert whole - small > targets * 4096 * 4 // 2  # two thirds of the logits
+
+
+def test_accumulation_finds_gradients_there() -> None:
+    """Two micro-batches of three take more than one: the first one's gradients."""
+    once = traced(steps.plan(effective_batch_size=3, micro_batch_size=3, evaluation_batch_size=1))
+    twice = traced(steps.plan(effective_batch_size=6, micro_batch_size=3, evaluation_batch_size=1))
+    often = traced(steps.plan(effective_batch_size=7, micro_batch_size=3, evaluation_batch_size=1))
+    assert twice.phase_peak_bytes["forward"] > once.phase_peak_bytes["forward"]
+    assert often == twice
+
+
+def test_evaluation_is_traced() -> None:
+    peaks = {}
+    for size in (1, 4):
+        found = traced(steps.plan(micro_batch_size=1, evaluation_batch_size=size))
+        peaks[size] = found.phase_peak_bytes["evaluation"]
+        assert set(found.phase_peak_bytes) >= {
+            "load", "forward", "backward", "optimizer", "evaluation",
+        }  # fmt: skip
+    assert peaks[4] > peaks[1]
+
+
+def test_a_large_evaluation_batch_is_the_peak() -> None:
+    load = Load(LOAD.train[-1:], [SequenceSize(tokens=2000, target_tokens=1999)])
+    plan = steps.plan(effective_batch_size=1, micro_batch_size=1, evaluation_batch_size=1)
+    found = trace_step(CONFIG, plan, steps.settings(), load)
+    assert found.instant.startswith("evaluation")
+    assert found.peak_bytes == found.phase_peak_bytes["evaluation"]
+
+
+def test_without_validation_rows() -> None:
+    found = trace_step(CONFIG, steps.plan(), steps.settings(), Load(LOAD.train, []))
+    assert "evaluation" not in found.phase_peak_bytes
+
+
+def test_what_fits_counts_context_and_fragmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = traced(steps.plan()).peak_bytes
+    monkeypatch.setattr(memory_estimate, "trace_step", lambda *arguments: traced(steps.plan()))
+    process = int((peak + 512) * (1 + FRAGMENTATION)) + 10_000
+    for budget, fits in ((process, True), (process - 1, False)):
+        here = hardware(context_bytes=10_000, workspace_bytes=512, budget_bytes=budget)
+        found = estimate(CONFIG, steps.plan(), SETTINGS, LOAD, here)
+        assert found.process_bytes == process
+        assert found.fits is fits
+
+
+def test_the_load_is_made_of_the_longest() -> None:
+    assert LOAD.tokens(2) == 180
+    assert LOAD.tokens(100) == sum(size.tokens for size in LOAD.train)
+    uniform = Load.uniform(3, 10)
+    assert uniform.tokens(2) == 20
+    for size, sequence in zip(LOAD.train, sequences_of(LOAD.train), strict=True):
+        assert len(sequence.tokens) == size.tokens
+        assert sequence.target_tokens == size.target_tokens
+
+
+def test_all_tokens_of_a_sequence_may_be_learned() -> None:
+    (sequence,) = sequences_of([SequenceSize(tokens=5, target_tokens=4)])
+    assert sequence.target_tokens == 4

@@ -1,0 +1,142 @@
+"""The tracker on the CPU: its lines, its phases, and that it measures what the trace counts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fitlora.memory.estimate import Load, rehearse, trace_step
+from fitlora.memory.trace import MemoryTrace
+from fitlora.memory.tracker import MemoryTracker
+from fitlora.step.weights import RandomWeights
+from tests.step import steps
+
+MB = 1 << 20
+KEYS = [
+    "step",
+    "seconds",
+    "allocated_bytes",
+    "peak_allocated_bytes",
+    "reserved_bytes",
+    "process_bytes",
+    "host_bytes",
+    "phases",
+]
+
+
+def mb(count: int) -> torch.Tensor:
+    return torch.empty(count * MB, dtype=torch.uint8)
+
+
+def lines(tracker: MemoryTracker) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in tracker.path.read_text().splitlines()]
+
+
+def test_update_without_watch(tmp_path: Path) -> None:
+    tracker = MemoryTracker(log_dir=str(tmp_path / "new" / "memory_logs"), device="cpu")
+    with tracker.phase("forward"):
+        kept = mb(1)
+    line = tracker.update(step=7)
+    assert list(line) == KEYS
+    assert line["step"] == 7
+    for key in ("allocated_bytes", "peak_allocated_bytes", "reserved_bytes", "process_bytes"):
+        assert line[key] is None, "the CPU has none, or it was not watched"
+    assert line["host_bytes"] > 10 * MB
+    assert line["phases"] == {}
+    assert lines(tracker) == [line]
+    assert tracker.peak_reserved_bytes is None
+    assert len(kept) == MB
+
+
+def test_a_line_for_each_update(tmp_path: Path) -> None:
+    tracker = MemoryTracker(tmp_path, "cpu")
+    for step in (1, 2, None):
+        tracker.update(step=step)
+    found = lines(tracker)
+    assert [line["step"] for line in found] == [1, 2, None]
+    seconds = [line["seconds"] for line in found]
+    assert seconds == sorted(seconds)
+    MemoryTracker(tmp_path, "cpu").update(step=3)
+    assert [line["step"] for line in lines(tracker)] == [1, 2, None, 3]
+
+
+def test_phases_and_peaks_of_each_update(tmp_path: Path) -> None:
+    tracker = MemoryTracker(tmp_path, "cpu")
+    model = torch.nn.Linear(512, 512, bias=False)  # 1 MiB
+    with tracker.watch(model):
+        with tracker.phase("forward"):
+            a = mb(4)
+            del a
+        with tracker.phase("backward"):
+            a = mb(2)
+        with tracker.phase("forward"):
+            b = mb(1)
+        first = tracker.update(step=1)
+        with tracker.phase("backward"):
+            c = mb(1)
+            del a, b, c
+        second = tracker.update(step=2)
+        third = tracker.update(step=3)
+    assert first["phases"] == {"forward": 5 * MB, "backward": 3 * MB}
+    assert (first["allocated_bytes"], first["peak_allocated_bytes"]) == (4 * MB, 5 * MB)
+    # as on a GPU, each line has the peak since the one before
+    assert second["phases"] == {"backward": 5 * MB}
+    assert (second["allocated_bytes"], second["peak_allocated_bytes"]) == (MB, 5 * MB)
+    assert third["phases"] == {}
+    assert (third["allocated_bytes"], third["peak_allocated_bytes"]) == (MB, MB)
+    assert tracker.peak_allocated_bytes == 5 * MB
+    assert lines(tracker) == [first, second, third]
+
+
+def test_the_peak_of_a_run_is_kept_after_it(tmp_path: Path) -> None:
+    tracker = MemoryTracker(tmp_path, "cpu")
+    model = torch.nn.Linear(512, 512, bias=False)
+    with tracker.watch(model):
+        a = mb(3)
+        tracker.update(step=1)
+        del a
+        b = mb(1)  # the last one, before no update
+    assert tracker.peak_allocated_bytes == 4 * MB
+    assert tracker.update()["allocated_bytes"] is None
+    with tracker.watch(model):
+        c = mb(7)
+    assert tracker.peak_allocated_bytes == 8 * MB
+    assert len(c) > len(b)
+
+
+def test_an_error_inside_ends_the_watch(tmp_path: Path) -> None:
+    tracker = MemoryTracker(tmp_path, "cpu")
+
+    def fails() -> None:
+        with tracker.watch(torch.nn.Linear(2, 2)), tracker.phase("forward"):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
+    assert tracker.update()["allocated_bytes"] is None
+
+
+def test_it_measures_what_the_trace_counts(tmp_path: Path) -> None:
+    """A step that is watched takes what the same step is estimated to take."""
+    load = Load.uniform(7, 40)
+    plan, settings = steps.plan(micro_batch_size=3), steps.settings()
+    predicted = trace_step(steps.config(), plan, settings, load)
+    with MemoryTrace():  # what was allocated before does not count
+        step = steps.step(plan, settings)
+    tracker = MemoryTracker(tmp_path, "cpu")
+    with tracker.watch(step.model):
+        step.phase = tracker.phase
+        rehearse(step, load)
+        line = tracker.update(step=1)
+    assert tracker.peak_allocated_bytes == predicted.peak_bytes
+    assert line["peak_allocated_bytes"] == predicted.peak_bytes
+    for phase in ("forward", "backward", "optimizer", "evaluation"):
+        assert line["phases"][phase] == predicted.phase_peak_bytes[phase]
+
+
+def test_the_device_is_the_one_that_is_here(tmp_path: Path) -> None:
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert MemoryTracker(tmp_path).device.type == expected
+    assert RandomWeights(torch.device("cpu")).device.type == "cpu"
