@@ -90,7 +90,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     assert text.startswith(f"{tmp_path / 'params.yaml'} has 6 problem(s):")
     for part in (
         "model.idd: no such key; did you mean model.id?",
-        "quantization.bits: found 8; should be 4 or 16 (4 quantizes",
+        "quantization.bits: found 8; LLM.int8 rounds activations too",
         "plan.recompute: found 'some'; should be 'auto', 'none' or 'all', or a valid integer",
         "train.learning_rate: found 'fast'; should be a valid number (at its highest)",
         "train.max_steps: found 0; should be greater than or equal to 1",

@@ -70,6 +70,7 @@ QUANTIZE_CODE = {
     "lib/fitlora/quantization/codes.py",
     "lib/fitlora/quantization/layout.py",
     "lib/fitlora/quantization/quantize.py",
+    "lib/fitlora/quantization/reading.py",
     "lib/fitlora/quantization/reciprocal.py",
     "lib/fitlora/quantization/weight.py",
     "lib/fitlora/quantization/writer.py",

@@ -37,6 +37,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Any] = {}
+        self._starts: dict[str, dict[str, int]] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             try:
@@ -92,6 +93,38 @@ class Checkpoint:
                 "model to 16 bits first"
             )
         return TensorInfo(DTYPES[kind], tuple(part.get_shape()))
+
+    def read_into(self, name: str, start: int, buffer: Tensor) -> None:
+        """Fills `buffer`, uint8 on the CPU, with the tensor's bytes from `start` on; for any thread.
+
+        Raises ArtifactError where the file has become too short or cannot be read.
+        """
+        path = self.folder / self.shards[name]
+        view = memoryview(buffer.numpy().data)
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(self._start(name) + start)
+                while view:
+                    count = file.readinto(view)
+                    if not count:
+                        raise ArtifactError(f"{path} ends within {name}; it was cut short")
+                    view = view[count:]
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read: {error}") from None
+
+    def _start(self, name: str) -> int:
+        """Where a tensor's bytes begin in its file."""
+        file = self.shards[name]
+        if file not in self._starts:
+            self._open(file)  # checks the header
+            with (self.folder / file).open("rb") as content:
+                length = int.from_bytes(content.read(8), "little")
+                header = json.loads(content.read(length))
+            header.pop("__metadata__", None)
+            self._starts[file] = {
+                key: 8 + length + value["data_offsets"][0] for key, value in header.items()
+            }
+        return self._starts[file][name]
 
     def files(self) -> dict[str, list[str]]:
         """The tensors' names by the file that they lie in, both in order.

@@ -10,7 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fitlora.errors import UserError
 from fitlora.plan import PAGED_OPTIMIZERS, Optimizer
@@ -99,13 +107,23 @@ class QuantizationParams(Section):
     bits: Literal[4, 16] = Field(4, description="4 quantizes; 16 leaves the weights as they are")
     type: Literal["nf4", "fp4"] = Field("nf4", description="the 4-bit code book")
     double: bool = Field(True, description="quantize the scales too (double quantization)")
-    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = Field(
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
         64, description="weights that share one scale"
     )
     keep_in_16_bits: Names = Field(
         (),
         description="name parts of linear layers that are not quantized; the head never is",
     )
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _not_8(cls, bits: object) -> object:
+        if bits == 8:
+            raise ValueError(
+                "LLM.int8 rounds activations too and trains on noisier products than 4 bits' at twice "
+                "their memory; use 4, or 16 where it fits"
+            )
+        return bits
 
 
 class LoraParams(Section):

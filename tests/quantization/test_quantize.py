@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fitlora.step.ops  # noqa: F401  (registers the operators)
+from fitlora.checkpoint import Checkpoint
 from fitlora.errors import ArtifactError, UserError
 from fitlora.model import load_config
+from fitlora.quantization import quantize as module
 from fitlora.quantization.codes import quantize_4bit
 from fitlora.quantization.layout import QuantSpec, part_names
 from fitlora.quantization.quantize import quantize_checkpoint
+from fitlora.quantization.writer import ModelWriter
 from fitlora.step.linear import Linear4bit
 from fitlora.step.skeleton import skeleton
 from fitlora.step.weights import CheckpointWeights, fill
@@ -142,6 +146,60 @@ def test_twice_gives_the_same_bytes(source: Source, tmp_path: Path) -> None:
     assert first != hashes(quantize(folder, tmp_path / "c", QuantSpec(double=False)))
 
 
+def test_a_killed_run_goes_on_after_its_last_shard(
+    source: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = source("llama", shards=4)
+    expected = hashes(quantize(folder, tmp_path / "whole"))
+    count = sum(name.endswith(".safetensors") for name in expected)
+    write_shard = ModelWriter.write_shard
+    written: list[str] = []
+
+    def until_the_third(writer: ModelWriter, file: str, tensors: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write_shard(writer, file, tensors)
+        written.append(file)
+
+    monkeypatch.setattr(module, "_WRITERS", 1)
+    monkeypatch.setattr(ModelWriter, "write_shard", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+    monkeypatch.setattr(ModelWriter, "write_shard", write_shard)
+    capsys.readouterr()
+    assert hashes(quantize(folder, tmp_path / "q")) == expected
+    assert f"2 of {count} shards were done before" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q", "whole"]
+
+
+def test_the_fingerprint_is_of_the_source_and_of_what_is_asked(
+    source: Source, tmp_path: Path
+) -> None:
+    folder = copy(source("llama", shards=4), tmp_path / "s")
+
+    def key(spec: QuantSpec = NF4) -> str:
+        return module._fingerprint(Checkpoint(folder), {}, spec)
+
+    first = key()
+    assert first == key() != key(QuantSpec("fp4"))
+    file = next(folder.glob("*.safetensors"))
+    os.utime(file, ns=(1, 1))
+    assert key() != first
+
+
+def test_pieces_change_nothing(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = source("llama_odd")
+    expected = hashes(quantize(folder, tmp_path / "a"))
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 4096)
+    assert hashes(quantize(folder, tmp_path / "b")) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_wider_floats_become_bfloat16_and_integers_stay(
     dtype: torch.dtype, source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -206,7 +264,7 @@ def test_kept_layers_stay_in_16_bits(source: Source, tmp_path: Path) -> None:
     [
         ("llama", {"tied": True}, QuantSpec(), ()),
         ("llama", {"shards": 4}, QuantSpec("fp4", 64, double=False), ("o_proj", "*.1.mlp.up_proj")),
-        ("qwen2", {"tied": True, "shards": 3}, QuantSpec("nf4", 64, double=False), ()),
+        ("qwen2", {"tied": True, "shards": 3}, QuantSpec("nf4", 32, double=False), ()),
         ("phi3", {"shards": 3}, QuantSpec("fp4", 64, double=True), ()),
         ("mixtral", {}, QuantSpec(), ()),
     ],
@@ -256,7 +314,7 @@ def test_stock_transformers_loads_it(
     [
         ("llama", {"tied": True}, QuantSpec()),
         ("llama", {"shards": 4}, QuantSpec("fp4", 64, double=False)),
-        ("qwen2", {"tied": True, "shards": 3}, QuantSpec("nf4", 64, double=False)),
+        ("qwen2", {"tied": True, "shards": 3}, QuantSpec("nf4", 32, double=False)),
         ("phi3", {"shards": 3}, QuantSpec("fp4", 64, double=True)),
     ],
 )

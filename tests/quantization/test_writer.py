@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 import weakref
+import zlib
 from pathlib import Path
 
 import pytest
@@ -47,13 +48,15 @@ def test_files_read_back_as_written(tmp_path: Path) -> None:
         "strided": torch.randn(4, 6).t(),
     }
     file = tmp_path / "x.safetensors"
-    size = write_safetensors(file, tensors)
+    written = write_safetensors(file, tensors)
     found = load_file(file)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
-    assert size == sum(tensor.nbytes for tensor in tensors.values())
+    assert written.bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert written.checksum == zlib.crc32(file.read_bytes())
+    assert set(written.names) == set(tensors)
     with safe_open(file, framework="pt") as content:
         assert content.metadata() == {"format": "pt"}
     header_bytes = int.from_bytes(file.read_bytes()[:8], "little")
@@ -85,6 +88,60 @@ def test_pending_tensors_live_one_at_a_time(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "x", {f"t{i}": Pending(info, make) for i in range(5)})
     assert len(load_file(tmp_path / "x")) == 5
     assert most <= 2  # the one being written, and the next one being made
+
+
+def test_pending_tensors_may_come_in_pieces(tmp_path: Path) -> None:
+    whole = torch.arange(12, dtype=torch.int32).view(3, 4)
+    pending = Pending(TensorInfo(torch.int32, (3, 4)), lambda: whole.view(-1).split(5))
+    write_safetensors(tmp_path / "x", {"a": pending})
+    assert torch.equal(load_file(tmp_path / "x")["a"], whole)
+    short = Pending(TensorInfo(torch.int32, (3, 4)), lambda: whole[:2].split(1))
+    with pytest.raises(AssertionError, match="a"):
+        write_safetensors(tmp_path / "x", {"a": short})
+
+
+def test_completed_shards_are_used_again(tmp_path: Path, model: Path) -> None:
+    target = tmp_path / "new"
+    one, two = {"a": torch.ones(3)}, {"b": torch.zeros(2), "c": torch.ones(1)}
+
+    def write(key: str, *, stop: type[BaseException] | None) -> list[str]:
+        with ModelWriter(model, target, resume=key) as writer:
+            found = [file for file in ("1.safetensors", "2.safetensors") if writer.has(file)]
+            if "1.safetensors" not in found:
+                writer.write_shard("1.safetensors", one)
+            if stop is not None:
+                raise stop("stopped")
+            if "2.safetensors" not in found:
+                writer.write_shard("2.safetensors", two)
+            assert writer.finish({}) == 24
+        return found
+
+    def stop(key: str, error: type[BaseException]) -> Path | None:
+        with pytest.raises(error):
+            write(key, stop=error)
+        return next(iter(tmp_path.glob(".new.*")), None)
+
+    partial = stop("k", KeyboardInterrupt)
+    assert partial is not None
+    assert write("k", stop=None) == ["1.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "new"]
+    files = ["1.safetensors", "2.safetensors", "config.json", "model.safetensors.index.json"]
+    assert sorted(p.name for p in target.iterdir()) == [*files, "tokenizer.json"]
+    first = {p.name: p.read_bytes() for p in target.iterdir()}
+    assert write("other", stop=None) == []
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == first
+
+    stop("k", OSError)
+    assert write("other", stop=None) == []  # of another source: not used, and removed
+    assert not list(tmp_path.glob(".new.*"))
+    assert stop("k", UserError) is None  # it would end the same way again
+
+    partial = stop("k", KeyboardInterrupt)
+    assert partial is not None
+    shard = partial / "1.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
+    assert write("k", stop=None) == []  # a bit is wrong
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == first
 
 
 def test_modes_are_for_sharing_whatever_the_umask(tmp_path: Path, model: Path) -> None:

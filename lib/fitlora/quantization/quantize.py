@@ -7,8 +7,15 @@ that what is stored is exactly what the training step expects to find. Everythin
 is refused by its name from the files' headers, before the first weight is read.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +34,8 @@ from fitlora.quantization.layout import (
     part_names,
     spec_of,
 )
-from fitlora.quantization.weight import quantize_weight, require_finite
+from fitlora.quantization.reading import piece_count, read_ahead
+from fitlora.quantization.weight import CHUNK_ELEMENTS, quantize_pieces, require_finite
 from fitlora.quantization.writer import (
     ModelWriter,
     Pending,
@@ -38,6 +46,7 @@ from fitlora.quantization.writer import (
 from fitlora.units import format_bytes
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_WRITERS = 2  # shards that are written at once, and wait in memory
 _SHOWN = 3  # names in a message that could have thousands
 
 
@@ -58,7 +67,9 @@ def quantize_checkpoint(
 
     Everything that stays is stored in bfloat16; integers as they are. A source that bitsandbytes
     quantized in the same way goes through as it is. `target` is replaced at the end, when all is
-    written. Host memory: one shard of 4-bit weights and a few chunks; the source is mapped, not read.
+    written; a run that was killed goes on after its last shard. Host memory: three shards of 4-bit
+    weights, which are less than one of the source, and a few pieces. GPU memory: one piece, about
+    16 bytes a weight of CHUNK_ELEMENTS.
 
     Raises UserError, with the name of the tensor, layer or file, for what cannot be quantized, and
     ArtifactError for damaged files.
@@ -90,26 +101,89 @@ def quantize_checkpoint(
     if spec is not None:
         kept = [name for name in everywhere if f"{name}.weight" not in weights]
         config["quantization_config"] = quantization_config(spec, [*_head_names(model), *kept])
-    total = sum(info.bytes for info in infos.values())
-    with (
-        ModelWriter(source, target) as writer,
-        progress("copying" if done or spec is None else "quantizing", total) as advance,
-    ):
-        for file, names in checkpoint.files().items():
-            tensors: dict[str, Tensor | Pending] = {}
-            for name in names:
-                if name in weights and not done:
-                    assert spec is not None
-                    tensors.update(quantize_weight(name, checkpoint.tensor(name), spec, device))
-                    advance(infos[name].bytes)
-                else:
-                    info = _stored_info(infos[name], as_it_is=name in parts)
-                    make = functools.partial(_stored, checkpoint, name, info, advance)
-                    tensors[name] = Pending(info, make)
-            writer.write_shard(file, tensors)
+    files, total = checkpoint.files(), sum(info.bytes for info in infos.values())
+    key = _fingerprint(checkpoint, content, spec, sorted(weights))
+    with ModelWriter(source, target, resume=key) as writer:
+        left = {file: names for file, names in files.items() if not writer.has(file)}
+        if len(left) < len(files):
+            say(f"{len(files) - len(left)} of {len(files)} shards were done before, and stay")
+        work = _Work(checkpoint, infos, spec, frozenset(() if done else weights), parts, device)
+        title = "copying" if done or spec is None else "quantizing"
+        with progress(
+            title, sum(infos[n].bytes for names in left.values() for n in names)
+        ) as advance:
+            work.write(writer, left, advance)
         size = writer.finish(config)
     how = "stored in 16 bits" if spec is None else f"{len(layers)} linear layers in {spec.type}"
     say(f"{target}: {how}, {format_bytes(total)} became {format_bytes(size)}")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What becomes of each tensor. chosen: to be quantized. parts: stored in 4 bits already."""
+
+    checkpoint: Checkpoint
+    infos: dict[str, TensorInfo]
+    spec: QuantSpec | None
+    chosen: frozenset[str]
+    parts: Container[str]
+    device: torch.device
+
+    def write(
+        self, writer: ModelWriter, files: dict[str, list[str]], advance: Callable[[int], None]
+    ) -> None:
+        """Reads, quantizes and writes at once: each by its own threads, all in pieces."""
+        chosen = [name for names in files.values() for name in names if name in self.chosen]
+        pinned = self.device.type == "cuda"
+        reading = read_ahead(self.checkpoint, chosen, CHUNK_ELEMENTS, pinned=pinned)
+        writing: deque[Future[None]] = deque()
+        with contextlib.closing(reading) as pieces, ThreadPoolExecutor(_WRITERS) as pool:
+            for file, names in files.items():
+                tensors = self._shard(names, pieces, advance)
+                if len(writing) == _WRITERS:
+                    writing.popleft().result()
+                writing.append(pool.submit(writer.write_shard, file, tensors))
+            for future in writing:
+                future.result()
+
+    def _shard(
+        self, names: list[str], pieces: Iterator[Tensor], advance: Callable[[int], None]
+    ) -> dict[str, Tensor | Pending]:
+        tensors: dict[str, Tensor | Pending] = {}
+        for name in names:
+            info = self.infos[name]
+            if name in self.chosen:
+                assert self.spec is not None
+                count = piece_count(math.prod(info.shape), CHUNK_ELEMENTS)
+                own = self._moved(itertools.islice(pieces, count), advance)
+                tensors.update(quantize_pieces(name, info, own, self.spec))
+            else:
+                stored = _stored_info(info, as_it_is=name in self.parts)
+                make = functools.partial(_stored, self.checkpoint, name, stored, advance)
+                tensors[name] = Pending(stored, make)
+        return tensors
+
+    def _moved(self, pieces: Iterator[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
+        for piece in pieces:
+            yield piece.to(self.device, non_blocking=True)  # its codes are waited for
+            advance(piece.nbytes)
+
+
+def _fingerprint(checkpoint: Checkpoint, *facts: object) -> str:
+    """A key of the source's files, of `facts`, and of the code that makes one from the other.
+
+    A source's file counts as the same by its name, size, time of change and header.
+    """
+    digest = hashlib.sha256(repr(facts).encode())
+    for file in checkpoint.files():
+        path = (checkpoint.folder / file).resolve()
+        stat = path.stat()
+        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())
+        with path.open("rb") as content:
+            digest.update(content.read(int.from_bytes(content.read(8), "little")))
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def quantization_config(spec: QuantSpec, skip: Iterable[str]) -> dict[str, Any]:
@@ -317,10 +391,11 @@ def _stored_info(info: TensorInfo, *, as_it_is: bool) -> TensorInfo:
 
 def _stored(
     checkpoint: Checkpoint, name: str, info: TensorInfo, advance: Callable[[int], None]
-) -> Tensor:
-    source = checkpoint.tensor(name)
-    tensor = source.to(info.dtype)
-    if info.dtype.is_floating_point:
-        require_finite(name, tensor)
-    advance(source.nbytes)
-    return tensor
+) -> Iterator[Tensor]:
+    """A tensor that is not quantized, in pieces of the dtype that it is stored in."""
+    for source in read_ahead(checkpoint, [name], CHUNK_ELEMENTS):
+        piece = source.to(info.dtype)
+        if info.dtype.is_floating_point:
+            require_finite(name, piece)
+        yield piece
+        advance(source.nbytes)

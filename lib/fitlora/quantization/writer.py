@@ -2,20 +2,26 @@
 
 A new folder mirrors the one it is made from: the same shard files with other tensors in them, and
 every other file (tokenizer, generation config, chat template) as it was. It grows under a hidden name
-beside its place and is renamed when it is complete. Tensors are made when their turn to be written
-comes, so that a shard need not fit in memory.
+beside its place, on the same disk, and is renamed when it is complete. Tensors are made when their turn
+to be written comes, in pieces where they are large, so that a shard need not fit in memory.
+
+A run that was killed can be taken up again: with a key of all that the content follows from, shards
+that it completed are used again, each after its checksum.
 
 The bytes follow from the content alone: no date, no version of a library, keys in a fixed order.
 """
 
+import glob
 import json
 import os
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,19 +41,29 @@ _WEIGHTS = (
     ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".tflite", ".npz", ".npy", ".ot",
 )  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_DONE = ".done"  # beside a shard that is complete: what was written
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A tensor that is made when it is written."""
+    """A tensor that is made when it is written: whole, or as its flat pieces in order."""
 
     info: TensorInfo
-    make: Callable[[], Tensor]
+    make: Callable[[], Tensor | Iterable[Tensor]]
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor | Pending]) -> int:
-    """Writes one safetensors file with the metadata {"format": "pt"}; returns the tensors' bytes.
+@dataclass(frozen=True)
+class Written:
+    """What a file holds. bytes: of the tensors. checksum: CRC-32 of all of the file."""
+
+    bytes: int
+    checksum: int
+    names: tuple[str, ...]
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor | Pending]) -> Written:
+    """Writes one safetensors file with the metadata {"format": "pt"}.
 
     Wider dtypes come first, as the format's own library has it, so that every tensor is aligned;
     then by name. The library itself would want all tensors at once.
@@ -70,31 +86,49 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor | Pending]) -> in
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    text = len(text).to_bytes(8, "little") + text
+    checksum = zlib.crc32(text)
+    with path.open("wb", buffering=0) as file:
+        _write(file, memoryview(text))
         for name in order:
             value = tensors[name]
-            tensor = value.make() if isinstance(value, Pending) else value
-            assert TensorInfo(tensor.dtype, tuple(tensor.shape)) == infos[name], name
-            if tensor.numel():
-                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            made = value.make() if isinstance(value, Pending) else value
+            left = infos[name].bytes
+            for piece in (made,) if isinstance(made, Tensor) else made:
+                assert piece.dtype == infos[name].dtype, name
+                left -= piece.nbytes
+                if piece.numel():
+                    data = piece.contiguous().view(-1).view(torch.uint8).numpy().data
+                    checksum = zlib.crc32(data, checksum)
+                    _write(file, data)
+            assert left == 0, name
     path.chmod(0o644)
-    return end
+    return Written(end, checksum, tuple(order))
+
+
+def _write(file: Any, data: memoryview) -> None:
+    """All of it: one call of the system writes 2 GiB at most."""
+    while data:
+        data = data[file.write(data) :]
 
 
 class ModelWriter:
     """Writes the folder `target` after the pattern of `source`; used as a context.
 
-    Leaving the context before `finish`, by an error or an interrupt, removes what was written; what a
-    killed run left behind is removed by the next one. Raises UserError where `target` is something
-    other than a model's folder, or lies in `source`.
+    resume: None, or a key of all that the content follows from; a run with the same key finds the
+    shards that a former one completed before it was killed. Leaving the context before `finish` removes
+    what was written, except that with a key and after anything but a UserError (an interrupt, a full
+    disk) it stays for the next run. What another key's run left is removed by the next one. Raises
+    UserError where `target` is something other than a model's folder, or lies in `source`.
     """
 
-    def __init__(self, source: Path, target: Path) -> None:
+    def __init__(self, source: Path, target: Path, *, resume: str | None = None) -> None:
         self.source, self.target = source, target
-        self._partial = target.parent / f".{target.name}.partial"
-        self._shards: dict[str, str] = {}
-        self._total_bytes = 0
+        middle = "" if resume is None else f".{resume}"
+        self._partial = target.parent / f".{target.name}{middle}.partial"
+        self._resume = resume is not None
+        self._shards: dict[str, Written] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "ModelWriter":
         source, target = self.source.resolve(), self.target.resolve()
@@ -105,8 +139,10 @@ class ModelWriter:
             and ((self.target / "config.json").exists() or not any(self.target.iterdir()))
         ):
             raise UserError(f"{self.target} exists and is not a model's folder; move it away")
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        for stale in self.target.parent.glob(f".{glob.escape(self.target.name)}*.partial"):
+            if not (self._resume and stale == self._partial):
+                shutil.rmtree(stale, ignore_errors=True)
+        self._partial.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(
@@ -115,12 +151,35 @@ class ModelWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self._partial, ignore_errors=True)
+        keep = self._resume and kind is not None and not issubclass(kind, UserError)
+        if not (keep and any(self._partial.glob(f"*{_DONE}"))):
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def has(self, file: str) -> bool:
+        """Whether a former run completed this shard; it then counts as written."""
+        try:
+            content = json.loads((self._partial / f"{file}{_DONE}").read_text(encoding="utf-8"))
+            checksum = 0
+            with (self._partial / file).open("rb") as shard:
+                while data := shard.read(1 << 24):
+                    checksum = zlib.crc32(data, checksum)
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        if checksum != content["checksum"]:
+            return False
+        with self._lock:
+            self._shards[file] = Written(content["bytes"], checksum, tuple(content["names"]))
+        return True
 
     def write_shard(self, file: str, tensors: Mapping[str, Tensor | Pending]) -> None:
-        """Adds one file of weights."""
-        self._total_bytes += write_safetensors(self._partial / file, tensors)
-        self._shards.update(dict.fromkeys(tensors, file))
+        """Adds one file of weights; several threads may do so at once."""
+        path = self._partial / f"{file}.part"
+        written = write_safetensors(path, tensors)
+        path.replace(self._partial / file)
+        if self._resume:
+            self._write_json(f"{file}{_DONE}", asdict(written))
+        with self._lock:
+            self._shards[file] = written
 
     def finish(self, config: Mapping[str, Any]) -> int:
         """Adds all that is not weights, puts the folder in its place; returns the weights' bytes.
@@ -133,16 +192,17 @@ class ModelWriter:
             shutil.copyfile(self.source / file, copy)
             copy.chmod(0o644)
         self._write_json("config.json", config)
-        if set(self._shards.values()) != {"model.safetensors"}:
-            index = {
-                "metadata": {"total_size": self._total_bytes},
-                "weight_map": dict(sorted(self._shards.items())),
-            }
+        total = sum(written.bytes for written in self._shards.values())
+        if set(self._shards) != {"model.safetensors"}:
+            files = {name: file for file, shard in self._shards.items() for name in shard.names}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
             self._write_json(INDEX, index)
+        for done in self._partial.glob(f"*{_DONE}"):
+            done.unlink()
         if self.target.exists():
             shutil.rmtree(self.target)
         os.replace(self._partial, self.target)
-        return self._total_bytes
+        return total
 
     def _write_json(self, file: str, content: Mapping[str, Any]) -> None:
         path = self._partial / file
@@ -214,7 +274,7 @@ def _with_bfloat16(content: Mapping[str, Any]) -> dict[str, Any]:
 def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """Shows how far the work is, its rate and the time left; gives what to call with bytes done.
 
-    A bar on a terminal, and elsewhere a line every 10 seconds.
+    Any thread may call it. A bar on a terminal, and elsewhere a line every 10 seconds.
     """
     if sys.stdout.isatty():
         with _bar(title, total_bytes) as advance:
@@ -222,18 +282,20 @@ def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
         return
     start = spoken = time.monotonic()
     done = 0
+    lock = threading.Lock()
 
     def speak(count: int) -> None:
         nonlocal done, spoken
-        done += count
-        now = time.monotonic()
-        if now - spoken >= PLAIN_SECONDS and done < total_bytes:
-            spoken = now
-            rate = done / (now - start)
-            say(
-                f"{title}: {format_bytes(done)} of {format_bytes(total_bytes)}, "
-                f"{format_bytes(int(rate))}/s, {(total_bytes - done) / max(rate, 1):.0f} s left"
-            )
+        with lock:
+            done += count
+            now = time.monotonic()
+            if now - spoken >= PLAIN_SECONDS and done < total_bytes:
+                spoken = now
+                rate = done / (now - start)
+                say(
+                    f"{title}: {format_bytes(done)} of {format_bytes(total_bytes)}, "
+                    f"{format_bytes(int(rate))}/s, {(total_bytes - done) / max(rate, 1):.0f} s left"
+                )
 
     yield speak
 
