@@ -161,6 +161,9 @@ class ModelFacts(Artifact):
     revision: str | None
     definition: str = Field(description="sha256 of config and tokenizer; a hub model's commit")
     weights: str | None = Field(description="the same of the weights; None for a config alone")
+    adapter: str | None = Field(
+        None, description="sha256 of the adapter that training goes on from; None for a new one"
+    )
 
 
 class SequenceSize(Record):

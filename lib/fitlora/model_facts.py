@@ -12,7 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fitlora.artifacts import ModelFacts, write_text_atomically
+from fitlora.errors import UserError
 from fitlora.model import DEFINITION_FILES, WEIGHT_FILES, resolve_model
+
+# As `fitlora.adapter` has them, which reads adapters, and of which a profile needs no more.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def fingerprint(files: Iterable[Path], cache: Path) -> str | None:
@@ -46,13 +50,40 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def model_facts(model_id: str, revision: str | None, cache: Path) -> ModelFacts:
-    """Which model `model.id` names, without fetching it."""
+def adapter_fact(folder: Path | None, output: Path, cache: Path) -> str | None:
+    """The content of the adapter that training goes on from, which may be no path at all.
+
+    output: where the new adapter goes. Raises UserError where there is no such adapter, or where it
+    lies in `output`, which is emptied before training.
+    """
+    if folder is None:
+        return None
+    if output.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise UserError(
+            f"train.from_adapter {folder} is where training writes, so it is gone when training "
+            "starts; copy the folder elsewhere and name the copy"
+        )
+    files = [folder / name for name in ADAPTER_FILES]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(
+            f"train.from_adapter {folder} has no {' and no '.join(missing)}; name the folder of an "
+            "adapter in PEFT's format with safetensors, or null to start a new one"
+        )
+    return fingerprint(files, cache)
+
+
+def model_facts(
+    model_id: str, revision: str | None, cache: Path, *, adapter: str | None = None
+) -> ModelFacts:
+    """Which model `model.id` names, without fetching it. adapter: what `adapter_fact` found."""
     if not Path(model_id).is_dir():
         if revision is None:
             resolve_model(model_id, revision, weights=False)  # says what is missing
         commit = f"{model_id}@{revision}"
-        return ModelFacts(source=model_id, revision=revision, definition=commit, weights=commit)
+        return ModelFacts(
+            source=model_id, revision=revision, definition=commit, weights=commit, adapter=adapter
+        )
     folder = resolve_model(model_id, revision, weights=False)
     index = set(folder.glob("*.safetensors.index.json"))
     definition = {f for pattern in DEFINITION_FILES for f in folder.glob(pattern)} - index
@@ -62,4 +93,5 @@ def model_facts(model_id: str, revision: str | None, cache: Path) -> ModelFacts:
         revision=None,
         definition=fingerprint(definition, cache) or "",
         weights=fingerprint(weights, cache),
+        adapter=adapter,
     )

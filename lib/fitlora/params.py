@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from fitlora.artifacts import ADAPTER
 from fitlora.errors import UserError
 from fitlora.plan import PAGED_OPTIMIZERS, Optimizer
 from fitlora.units import parse_bytes
@@ -37,6 +38,28 @@ def _is_size(text: str) -> str:
 Size = Annotated[str, AfterValidator(_is_size)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML has lists
 
+# Llama 3.3 is one model, and its name is often written for others.
+_LLAMA_3_3 = "meta-llama/Llama-3.3-70B-Instruct"
+
+
+def _is_released(model_id: str) -> str:
+    """Refuses names that no hub ever had, before a fetch fails with a less helpful word."""
+    if model_id.lower().startswith("meta-llama/llama-3.3-") and model_id != _LLAMA_3_3:
+        raise ValueError(
+            f"{model_id} was never released: Llama 3.3 is {_LLAMA_3_3} and nothing else; "
+            "of 8B there is meta-llama/Llama-3.1-8B"
+        )
+    return model_id
+
+
+def _is_no_output(path: str | None) -> str | None:
+    if path is not None and Path(path) == ADAPTER:
+        raise ValueError(
+            f"{path} is where training writes, so it is gone when training starts; copy the folder "
+            "elsewhere and name the copy"
+        )
+    return path
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -45,7 +68,7 @@ class Section(BaseModel):
 class ModelParams(Section):
     """The model to fine-tune."""
 
-    id: str = Field(
+    id: Annotated[str, AfterValidator(_is_released)] = Field(
         "assets/sample_model",
         description="a folder (config.json alone is enough to estimate and probe) or a hub id",
     )
@@ -180,6 +203,10 @@ class TrainParams(Section):
     max_gradient_norm: float | None = Field(
         1.0, gt=0, description="gradients are scaled down to this norm; null: never"
     )
+    from_adapter: Annotated[str | None, AfterValidator(_is_no_output)] = Field(
+        None,
+        description="folder of a LoRA adapter (PEFT's format) to go on from; null starts a new one",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="adapters' start, data order, dropout")
     evaluate_every: int | None = Field(
         50, ge=1, description="steps between validations; null: at the end only"
@@ -259,18 +286,51 @@ def keys(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def read_params(path: Path = PARAMS_FILE) -> Params:
-    """Reads and checks params.yaml; raises UserError that lists every problem."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
+def read_params(path: Path = PARAMS_FILE, changes: Sequence[str] = ()) -> Params:
+    """Reads and checks params.yaml; raises UserError that lists every problem.
 
+    changes: `key=value` with a dotted key and a value in YAML, in place of what the file says.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing; run from the folder that has it")
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not YAML: {error}") from None
-    return check_params(content if content is not None else {}, str(path))
+    content = parse_yaml(text, str(path))
+    return check_params(with_changes({} if content is None else content, changes), str(path))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """YAML 1.2 as plain data; raises UserError that names `source`."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise UserError(f"{source} is not YAML: {error}") from None
+
+
+def with_changes(content: Any, changes: Sequence[str]) -> Any:
+    """Plain data with each `key=value` of `changes` in it; whether such keys exist is checked later.
+
+    Raises UserError for a change that is not of that form.
+    """
+    for change in changes:
+        key, equals, value = change.partition("=")
+        path = key.strip().split(".")
+        if not equals or not all(path):
+            raise UserError(f"{change!r} is not a change; write it like train.learning_rate=2.0e-4")
+        section = content
+        if not isinstance(section, dict):
+            break  # what is no section at all is told by the check
+        for part in path[:-1]:
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        section[path[-1]] = parse_yaml(value, f"the value of {key.strip()}")
+    return content
 
 
 def check_params(content: object, source: str = "params") -> Params:

@@ -2,18 +2,23 @@
 
 from pathlib import Path
 
-from fitlora.artifacts import HARDWARE, MODEL, SCRATCH, Hardware
+from fitlora.artifacts import ADAPTER, HARDWARE, MODEL, SCRATCH, Hardware
 from fitlora.console import say
 from fitlora.errors import ArtifactError
 from fitlora.hardware import describe, keep_stable, profile
-from fitlora.model_facts import model_facts
+from fitlora.model_facts import adapter_fact, model_facts
 from fitlora.params import Params
 
 
 def profile_hardware(params: Params, root: Path = Path()) -> Hardware:
     """Profiles the machine under `root`, keeping an earlier profile's figures where they still hold."""
+    cache = root / SCRATCH / "fingerprints.json"
+    start = params.train.from_adapter
     facts = model_facts(
-        params.model.id, params.model.revision, root / SCRATCH / "fingerprints.json"
+        params.model.id,
+        params.model.revision,
+        cache,
+        adapter=adapter_fact(None if start is None else Path(start), root / ADAPTER, cache),
     )
     facts.write(root / MODEL)
     hardware = profile(params.hardware, root / SCRATCH)

@@ -8,6 +8,7 @@ from fitlora.artifacts import (
     CURVES,
     HARDWARE,
     PLAN,
+    PROBE_LOG,
     QUANTIZED_MODEL,
     SCRATCH,
     TRAINING_LOG,
@@ -15,6 +16,7 @@ from fitlora.artifacts import (
     PlanArtifact,
 )
 from fitlora.console import say
+from fitlora.errors import ArtifactError
 from fitlora.model import load_config
 from fitlora.params import Params
 from fitlora.report.memory import outcome_lines
@@ -26,19 +28,31 @@ def train_adapters(params: Params, root: Path = Path()) -> dict[str, Any]:
     """Trains the adapter; returns the last record of the training log."""
     trusted = params.model.trust_remote_code
     checkpoint = root / QUANTIZED_MODEL
+    plan = PlanArtifact.read(root / PLAN).plan
+    hardware = Hardware.read(root / HARDWARE)
+    if not (checkpoint / "config.json").is_file():
+        raise ArtifactError(
+            f"{checkpoint} holds no model; make it with: dvc repro --force quantize_model"
+        )
     config = load_config(checkpoint, trust_remote_code=trusted)
     rows, validation = load_splits(
         params.data, checkpoint, config.get_text_config().vocab_size, trust_remote_code=trusted
     )
     end = train(
         params,
-        PlanArtifact.read(root / PLAN).plan,
-        Hardware.read(root / HARDWARE),
+        plan,
+        hardware,
         config=config,
         checkpoint=checkpoint,
         rows=rows,
         validation=validation,
-        places=Places(root / ADAPTER, root / TRAINING_LOG, root / CURVES, root / SCRATCH),
+        places=Places(
+            adapter=root / ADAPTER,
+            log=root / TRAINING_LOG,
+            curves=root / CURVES,
+            scratch=root / SCRATCH,
+            probe_log=root / PROBE_LOG,
+        ),
     )
     for line in outcome_lines(end):
         say(line)

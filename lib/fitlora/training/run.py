@@ -1,6 +1,8 @@
 """A whole training run on this machine: from a Plan and a 4-bit checkpoint to an adapter on disk."""
 
 import json
+import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +18,26 @@ from fitlora.memory.estimate import Load, estimate
 from fitlora.memory.tracker import MemoryTracker
 from fitlora.params import Params
 from fitlora.plan import Plan
-from fitlora.step.build import TrainingStep, build_step, lora_targets
+from fitlora.step.build import TrainingStep, lora_targets, step_skeleton
 from fitlora.step.settings import StepSettings
 from fitlora.step.weights import CheckpointWeights
 from fitlora.training.batches import Batches
 from fitlora.training.data import TokenizedSplit, longest, sizes
 from fitlora.training.loop import Outcome, Ranks, Run, RunLog
 from fitlora.training.progress import TrainingProgress
+from fitlora.training.start import check_start, read_start
 from fitlora.training.trackers import start_accelerator
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where a run writes."""
+    """Where a run writes; and `probe_log`, where the planner's probe left its speed."""
 
     adapter: Path
     log: Path
     curves: Path
     scratch: Path
+    probe_log: Path | None = None
 
 
 def train(
@@ -50,6 +54,7 @@ def train(
     """Trains and saves the adapter; returns the log's last record.
 
     config: the model's transformers config. checkpoint: the folder of its 4-bit (or 16-bit) weights.
+    Stopped before its end, it leaves an earlier adapter as it was.
     """
     settings = StepSettings.of(params)
     batches = Batches(rows.sequences, plan.effective_batch_size, params.train.seed)
@@ -62,18 +67,29 @@ def train(
     limit_memory(hardware)
     device = torch_device(hardware)
     accelerator = start_accelerator(params, device, places.scratch)
-    weights = CheckpointWeights(checkpoint, device, seed=params.train.seed)
+    start_from = None
+    skeleton = step_skeleton(config, plan, settings)
+    if params.train.from_adapter is not None:
+        folder = Path(params.train.from_adapter)
+        start_from = read_start(folder, params.lora)
+        trained = {n: p for n, p in skeleton.model.named_parameters() if p.requires_grad}
+        check_start(folder, start_from, trained)
+        say(f"going on from the adapter in {folder}")
+    weights = CheckpointWeights(checkpoint, device, adapter=start_from, seed=params.train.seed)
     if settings.spec is not None:
         weights.check(settings.spec)
-    step = build_step(config, plan, settings, weights)
+    step = skeleton.fill(weights)
     first = accelerator.is_main_process  # the others would write over its files
     memory = places.scratch / "memory"
     tracker = MemoryTracker(
         memory if first else memory / f"rank{accelerator.process_index}", device
     )
+    if first:
+        places.log.unlink(missing_ok=True)  # it may be a link into a cache, never to be written
     start = time.perf_counter()
     with RunLog(places.log if first else None) as log, tracker.watch(step.model):
-        outcome = _run(step, batches, validation, params, tracker, log, accelerator)
+        speed = _probed_speed(places.probe_log, plan)
+        outcome = _run(step, batches, validation, params, tracker, log, accelerator, speed)
         end = {
             "event": "end",
             "steps": outcome.steps,
@@ -100,6 +116,7 @@ def _run(
     tracker: MemoryTracker,
     log: RunLog,
     accelerator: Any,
+    probed_tokens_per_second: float | None,
 ) -> Outcome:
     def record(content: dict[str, Any]) -> None:
         if accelerator.is_main_process:
@@ -118,14 +135,45 @@ def _run(
         ranks=Ranks.of(accelerator),
     )
     say(f"training {run.total_steps} steps: {step.plan.describe()}")
+    if probed_tokens_per_second is None:
+        say("expected time: told after the first step, as no probe has measured this plan's speed")
+    else:
+        tokens = sum(len(s.tokens) for s in batches.sequences) / len(batches.sequences)
+        seconds = tokens * batches.size * run.total_steps / probed_tokens_per_second
+        say(f"expected time: {_duration(seconds)}, validation aside, by the probe's speed")
     with TrainingProgress(run.total_steps) as progress:
         outcome = run()
     accelerator.end_training()
     return outcome
 
 
+def _probed_speed(probe_log: Path | None, plan: Plan) -> float | None:
+    """Tokens per second that the probe of just this plan reached; None where it is not known."""
+    if probe_log is None or not probe_log.is_file():
+        return None
+    try:
+        probes = json.loads(probe_log.read_text(encoding="utf-8"))["probes"]
+        for found in probes:
+            if found["plan"] == plan.model_dump(mode="json") and found["tokens_per_second"]:
+                return float(found["tokens_per_second"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, OSError):
+        pass  # a log for people, which nothing depends on
+    return None
+
+
+def _duration(seconds: float) -> str:
+    """`4000` -> `"1 h 7 min"`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 def _save(outcome: Outcome, model: torch.nn.Module, params: Params, folder: Path) -> None:
-    """The adapter that goes on in `folder`, the other of best and last in a folder inside."""
+    """The adapter that goes on in `folder`, the other of best and last in a folder inside.
+
+    It is written beside its place and renamed, so that it is there as a whole or not at all.
+    """
     described = adapter_config(
         params.lora,
         lora_targets(model),
@@ -136,5 +184,13 @@ def _save(outcome: Outcome, model: torch.nn.Module, params: Params, folder: Path
     kept, other = outcome.best, outcome.last
     if not best_goes_on:
         kept, other = other, kept
-    save_adapter(folder, kept, described)
-    save_adapter(folder / ("last" if best_goes_on else "best"), other, described)
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_adapter(partial, kept, described)
+        save_adapter(partial / ("last" if best_goes_on else "best"), other, described)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
