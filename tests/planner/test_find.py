@@ -1,0 +1,164 @@
+"""From a tiny model to a proven Plan, on the CPU: estimate, probe, and what follows an overflow."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fitlora.artifacts import Estimate, Hardware
+from fitlora.errors import UserError
+from fitlora.memory.estimate import Load, estimate
+from fitlora.params import Params, check_params
+from fitlora.plan import Plan
+from fitlora.planner import find
+from fitlora.planner.find import MAX_PROBES, find_plan
+from fitlora.planner.probe import ProbeResult, probe, write_log
+from fitlora.step.settings import StepSettings
+from fitlora.units import GIB
+from tests.planner.test_search import Linear, hardware
+from tests.planner.test_search import estimate as fake_estimate
+from tests.step import steps
+
+CONFIG = steps.config()
+LOAD = Load.uniform(6, 60)
+
+
+def params(**plan: Any) -> Params:
+    return check_params(
+        {"train": {"effective_batch_size": 6}, "lora": {"r": 4, "dropout": 0.1}, "plan": plan}
+    )
+
+
+def cpu(budget: int = GIB, **changes: Any) -> Hardware:
+    return hardware(budget, device="cpu", gpus=(), **changes)
+
+
+def run(here: Hardware, asked: Params | None = None, **options: Any) -> Any:
+    asked = asked or params()
+    return find_plan(CONFIG, asked, StepSettings.of(asked), LOAD, here, **options)
+
+
+def fake_probe(monkeypatch: pytest.MonkeyPatch, fits: list[bool]) -> list[ProbeResult]:
+    """Probes that fit as listed; those made are in what comes back."""
+    made: list[ProbeResult] = []
+
+    def answer(config: Any, plan: Any, *rest: Any) -> ProbeResult:
+        made.append(ProbeResult(plan, fits[len(made)], 1, None, None, None))
+        return made[-1]
+
+    monkeypatch.setattr(find, "probe", answer)
+    return made
+
+
+def fake_estimates(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+    """Estimates by a formula, for a model of 32 layers."""
+    real = find.Search
+
+    def search(**options: Any) -> find.Search:
+        def estimator(plan: Plan) -> Estimate:
+            return fake_estimate(plan, Linear()(plan), budget)
+
+        return real(**{**options, "estimator": estimator})
+
+    monkeypatch.setattr(find, "Search", search)
+    monkeypatch.setattr(find.ModelSize, "of", lambda config: find.ModelSize(32, 32_000))
+
+
+def find_large(budget: int, **options: Any) -> Any:
+    """`find_plan` on the formula: 32 sequences of 1024 tokens."""
+    asked = check_params({"plan": options.pop("plan", {})})
+    return find_plan(
+        CONFIG, asked, StepSettings.of(asked), Load.uniform(32, 1024), hardware(budget, **options)
+    )
+
+
+def test_the_probe_takes_what_was_estimated() -> None:
+    choice, probes = run(cpu())
+    assert choice.plan.micro_batch_size == 6
+    assert choice.plan.device == "cpu"
+    assert choice.plan.compute_dtype == "float32"
+    assert choice.plan.sequence_length == 60
+    (made,) = probes
+    assert made.plan == choice.plan
+    assert made.fits
+    assert made.peak_allocated_bytes == choice.estimate.peak_allocated_bytes
+    assert (made.peak_reserved_bytes, made.step_seconds, made.tokens_per_second) == (None,) * 3
+
+
+def test_a_tight_budget_is_kept_by_estimate_and_probe() -> None:
+    asked = params(micro_batch_size=2)
+    whole, _ = run(cpu(), asked)
+    budget = whole.estimate.process_bytes - 1
+    choice, (made,) = run(cpu(budget), asked, known=[whole.estimate])
+    assert choice.plan == whole.plan.replace(recompute_layers=(0,))
+    assert choice.estimate.process_bytes <= budget
+    assert made.fits
+    assert made.peak_allocated_bytes == choice.estimate.peak_allocated_bytes
+
+
+def test_a_probe_says_where_the_budget_is_passed() -> None:
+    asked = params()
+    settings, plan = StepSettings.of(asked), steps.plan(effective_batch_size=6, micro_batch_size=6)
+    peak = estimate(CONFIG, plan, settings, LOAD, cpu()).peak_allocated_bytes
+    for budget, fits in ((peak, True), (peak - 1, False)):
+        found = probe(CONFIG, plan, settings, LOAD, cpu(budget))
+        assert found.fits is fits
+        assert found.peak_allocated_bytes == peak
+
+
+def test_a_gpu_that_is_not_here_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fake_probe(monkeypatch, [])
+    choice, probes = run(hardware(GIB, target="RTX of a friend"))
+    assert probes == made == []
+    assert choice.plan.device == "cuda"
+    assert choice.plan.compute_dtype == "bfloat16"
+
+
+def test_after_an_overflow_the_next_plan_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = 10 * GIB
+    fake_estimates(monkeypatch, budget)
+    made = fake_probe(monkeypatch, [False, False, True])
+    choice, probes = find_large(budget)
+    assert probes == made
+    assert [p.fits for p in probes] == [False, False, True]
+    assert choice.plan == probes[-1].plan
+    sizes = [Linear()(p.plan) for p in probes]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 0.95 * budget
+
+
+def test_overflow_after_overflow_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_estimates(monkeypatch, 10 * GIB)
+    made = fake_probe(monkeypatch, [False] * 100)
+    with pytest.raises(UserError, match=r"4 plan\(s\) that should fit 10\.00 GiB overflowed"):
+        find_large(10 * GIB)
+    assert len(made) == MAX_PROBES
+
+
+def test_an_overflow_of_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_estimates(monkeypatch, 10 * GIB)
+    fake_probe(monkeypatch, [False] * 100)
+    with pytest.raises(UserError, match=r"^1 plan\(s\) that should fit"):
+        find_large(10 * GIB, plan={"micro_batch_size": 2, "recompute": "all"})
+
+
+def test_nothing_fits_before_anything_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_estimates(monkeypatch, 1024)
+    made = fake_probe(monkeypatch, [])
+    with pytest.raises(UserError, match=r"nothing fits 1\.00 KiB"):
+        find_large(1024)
+    assert made == []
+
+
+def test_the_log(tmp_path: Path) -> None:
+    choice, probes = run(cpu())
+    path = tmp_path / "logs" / "probe.json"
+    write_log(path, choice.estimate, probes)
+    content = json.loads(path.read_text())
+    assert content["predicted"]["peak_allocated_bytes"] == choice.estimate.peak_allocated_bytes
+    (made,) = content["probes"]
+    assert made["plan"] == content["predicted"]["plan"] == choice.plan.model_dump(mode="json")
+    assert made["peak_allocated_bytes"] == probes[0].peak_allocated_bytes
+    assert made["fits"] is True
+    assert made["tokens_per_second"] is None
