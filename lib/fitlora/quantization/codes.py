@@ -73,18 +73,21 @@ def quantize_8bit(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 def _blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """A float32 copy in rows of one block each, subnormals and the end filled with zeros; its absmax."""
-    count = -(-values.numel() // block_size)
-    blocks = values.new_zeros(count * block_size, dtype=torch.float32)
-    blocks[: values.numel()] = values
-    blocks = torch.nn.functional.hardshrink(blocks, LARGEST_SUBNORMAL).view(count, block_size)
-    return blocks, blocks.abs().amax(1)
+    blocks = values.to(torch.float32, copy=True)
+    missing = -blocks.numel() % block_size
+    if missing:
+        blocks = torch.nn.functional.pad(blocks, (0, missing))
+    blocks = torch.hardshrink(blocks, LARGEST_SUBNORMAL, out=blocks).view(-1, block_size)
+    # A fresh tensor of absolute values would cost more than looking twice.
+    return blocks, torch.maximum(blocks.amax(1), -blocks.amin(1)).abs_()
 
 
 def _count_above(values: Tensor, limits: tuple[float, ...]) -> Tensor:
     """How many of the limits each value exceeds, uint8."""
     # Comparing into float32 and adding there keeps to the fast loops of PyTorch on CPUs.
-    above, count = torch.empty_like(values), torch.zeros_like(values)
-    for limit in limits:
+    count, above = torch.empty_like(values), torch.empty_like(values)
+    torch.gt(values, limits[0], out=count)
+    for limit in limits[1:]:
         count.add_(torch.gt(values, limit, out=above))
     return count.to(torch.uint8)
 
