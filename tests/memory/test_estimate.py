@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 from fitlora.artifacts import Hardware, Rates, SequenceSize
 from fitlora.memory import estimate as memory_estimate
 from fitlora.memory.estimate import (
     FRAGMENTATION,
+    Estimator,
     Load,
     TraceResult,
     count_parameters,
     estimate,
+    layer_kinds,
     sequences_of,
     trace_step,
 )
@@ -207,3 +210,61 @@ def test_the_load_is_made_of_the_longest() -> None:
 def test_all_tokens_of_a_sequence_may_be_learned() -> None:
     (sequence,) = sequences_of([SequenceSize(tokens=5, target_tokens=4)])
     assert sequence.target_tokens == 4
+
+
+def deep_cases() -> list[tuple[int, int, dict[str, Any]]]:
+    """Layers, how many of them recompute, and other choices of the plan."""
+    draw = random.Random(1)
+    found = []
+    for layers, recomputed in ((6, 0), (6, 6), (7, 4), (5, 1), (5, 4)):
+        changes = {
+            "micro_batch_size": draw.randint(1, 7),
+            "evaluation_batch_size": draw.randint(1, 4),
+            "loss_chunk_tokens": draw.choice([5, 4096]),
+        }
+        found.append((layers, recomputed, changes))
+    return found
+
+
+@pytest.mark.parametrize(("layers", "recomputed", "changes"), deep_cases())
+def test_few_layers_tell_of_many(layers: int, recomputed: int, changes: dict[str, Any]) -> None:
+    """The shortcut against the trace at full depth: every phase and component, to the byte."""
+    config = steps.config(num_hidden_layers=layers)
+    plan = steps.plan(recompute_layers=tuple(range(recomputed)), **changes)
+    short = Estimator(config, SETTINGS, LOAD, hardware())
+    full = trace_step(config, plan, SETTINGS, LOAD)
+    found = short(plan)
+    assert found.peak_allocated_bytes == full.peak_bytes
+    assert found.phase_peak_bytes == full.phase_peak_bytes
+    assert found.components.model_dump(exclude={"library_workspaces"}) == full.components
+    assert all(c.num_hidden_layers < layers for c in traced_configs(short)), "no full trace"
+
+
+def traced_configs(estimator: Estimator) -> list[Any]:
+    """A config for each trace that the estimator made, by the depth that it remembers."""
+    return [steps.config(num_hidden_layers=key.recompute_layers[-1]) for key in estimator._traces]
+
+
+def test_layers_that_differ_are_all_traced() -> None:
+    config = Qwen2Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=128, use_sliding_window=True, sliding_window=8,
+        max_window_layers=3,
+    )  # fmt: skip
+    assert len(set(layer_kinds(config))) == 2
+    estimator = Estimator(config, SETTINGS, LOAD, hardware())
+    plan = steps.plan(micro_batch_size=2)
+    assert (
+        estimator(plan).peak_allocated_bytes == trace_step(config, plan, SETTINGS, LOAD).peak_bytes
+    )
+    assert [c.num_hidden_layers for c in traced_configs(estimator)] == [5]
+
+
+def test_plans_share_their_traces() -> None:
+    estimator = Estimator(steps.config(num_hidden_layers=12), SETTINGS, LOAD, hardware())
+    peaks = [
+        estimator(steps.plan(recompute_layers=tuple(range(n)))).peak_allocated_bytes
+        for n in range(13)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(estimator._traces) == 11  # at most three of each stack, in every pairing

@@ -10,7 +10,7 @@ context beside it, both measured by the hardware profile. What is left out: the 
 fragmentation, for which `FRAGMENTATION` of the peak is set aside when deciding whether a plan fits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fitlora.artifacts import Components, Dataset, Estimate, Hardware, SequenceSize
-from fitlora.memory.trace import Block, MemoryTrace
-from fitlora.model import empty_model
+from fitlora.memory.timeline import Level, Segment, Timeline, deepen, levels
+from fitlora.memory.trace import MemoryTrace
+from fitlora.model import decoder_layers, empty_model
 from fitlora.plan import Plan
 from fitlora.step.batch import TokenSequence
 from fitlora.step.build import TrainingStep, step_skeleton
@@ -30,6 +31,9 @@ from fitlora.step.weights import EmptyWeights, Weights
 # Share of the peak that cached blocks of the wrong size may take beside it. With expandable segments
 # the caching allocator stayed within this in benchmarks/results/three_ways.*.json.
 FRAGMENTATION = 0.05
+
+# The stacks of layers that a Plan makes.
+RECOMPUTED, KEPT = "recomputed layers", "kept layers"
 
 
 @dataclass(frozen=True)
@@ -72,39 +76,63 @@ def sequences_of(sizes: Sequence[SequenceSize]) -> list[TokenSequence]:
 
 @dataclass
 class _Booking:
-    """Which blocks of a trace are gradients, and which were kept by a forward pass."""
+    """Books a rehearsal's trace by step, micro-batch, phase and stack of layers, and by purpose."""
 
     trace: MemoryTrace
     step: TrainingStep
     gradients: set[int] = field(default_factory=set)
     saved: set[int] = field(default_factory=set)
+    steps: int = 0
+    micro_batches: int = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        if name == "forward":
+            self.micro_batches += 1
+            self.trace.enter(step=self.steps, micro_batch=self.micro_batches)
         if name == "optimizer":
             grads = [p.grad for p in self.step.adapters.values() if p.grad is not None]
-            self.gradients |= self.trace.blocks_of(grads)
+            self.gradients |= self.trace.numbers_of(grads)
         with self.trace.during(name):
             yield
             if name == "forward":
-                self.saved |= set(self.trace.live)
+                self.saved |= self.trace.alive()
+        if name == "optimizer":
+            self.steps, self.micro_batches = self.steps + 1, 0
+            self.trace.enter(step=self.steps, micro_batch=0)
 
-    def components(self, live: dict[int, Block]) -> dict[str, int]:
-        """Bytes by purpose of the blocks alive at the peak."""
+    def watch_layers(self) -> list[Any]:
+        """Hooks that tell the trace which stack of layers is at work, forward and backward."""
+        hooks = []
+        recomputed = set(self.step.plan.recompute_layers)
+        layers = decoder_layers(self.step.model)
+        for index, layer in enumerate(layers):
+            part = RECOMPUTED if index in recomputed else KEPT
+
+            def before(*_: Any, part: str = part) -> None:
+                self.trace.enter(part=part)
+
+            def after(_: Any, __: Any, out: Any, index: int = index, part: str = part) -> None:
+                hidden = out[0] if isinstance(out, tuple) else out
+                if hidden.requires_grad:
+                    hidden.register_hook(lambda grad: self.trace.enter(part=part))
+                if index == len(layers) - 1:
+                    self.trace.enter(part="")
+
+            hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+        return hooks
+
+    def purposes(self) -> dict[str, set[int]]:
+        """Numbers of the timeline's blocks by what they are for, the more particular first."""
         model = self.step.model
         frozen = [p for p in model.parameters() if not p.requires_grad]
-        sets = {
-            "weights": self.trace.blocks_of([*frozen, *model.buffers()]),
-            "adapters": self.trace.blocks_of(self.step.adapters.values()),
+        return {
+            "weights": self.trace.numbers_of([*frozen, *model.buffers()]),
+            "adapters": self.trace.numbers_of(self.step.adapters.values()),
             "gradients": self.gradients,
-            "optimizer_states": self.trace.blocks_of(_states(self.step)),
+            "optimizer_states": self.trace.numbers_of(_states(self.step)),
             "activations": self.saved,
         }
-        found = dict.fromkeys([*sets, "temporary_buffers"], 0)
-        for key, block in live.items():
-            name = next((n for n, keys in sets.items() if key in keys), "temporary_buffers")
-            found[name] += block.size
-        return found
 
 
 def _states(step: TrainingStep) -> list[torch.Tensor]:
@@ -142,51 +170,141 @@ def rehearse(step: TrainingStep, load: Load) -> None:
         step.evaluate(held_out)
 
 
-def trace_step(
+def trace_levels(
     config: Any, plan: Plan, settings: StepSettings, load: Load, weights: Weights | None = None
-) -> TraceResult:
-    """Builds the step and traces `rehearse`.
+) -> dict[Segment, Level]:
+    """Builds the step and traces `rehearse`: the highest level of each segment, by purpose.
 
     weights: None for fake tensors; a source on the CPU to measure there what an estimate predicts.
     """
     skeleton = step_skeleton(config, plan, settings)
-    fake = FakeTensorMode() if weights is None else nullcontext()
-    trace = MemoryTrace(skeleton.model)
-    with fake, trace:
+    timeline = Timeline()
+    trace = MemoryTrace(skeleton.model, timeline=timeline)
+    with FakeTensorMode() if weights is None else nullcontext(), trace:
         with trace.during("load"):
             step = skeleton.fill(weights or EmptyWeights(torch.device("cpu")))
         trace.watch([*step.model.parameters(), *step.model.buffers()])
         booking = _Booking(trace, step)
         step.phase = booking.phase
+        hooks = booking.watch_layers()
         rehearse(step, load)
-        components = booking.components(trace.peak.live)
-    peak = trace.peak
-    where = f" of {peak.module}" if peak.module else ""
+        for hook in hooks:
+            hook.remove()
+        return levels(timeline, booking.purposes(), rest="temporary_buffers")
+
+
+def _result(found: Mapping[Segment, Level]) -> TraceResult:
+    highest = max(found.values(), key=lambda level: level.bytes)
+    phases: dict[str, int] = {}
+    for segment, level in found.items():
+        phases[segment.phase] = max(phases.get(segment.phase, 0), level.bytes)
     return TraceResult(
-        peak_bytes=peak.bytes,
-        components=components,
-        phase_peak_bytes=dict(trace.phase_peaks),
-        instant=f"{peak.phase}{where}, {peak.operator}",
+        peak_bytes=highest.bytes,
+        components=dict(highest.components),
+        phase_peak_bytes=phases,
+        instant=highest.instant,
     )
+
+
+def trace_step(
+    config: Any, plan: Plan, settings: StepSettings, load: Load, weights: Weights | None = None
+) -> TraceResult:
+    """The same at full depth, and of it the highest segment."""
+    return _result(trace_levels(config, plan, settings, load, weights))
+
+
+def layer_kinds(config: Any) -> list[tuple[Any, ...]]:
+    """What tells one decoder layer from another, as far as memory is concerned, bottom up."""
+    model = empty_model(config, dtype=torch.bfloat16)
+    types = getattr(config, "layer_types", None)
+    return [
+        (
+            type(layer).__name__,
+            types[index] if types is not None else None,
+            tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()),
+        )
+        for index, layer in enumerate(decoder_layers(model))
+    ]
+
+
+def shallow(config: Any, layers: int) -> Any:
+    """The config of the same model with fewer layers; lists with an entry for each are cut as well."""
+    content = config.to_dict()
+    count = config.num_hidden_layers
+    cut = {
+        key: value[:layers]
+        for key, value in content.items()
+        if isinstance(value, list) and len(value) == count
+    }
+    return type(config).from_dict({**content, **cut, "num_hidden_layers": layers})
+
+
+class Estimator:
+    """Estimates of many plans for one model, load and machine; shallow traces are made once.
+
+    A model whose layers are all alike is traced with few of them (`fitlora.memory.timeline` has the
+    argument); another, or a plan that recomputes other layers than the lowest, at full depth.
+    """
+
+    DEPTH = 2  # layers of a stack from which on memory is linear in their number
+
+    def __init__(self, config: Any, settings: StepSettings, load: Load, hardware: Hardware) -> None:
+        self.config, self.settings, self.load, self.hardware = config, settings, load, hardware
+        self._traces: dict[Plan, dict[Segment, Level]] = {}
+        kinds = layer_kinds(config)
+        self._layers = len(kinds)
+        self._alike = len(set(kinds)) == 1 and config.get_text_config() is config
+
+    def __call__(self, plan: Plan) -> Estimate:
+        """The predicted memory of `plan`, in bytes."""
+        found = _result(self.levels(plan))
+        workspace = self.hardware.workspace_bytes
+        components = Components(**found.components, library_workspaces=workspace)
+        peak = found.peak_bytes + workspace
+        process = int(peak * (1 + FRAGMENTATION)) + self.hardware.context_bytes
+        return Estimate(
+            plan=plan,
+            peak_allocated_bytes=peak,
+            process_bytes=process,
+            fits=process <= self.hardware.budget_bytes,
+            instant=found.instant,
+            phase_peak_bytes=found.phase_peak_bytes,
+            components=components,
+        )
+
+    def levels(self, plan: Plan) -> dict[Segment, Level]:
+        """The highest level of each segment at the model's full depth."""
+        recomputed = len(plan.recompute_layers)
+        kept = self._layers - recomputed
+        lowest = plan.recompute_layers == tuple(range(recomputed))
+        if not (self._alike and lowest) or max(recomputed, kept) <= self.DEPTH:
+            return self._trace(plan, self._layers)
+        low, high = min(recomputed, self.DEPTH), min(kept, self.DEPTH)
+
+        def of(recomputed: int, kept: int) -> dict[Segment, Level]:
+            shallow_plan = plan.replace(recompute_layers=tuple(range(recomputed)))
+            return self._trace(shallow_plan, recomputed + kept)
+
+        deeper = []
+        if recomputed > low:
+            deeper.append((of(low + 1, high), recomputed - low))
+        if kept > high:
+            deeper.append((of(low, high + 1), kept - high))
+        return deepen(of(low, high), deeper)
+
+    def _trace(self, plan: Plan, layers: int) -> dict[Segment, Level]:
+        key = plan.replace(recompute_layers=(*plan.recompute_layers, layers))
+        if key not in self._traces:
+            config = self.config if layers == self._layers else shallow(self.config, layers)
+            self._traces[key] = trace_levels(config, plan, self.settings, self.load)
+        return self._traces[key]
 
 
 def estimate(
     config: Any, plan: Plan, settings: StepSettings, load: Load, hardware: Hardware
 ) -> Estimate:
     """The predicted memory of `plan` on `hardware`, in bytes."""
-    found = trace_step(config, plan, settings, load)
-    components = Components(**found.components, library_workspaces=hardware.workspace_bytes)
-    peak = found.peak_bytes + hardware.workspace_bytes
-    process = int(peak * (1 + FRAGMENTATION)) + hardware.context_bytes
-    return Estimate(
-        plan=plan,
-        peak_allocated_bytes=peak,
-        process_bytes=process,
-        fits=process <= hardware.budget_bytes,
-        instant=found.instant,
-        phase_peak_bytes=found.phase_peak_bytes,
-        components=components,
-    )
+    return Estimator(config, settings, load, hardware)(plan)
 
 
 def count_parameters(config: Any, plan: Plan, settings: StepSettings) -> tuple[int, int]:

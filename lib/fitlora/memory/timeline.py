@@ -65,21 +65,24 @@ class Timeline:
     def peaks(self) -> dict[Segment, tuple[int, int]]:
         """The highest level of each segment, in bytes, and the number of events that led to it."""
         found: dict[Segment, tuple[int, int]] = {}
-        entered = iter([*self.entered, (len(self.events) + 1, None)])
-        position, segment = next(entered)
+        entered = list(reversed(self.entered))
         level = 0
-        for index, event in enumerate(self.events):
-            while position <= index:
-                if segment is not None and level > found.get(segment, (-1, 0))[0]:
-                    found[segment] = (level, index)
-                position, segment = next(entered)
-            block = self.blocks[event if event >= 0 else ~event]
+
+        def reach(segment: Segment, events: int) -> None:
+            if level > found.get(segment, (-1, 0))[0]:
+                found[segment] = (level, events)
+
+        for index in range(len(self.events) + 1):
+            while entered and entered[-1][0] == index:
+                reach(entered.pop()[1], index)
+            if index == len(self.events):
+                break
+            event = self.events[index]
             if event < 0:
-                level -= block.size
-                continue
-            level += block.size
-            if level > found.get(block.segment, (-1, 0))[0]:
-                found[block.segment] = (level, index + 1)
+                level -= self.blocks[~event].size
+            else:
+                level += self.blocks[event].size
+                reach(self.blocks[event].segment, index + 1)
         return found
 
     def live(self, events: int) -> list[int]:

@@ -13,13 +13,15 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fitlora.memory.timeline import Block as TimelineBlock
+from fitlora.memory.timeline import Segment, Timeline
 from fitlora.step.ops import scratch_bytes
 
 BLOCK = 512  # the CUDA allocator hands out multiples of this
@@ -53,11 +55,22 @@ class Peak:
 class MemoryTrace(TorchDispatchMode):
     """Counts live tensor storage; use as a context manager around the step.
 
-    round_up: count as the CUDA allocator would (multiples of 512 bytes), or plain bytes.
+    round_up: count as the CUDA allocator would (multiples of 512 bytes), or plain bytes. timeline:
+    where every allocation and free is written down, which a long run has no room for; `Peak.live`
+    is then empty, as the timeline tells the same.
     """
 
-    def __init__(self, model: nn.Module | None = None, *, round_up: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *,
+        round_up: bool = True,
+        timeline: Timeline | None = None,
+    ) -> None:
         super().__init__()
+        self.timeline = timeline
+        self._segment = Segment(0, 0, "build", "")
+        self._numbers: dict[int, int] = {}
         self._size = rounded if round_up else int
         self.live: dict[int, Block] = {}  # by number, in order of allocation
         self._next = 0
@@ -97,10 +110,19 @@ class MemoryTrace(TorchDispatchMode):
         """Books what happens inside under `phase`."""
         before, self.phase = self.phase, phase
         self._raise_phase_peak(self.live_bytes)
+        segment = self._segment
+        self.enter(phase=phase, part="")
         try:
             yield
         finally:
             self.phase = before
+            self.enter(phase=before, part=segment.part)
+
+    def enter(self, **changes: Any) -> None:
+        """Begins another segment of the timeline: `step`, `micro_batch`, `phase` or `part` change."""
+        if self.timeline is not None:
+            self._segment = replace(self._segment, **changes)
+            self.timeline.entered.append((len(self.timeline.events), self._segment))
 
     @property
     def peak(self) -> Peak:
@@ -116,6 +138,14 @@ class MemoryTrace(TorchDispatchMode):
         for tensor in tensors:
             self._see(tensor)
         self._raise_peak("")
+
+    def numbers_of(self, tensors: Iterable[Tensor]) -> set[int]:
+        """The numbers that the timeline has for the blocks that these tensors lie in."""
+        return {self._numbers[key] for key in self.blocks_of(tensors)}
+
+    def alive(self) -> set[int]:
+        """The timeline's numbers of the blocks that are alive."""
+        return {self._numbers[key] for key in self.live}
 
     def blocks_of(self, tensors: Iterable[Tensor]) -> set[int]:
         """The numbers of the blocks that these tensors lie in, as `Peak.live` has them."""
@@ -135,12 +165,16 @@ class MemoryTrace(TorchDispatchMode):
         grown = False
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                grown |= self._see(leaf)
+                grown |= self._see(leaf, func._schema.name)
+        if extra and self.timeline is not None:
+            module = self._modules[-1] if self._modules else ""
+            block = Block(extra, self.phase, module)
+            self.timeline.free(self._note(block, func._schema.name))
         if grown or extra:  # a kernel has its outputs and its scratch at the same time
             self._raise_peak(func._schema.name, extra)
         return out
 
-    def _see(self, tensor: Tensor) -> bool:
+    def _see(self, tensor: Tensor, operator: str = "") -> bool:
         if tensor.device.type == "meta":
             return False
         storage = tensor.untyped_storage()
@@ -151,6 +185,8 @@ class MemoryTrace(TorchDispatchMode):
         block = Block(
             self._size(storage.nbytes()), self.phase, self._modules[-1] if self._modules else ""
         )
+        if self.timeline is not None:
+            self._numbers[key] = self._note(block, operator)
         self.live[key] = block
         self.live_bytes += block.size
         weakref.finalize(storage, self._free, key).atexit = False
@@ -158,14 +194,22 @@ class MemoryTrace(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.live_bytes -= self.live.pop(key).size
+        if self.timeline is not None:
+            self.timeline.free(self._numbers[key])
+
+    def _note(self, block: Block, operator: str) -> int:
+        assert self.timeline is not None
+        return self.timeline.allocate(
+            TimelineBlock(block.size, self._segment, block.module, operator)
+        )
 
     def _raise_peak(self, operator: str, extra: int = 0) -> None:
         now = self.live_bytes + extra
         self._raise_phase_peak(now)
         if now > self._peak.bytes:
             module = self._modules[-1] if self._modules else ""
-            live = dict(self.live)
-            if extra:
+            live = dict(self.live) if self.timeline is None else {}
+            if extra and self.timeline is None:
                 live[-1] = Block(extra, self.phase, module)
             self._peak = Peak(now, self.phase, module, operator, live)
 

@@ -12,7 +12,7 @@ from fitlora.artifacts import (
     SequenceSize,
 )
 from fitlora.console import say
-from fitlora.memory.estimate import Load, count_parameters, estimate
+from fitlora.memory.estimate import Estimator, Load, count_parameters
 from fitlora.model import has_tokenizer, load_config, resolve_model
 from fitlora.params import Params
 from fitlora.planner.search import ModelSize, default_plan, neighbours
@@ -36,16 +36,16 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
 
     load, settings = Load.of(dataset), StepSettings.of(params)
     start = default_plan(params, hardware, model, load.tokens, sequence_length=load.train[0].tokens)
+    estimator = Estimator(config, settings, load, hardware)
     parameters, trainable = count_parameters(config, start, settings)
     result = MemoryEstimate(
         model=params.model.id,
         parameters=parameters,
         trainable_parameters=trainable,
         budget_bytes=hardware.budget_bytes,
-        default=estimate(config, start, settings, load, hardware),
+        default=estimator(start),
         neighbours={
-            name: estimate(config, plan, settings, load, hardware)
-            for name, plan in neighbours(start, model.layers).items()
+            name: estimator(plan) for name, plan in neighbours(start, model.layers).items()
         },
     )
     result.write(root / MEMORY_ESTIMATE)

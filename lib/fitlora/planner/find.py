@@ -5,7 +5,7 @@ from typing import Any
 
 from fitlora.artifacts import Estimate, Hardware
 from fitlora.errors import UserError
-from fitlora.memory.estimate import Load, estimate
+from fitlora.memory.estimate import Estimator, Load
 from fitlora.params import Params
 from fitlora.planner.probe import ProbeResult, probe
 from fitlora.planner.search import Choice, ModelSize, Search, default_plan
@@ -45,7 +45,7 @@ def find_plan(
         hardware=hardware,
         model=model,
         start=start,
-        estimator=lambda plan: estimate(config, plan, settings, load, hardware),
+        estimator=Estimator(config, settings, load, hardware),
         tokens=load.tokens,
         seen=list(known),
     )
