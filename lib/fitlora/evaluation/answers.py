@@ -137,8 +137,8 @@ def generate_answers(
     advance(len(questions) - len(short))
     # the longest first, so that what overflows does so at the start
     order = sorted(short, key=lambda i: -len(questions[i].tokens))
-    settings = _greedy(tokenizer, ends, max_new_tokens)
-    with _generating(step.model):
+    settings = generation_settings(tokenizer, ends, max_new_tokens)
+    with generating(step.model):
 
         def answer(batch: Sequence[int]) -> list[list[int]]:
             return _generate(step, [questions[i].tokens for i in batch], settings)
@@ -153,12 +153,16 @@ def generate_answers(
     return answers
 
 
-def _greedy(tokenizer: Any, ends: Sequence[int], max_new_tokens: int) -> Any:
+def generation_settings(
+    tokenizer: Any, ends: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0
+) -> Any:
+    """transformers' settings of an answer: greedy, or drawn at a temperature above 0."""
     from transformers import GenerationConfig
 
     padding = tokenizer.pad_token_id
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0}
     return GenerationConfig(
-        do_sample=False,
+        **(drawn if temperature > 0 else {"do_sample": False}),
         max_new_tokens=max_new_tokens,
         eos_token_id=list(ends),
         pad_token_id=tokenizer.eos_token_id if padding is None else padding,
@@ -167,7 +171,7 @@ def _greedy(tokenizer: Any, ends: Sequence[int], max_new_tokens: int) -> Any:
 
 
 @contextmanager
-def _generating(model: Any) -> Iterator[None]:
+def generating(model: Any) -> Iterator[None]:
     """The model with an attention that knows padding, and without generation settings of its own."""
     from transformers import GenerationConfig
 

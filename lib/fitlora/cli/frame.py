@@ -1,0 +1,223 @@
+"""What every command has in common: its options, how it answers a program, and how it ends.
+
+How a command ends: 0; 2 where the user has something to mend, said in one message without a traceback;
+130 after Ctrl-C; 1 for a fault of ours, which is called one. `--debug` adds the traceback.
+"""
+
+import contextlib
+import errno
+import functools
+import json
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import BaseModel
+
+from fitlora.errors import UserError
+from fitlora.params import PARAMS_FILE, Params, read_params
+
+# The stages' names, which messages of the library use, as commands.
+COMMANDS = {
+    "profile_hardware": "profile",
+    "estimate_memory": "estimate",
+    "find_batch_size": "plan",
+    "quantize_model": "quantize",
+    "train_adapters": "train",
+    "merge_and_evaluate": "evaluate",
+}
+_STAGE = re.compile(r"dvc repro(?: --force)? (\w+)")
+
+Command = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Project:
+    """Params, and the folder under which artifacts are read and written."""
+
+    params: Params
+    root: Path
+
+
+class Commands(click.Group):
+    """A group whose commands end in the project's way."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # bitsandbytes says at import that an optional kernel is missing, which is never used here
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        ctx.obj = {"debug": False, "root": None}
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.exceptions.Abort):
+            raise  # click's own ways to end
+        except KeyboardInterrupt:
+            status, message = 130, _stopped(ctx)
+        except UserError as error:
+            status, message = 2, f"error: {in_commands(str(error), ctx.obj['root'])}"
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # the reader of a pipe has gone; click ends quietly
+            where = f"{error.filename}: " if error.filename else ""
+            status, message = 2, f"error: {where}{error.strerror or error}"
+        except Exception as error:  # whatever is left is our fault, and has to be said as one
+            if _is_out_of_memory(error):
+                status, message = 2, f"error: out of memory: {error}\n{_MORE_MEMORY}"
+            else:
+                status, message = 1, _bug(error)
+        if ctx.obj["debug"]:
+            traceback.print_exc()
+        click.echo(message, err=True)
+        raise SystemExit(status)
+
+
+_MORE_MEMORY = (
+    "another process may hold the memory: look at it with nvidia-smi or free; a lower "
+    "hardware.memory_budget makes the next plan smaller"
+)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # a command that has not loaded it did not run out there
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds)
+
+
+def _bug(error: Exception) -> str:
+    return (
+        f"internal error: {type(error).__name__}: {error}\n"
+        "This is a bug in fitlora and not yours to mend; --debug shows where it happened."
+    )
+
+
+def _stopped(ctx: click.Context) -> str:
+    root = ctx.obj["root"] or Path()
+    return (
+        f"stopped. Each artifact under {root / 'artifacts'} is whole: what was finished is kept, and "
+        "what was being made is as it was before."
+    )
+
+
+def in_commands(message: str, root: Path | None) -> str:
+    """A message of the library with `dvc repro STAGE` as the command that does the same here."""
+    place = f" --root {root}" if root not in (None, Path()) else ""
+
+    def command(match: re.Match[str]) -> str:
+        name = COMMANDS.get(match[1])
+        return match[0] if name is None else f"fitlora {name}{place}"
+
+    return _STAGE.sub(command, message)
+
+
+def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.find_root().obj["debug"] = True
+
+
+def _set_root(ctx: click.Context, _: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None:
+        ctx.find_root().obj["root"] = value
+    return value
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_set_debug,
+    help="Show the traceback of an error.",
+)
+root_option = click.option(
+    "--root",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    callback=_set_root,
+    help="Where artifacts/ is read and written; here by default.",
+)
+params_option = click.option(
+    "--params",
+    "params_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="By default params.yaml in the root, or else the one that is here.",
+)
+set_option = click.option(
+    "--set",
+    "changes",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Change a key of params.yaml for this command: --set lora.r=8. May be repeated.",
+)
+
+
+def project_options(function: Command) -> Command:
+    """--params, --root, --set and --debug; the command gets a `Project`."""
+
+    @functools.wraps(function)
+    def wrapper(
+        *, params_file: Path | None, root: Path | None, changes: tuple[str, ...], **options: Any
+    ) -> Any:
+        return function(project=open_project(params_file, root, changes), **options)
+
+    for option in (debug_option, set_option, params_option, root_option):
+        wrapper = option(wrapper)
+    return wrapper
+
+
+def open_root(root: Path | None) -> Path:
+    """The root as a folder that is there; raises UserError otherwise."""
+    folder = root or Path()
+    if not folder.is_dir():
+        raise UserError(f"--root {folder} is not a folder")
+    return folder
+
+
+def open_project(params_file: Path | None, root: Path | None, changes: tuple[str, ...]) -> Project:
+    """Reads the params; raises UserError that lists all that is wrong with them."""
+    folder = open_root(root)
+    return Project(find_params(params_file, folder, changes), folder)
+
+
+def find_params(params_file: Path | None, root: Path, changes: tuple[str, ...]) -> Params:
+    """The params of `params_file`, or of the root, or of this folder, with changes."""
+    own = root / PARAMS_FILE
+    file = params_file or (own if own.is_file() else PARAMS_FILE)
+    if not file.is_file():
+        raise UserError(f"{file} is missing; write one with: fitlora init")
+    return read_params(file, changes)
+
+
+def answers(show: Callable[[Any], None] = lambda found: None) -> Callable[[Command], Command]:
+    """--json: what the command returns goes to stdout as JSON, and all that it says to stderr.
+
+    show: what is done with the result without --json.
+    """
+
+    def decorate(function: Command) -> Command:
+        @functools.wraps(function)
+        def wrapper(*, as_json: bool, **options: Any) -> None:
+            if not as_json:
+                show(function(**options))
+                return
+            with contextlib.redirect_stdout(sys.stderr):
+                found = function(**options)
+            click.echo(_as_json(found))
+
+        option = click.option(
+            "--json", "as_json", is_flag=True, help="Print the result for a program, and only that."
+        )
+        return option(wrapper)
+
+    return decorate
+
+
+def _as_json(found: Any) -> str:
+    if isinstance(found, BaseModel):
+        return found.model_dump_json(indent=2)
+    return json.dumps(found, indent=2, ensure_ascii=False)
