@@ -177,6 +177,7 @@ def test_resetting_the_peak() -> None:
         del b
         trace.reset_peak()
         assert trace.peak.bytes == MB
+        assert not trace.phase_peaks
         assert list(trace.peak.live.values()) == [Block(MB, "build", "")]
         c = mb(0.5)
         assert trace.peak.bytes == 1.5 * MB
