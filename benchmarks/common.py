@@ -114,16 +114,21 @@ def versions() -> dict[str, str]:
 
 def write_result(path: Path, program: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
     """Writes a result file as benchmarks/results/ has them."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    found = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    commit = found.stdout.strip() if found.returncode == 0 else None
     content = {
         "program": program,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": device_name(),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit or None,
+        "commit": commit,
         **more,
         "rows": list(rows),
     }
