@@ -10,12 +10,16 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "CPUOffloadOptimizer": "fitlora.trainer",
+    "MemoryEfficientTrainer": "fitlora.trainer",
     "MemoryTracker": "fitlora.memory.tracker",
-    "Plan": "fitlora.plan",
     "Params": "fitlora.params",
+    "Plan": "fitlora.plan",
+    "UserError": "fitlora.errors",
+    "find_optimal_batch_size": "fitlora.planner.user_model",
 }
 
-__all__ = ["MemoryTracker", "Params", "Plan", "__version__"]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
