@@ -117,20 +117,46 @@ def measure(source: Path, target: Path) -> dict[str, Any]:
     if place.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         gpu = total - free
-    return {"seconds": seconds, "gpu_peak_bytes": gpu, "host_peak_bytes": peak[0]}
+    return {
+        "device": device_name(),
+        "seconds": seconds,
+        "gpu_peak_bytes": gpu,
+        "host_peak_bytes": peak[0],
+    }
+
+
+def make_source(args: argparse.Namespace) -> None:
+    """Writes the source of random weights."""
+    shape = _shape(args.model)
+    layers = args.layers or shape["num_hidden_layers"]
+    SHAPES["benchmark"] = {**shape, "num_hidden_layers": layers}
+    make_checkpoint("benchmark", args.work / "source", device())
+
+
+def _shape(model: str) -> dict[str, Any]:
+    return {**SHAPES, "llama-3-70b": LLAMA_3_70B}[model]
+
+
+def _elsewhere(what: str, *options: object) -> str:
+    """What another process prints last; this one must hold no memory of the device."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.quantize", what, *map(str, options)],
+        cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return done.stdout.splitlines()[-1] if done.stdout else ""
 
 
 def speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    layers = args.layers or {**SHAPES, "llama-3-70b": LLAMA_3_70B}[args.model]["num_hidden_layers"]
-    shape = {**SHAPES, "llama-3-70b": LLAMA_3_70B}[args.model]
-    SHAPES["benchmark"] = {**shape, "num_hidden_layers": layers}
     source, target = args.work / "source", args.work / "quantized"
     shutil.rmtree(source, ignore_errors=True)
+    shape = _shape(args.model)
+    layers = args.layers or shape["num_hidden_layers"]
     disk = shutil.disk_usage(args.work.parent).total
-    make_checkpoint("benchmark", source, device())
+    _elsewhere("make", "--model", args.model, "--layers", layers, "--work", args.work)
     files = sorted(source.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
     largest = max(path.stat().st_size for path in files)
+    rows = []
     for cache in ("cold", "warm"):
         times = []
         for what in ("read", "quantize"):
@@ -140,15 +166,10 @@ def speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 times.append(read_seconds(source))
                 continue
             shutil.rmtree(target, ignore_errors=True)
-            program = [sys.executable, "-m", "benchmarks.quantize", "measure"]
-            done = subprocess.run(
-                [*program, "--source", str(source), "--work", str(target)],
-                cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
-            )  # fmt: skip
-            found = json.loads(done.stdout.splitlines()[-1])
-        yield {
+            found = json.loads(_elsewhere("measure", "--source", source, "--work", target))
+        row = {
             "model": args.model,
-            "device": device_name(),
+            "device": found.pop("device"),
             "layers": layers,
             "layers_of_the_model": shape["num_hidden_layers"],
             "disk_bytes": disk,
@@ -160,8 +181,10 @@ def speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             **{key: round(value, 2) for key, value in found.items()},
             "share_of_read_rate": round(times[0] / found["seconds"], 3),
         }
+        rows.append(row)
     shutil.rmtree(source)
     shutil.rmtree(target)
+    yield from rows
 
 
 # --- bytes and quality ---------------------------------------------------------------------------
@@ -256,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["speed", "bytes", "quality", "measure"])
+    parser.add_argument("what", choices=["speed", "bytes", "quality", "make", "measure"])
     parser.add_argument("--model", choices=[*SHAPES, "llama-3-70b"], default="llama-3-8b")
     parser.add_argument("--layers", type=int, help="of the shape's, as many as the disk holds")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "quantize")
@@ -265,6 +288,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.what == "measure":
         print(json.dumps(measure(args.source, args.work)))
+        return
+    if args.what == "make":
+        make_source(args)
         return
     args.work.mkdir(parents=True, exist_ok=True)
     program = {"speed": speed, "bytes": default_bytes, "quality": quality}[args.what]
