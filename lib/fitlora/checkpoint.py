@@ -41,8 +41,8 @@ class Checkpoint:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                self.shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+                self.shards: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
                 raise ArtifactError(f"{index} is damaged: {error!r}") from None
         elif (folder / "model.safetensors").is_file():
             self.shards = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
@@ -70,7 +70,13 @@ class Checkpoint:
         """The tensor, on the CPU; raises ArtifactError where there is none of that name."""
         if name not in self.shards:
             raise ArtifactError(f"{self.folder} has no tensor {name}")
-        tensor: Tensor = self._open(self.shards[name]).get_tensor(name)
+        from safetensors import SafetensorError
+
+        try:
+            tensor: Tensor = self._open(self.shards[name]).get_tensor(name)
+        except SafetensorError as error:
+            path = self.folder / self.shards[name]
+            raise ArtifactError(f"{path} has no tensor {name}: {error}") from None
         return tensor
 
     def info(self, name: str) -> TensorInfo:

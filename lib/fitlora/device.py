@@ -120,6 +120,13 @@ def limit_memory(hardware: Hardware) -> None:
     torch.cuda.set_per_process_memory_fraction(hardware.allocator_bytes / total_bytes, device)
 
 
+def is_overflow(error: RuntimeError) -> bool:
+    """Whether the device ran out of memory, in PyTorch's allocator or in a library's own."""
+    text = str(error)
+    signs = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA_ERROR_OUT_OF_MEMORY")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs)
+
+
 def give_back_memory() -> None:
     """Frees what nothing refers to, and hands the allocator's cached blocks back to the driver.
 

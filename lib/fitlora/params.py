@@ -154,7 +154,7 @@ class LoraParams(Section):
 
     r: int = Field(16, ge=1, description="rank of the update matrices")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / r")
-    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on their input")
+    dropout: float = Field(0.05, ge=0, le=0.9, description="dropout on their input")
     target_modules: Literal["all-linear"] | Annotated[Names, Field(min_length=1)] = Field(
         "all-linear",
         description="all-linear, or the last parts of the layers' names (q_proj, v_proj)",
@@ -173,7 +173,7 @@ class PlanParams(Section):
     recompute: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = Field(
         "auto", description="decoder layers that recompute their activations: none, all, or N"
     )
-    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="bfloat16 where the GPU has it, float32 on the CPU"
     )
 

@@ -14,7 +14,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-ComputeDtype = Literal["bfloat16", "float16", "float32"]
+# float16 would need its gradients scaled, which the step does not do.
+ComputeDtype = Literal["bfloat16", "float32"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
 PAGED_OPTIMIZERS: tuple[Optimizer, ...] = ("paged_adamw", "paged_adamw_8bit")
@@ -49,8 +50,9 @@ class Plan(BaseModel):
                 f"micro_batch_size {self.micro_batch_size} is larger than the "
                 f"{self.sequences_per_device} sequences that one device has in a step"
             )
-        if list(self.recompute_layers) != sorted(set(self.recompute_layers)):
-            raise ValueError("recompute_layers must be ascending and free of duplicates")
+        layers = list(self.recompute_layers)
+        if layers != sorted(set(layers)) or (layers and layers[0] < 0):
+            raise ValueError("recompute_layers must be ascending, from 0, free of duplicates")
         if self.device == "cpu" and self.optimizer in PAGED_OPTIMIZERS:
             raise ValueError(f"{self.optimizer} needs a CUDA device; on the CPU nothing is paged")
         return self

@@ -137,3 +137,17 @@ def test_schedules(schedule: str, middle: float, last: float) -> None:
     assert rates[60] == pytest.approx(middle)
     assert rates[110] == pytest.approx(last, abs=1e-12)
     assert all(a < b for a, b in pairwise(rates[:11]))
+
+
+def test_a_device_without_a_share_takes_part() -> None:
+    """An effective batch smaller than the devices: every device reduces the same tensors."""
+    made = steps.step(steps.plan(effective_batch_size=2, devices=3, micro_batch_size=1))
+    reduced: list[tuple[int, ...]] = []
+    made.run(
+        [],
+        step=0,
+        learning_rate=0.1,
+        total_target_tokens=10,
+        reduce_gradients=lambda tensors: reduced.extend(tuple(t.shape) for t in tensors),
+    )
+    assert reduced == [*(tuple(p.shape) for p in made.adapters.values()), ()]

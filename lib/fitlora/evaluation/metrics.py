@@ -32,8 +32,8 @@ def mean_loss(
     mean = total / count
     if not mean < _LARGEST_LOSS:  # NaN as well
         raise UserError(
-            f"the loss on the held-out rows is {mean}; float16 overflows on some models: set "
-            "plan.compute_dtype to bfloat16 or float32, or look at train.learning_rate"
+            f"the loss on the held-out rows is {mean}; the weights may be damaged, or training "
+            "went astray: look at train.learning_rate"
         )
     return mean
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fitlora.artifacts import Estimate, Hardware, write_text_atomically
-from fitlora.device import give_back_memory, limit_memory, torch_device
+from fitlora.device import give_back_memory, is_overflow, limit_memory, torch_device
 from fitlora.memory.estimate import Load, rehearse, sequences_of, trace_step
 from fitlora.plan import Plan
 from fitlora.step.build import TrainingStep, build_step
@@ -51,8 +51,10 @@ def probe(
         )
     try:
         return _probe_cuda(config, plan, settings, load, device)
-    except torch.OutOfMemoryError:
-        pass  # the traceback holds tensors; leave the handler before giving memory back
+    except RuntimeError as error:
+        if not is_overflow(error):
+            raise
+        # the traceback holds tensors; leave the handler before giving memory back
     give_back_memory()
     return ProbeResult(plan, False, 0, None, None, None)
 

@@ -71,7 +71,6 @@ def compute_dtype(params: Params, hardware: Hardware) -> tuple[ComputeDtype, str
             return "float32", "the CPU computes float32 fastest"
         if has_bf16:
             return "bfloat16", "the GPU has it"
-        # float16 without loss scaling would lose small gradients without a word
         return "float32", "the GPU has no bfloat16"
     if asked == "bfloat16" and hardware.device == "cuda" and not has_bf16:
         raise UserError(
@@ -106,13 +105,18 @@ def default_plan(
     micro = asked.micro_batch_size
     if micro == "auto":
         micro = enough_sequences(micro_batch_sizes(share), tokens)
+    if micro > share:
+        raise UserError(
+            f"plan.micro_batch_size is {micro}, and each of {devices} devices has {share} sequences "
+            "of a step; lower it, or raise train.effective_batch_size"
+        )
     evaluation = asked.evaluation_batch_size
     return Plan(
         device=hardware.device,
         devices=devices,
         effective_batch_size=params.train.effective_batch_size,
-        micro_batch_size=min(micro, share),
-        evaluation_batch_size=min(micro, share) if evaluation == "auto" else evaluation,
+        micro_batch_size=micro,
+        evaluation_batch_size=micro if evaluation == "auto" else evaluation,
         sequence_length=sequence_length,
         recompute_layers=_recomputed(params, model) or (),
         compute_dtype=dtype,

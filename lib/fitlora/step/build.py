@@ -129,6 +129,9 @@ class TrainingStep:
     def _update(self, learning_rate: float, also_reduced: list[Tensor], reduce: Any) -> Tensor:
         """Sums over devices, clips, updates; returns the gradients' norm before clipping."""
         assert self.optimizer is not None
+        for parameter in self.adapters.values():
+            if parameter.grad is None:  # a device without a share of a small batch still takes part
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.adapters.values() if p.grad is not None]
         if reduce is not None:
             reduce([*gradients, *also_reduced])

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import bitsandbytes  # noqa: F401  (defines the operators that are called below)
 import torch
 from torch import Tensor
 
