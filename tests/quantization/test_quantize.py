@@ -30,6 +30,7 @@ from fitlora.step.weights import CheckpointWeights, fill
 from tests.tiny_models import dequantized, read_tensors
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 NF4 = QuantSpec()
 UP = "model.layers.0.mlp.up_proj.weight"
 Source = Callable[..., Path]
@@ -144,6 +145,18 @@ def test_twice_gives_the_same_bytes(source: Source, tmp_path: Path) -> None:
     assert first == hashes(quantize(folder, tmp_path / "b" / "deeper"))
     assert len(first) == len(list(folder.iterdir()))
     assert first != hashes(quantize(folder, tmp_path / "c", QuantSpec(double=False)))
+
+
+def test_the_default_s_bytes_are_those_that_a_gpu_made(tmp_path: Path) -> None:
+    found = hashes(quantize(ROOT / "assets/sample_model", tmp_path / "q"))
+    compared = []
+    for name in ("cpu", "h200"):
+        result = json.loads((ROOT / f"benchmarks/results/quantize.{name}.json").read_text())
+        for row in result["rows"]:
+            if row["measured"] == "bytes":
+                assert {k[7:]: v for k, v in row.items() if k.startswith("sha256 ")} == found
+                compared.append(row["device"])
+    assert sorted(compared) == ["NVIDIA H200", "cpu", "cpu"]
 
 
 def test_a_killed_run_goes_on_after_its_last_shard(
