@@ -104,8 +104,14 @@ def _stopped(ctx: click.Context) -> str:
 
 
 def in_commands(message: str, root: Path | None) -> str:
-    """A message of the library with `dvc repro STAGE` as the command that does the same here."""
-    place = f" --root {root}" if root not in (None, Path()) else ""
+    """A message of the library with `dvc repro STAGE` as the command that does the same here.
+
+    Where DVC keeps the artifacts, its own words stand.
+    """
+    here = root in (None, Path())
+    if here and Path("dvc.yaml").is_file():
+        return message
+    place = "" if here else f" --root {root}"
 
     def command(match: re.Match[str]) -> str:
         name = COMMANDS.get(match[1])
