@@ -28,7 +28,7 @@ EXCUSED = {
     "fitlora.units": "bytes in and out of words; the hardware profile, which parses, always runs",
     "fitlora.report.memory": "lines of text for the user",
     "fitlora.training.progress": "a bar, or lines, for the user",
-    "fitlora.evaluation.progress": "a bar, or lines, for the user",
+    "fitlora.progress": "a bar, or lines, for the user",
     "fitlora.memory.tracker": "measures; what it measured is not held to be the same bytes again",
 }
 

@@ -11,10 +11,8 @@ import torch
 from fitlora.artifacts import Evaluation
 from fitlora.errors import ArtifactError, UserError
 from fitlora.evaluation import compare as module
-from fitlora.evaluation import progress as progress_module
 from fitlora.evaluation.compare import HeldOut, compare, measure, read_held_out
 from fitlora.evaluation.models import Contender, Memory, Place, load
-from fitlora.evaluation.progress import progress
 from fitlora.params import DataParams, EvaluateParams
 from fitlora.plan import Plan
 from fitlora.step.build import TrainingStep
@@ -171,25 +169,3 @@ def test_damaged_model_is_named(tiny: Tiny, tmp_path: Path) -> None:
 
 
 # --- how far it is --------------------------------------------------------------------------------
-
-
-def test_progress_without_a_terminal_is_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter([0.0, 4.0, 12.0, 13.0, 30.0])
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
-    with progress("base", 8) as advance:
-        for _ in range(4):
-            advance(2)
-    assert capsys.readouterr().out == "base: 4 of 8, 12 s left\n"
-
-
-def test_progress_on_a_terminal_is_a_bar(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(progress_module.sys.stdout, "isatty", lambda: True, raising=False)
-    with progress("adapter", 8) as advance:
-        advance(8)
-    said = capsys.readouterr().out
-    assert "adapter" in said
-    assert "8/8" in said

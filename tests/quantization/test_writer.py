@@ -1,10 +1,8 @@
 """A folder of weights that appears whole or not at all, with bytes that follow from its content."""
 
-import io
 import json
 import os
 import stat
-import sys
 import weakref
 import zlib
 from pathlib import Path
@@ -17,13 +15,11 @@ from torch import Tensor
 
 from fitlora.checkpoint import TensorInfo
 from fitlora.errors import UserError
-from fitlora.quantization import writer as module
 from fitlora.quantization.writer import (
     ModelWriter,
     Pending,
     bfloat16_config,
     other_files,
-    progress,
     write_safetensors,
 )
 
@@ -250,32 +246,3 @@ def test_config_in_bfloat16_keeps_all_else_and_its_order() -> None:
     )
     assert content["torch_dtype"] == "float16"
     assert bfloat16_config({}) == {"dtype": "bfloat16"}
-
-
-def test_plain_lines_without_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = iter([0.0, 4.0, 16.0, 30.0])
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
-    with progress("quantizing", 100 << 20) as advance:
-        advance(20 << 20)  # after 4 s: too soon for a line
-        advance(20 << 20)  # after 16 s
-        advance(60 << 20)  # done: the caller has the last word
-    assert capsys.readouterr().out == (
-        "quantizing: 40.00 MiB of 100.00 MiB, 2.50 MiB/s, 24 s left\n"
-    )
-
-
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    with progress("quantizing", 64 << 20) as advance:
-        advance(64 << 20)
-    assert "quantizing" in terminal.getvalue()
-    assert "64.0/64.0 MiB" in terminal.getvalue()

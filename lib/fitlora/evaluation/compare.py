@@ -24,10 +24,10 @@ from fitlora.evaluation.answers import (
 )
 from fitlora.evaluation.metrics import exact_match, mean_loss, perplexity
 from fitlora.evaluation.models import Contender, Memory, Place, choose_place, load, on_cpu
-from fitlora.evaluation.progress import progress
 from fitlora.model import load_config
 from fitlora.params import DataParams, EvaluateParams
 from fitlora.plan import Plan
+from fitlora.progress import progress
 from fitlora.step.batch import TokenSequence
 from fitlora.training.data import load_tokenizer, read_rows, tokenize
 

@@ -19,6 +19,7 @@ import fitlora.step.ops  # noqa: F401  (registers the operators)
 from fitlora.checkpoint import DTYPES, Checkpoint, TensorInfo
 from fitlora.console import say
 from fitlora.errors import ArtifactError, UserError
+from fitlora.progress import progress
 from fitlora.quantization.layout import (
     decode_state,
     find_state,
@@ -31,7 +32,6 @@ from fitlora.quantization.writer import (
     ModelWriter,
     Pending,
     bfloat16_config,
-    progress,
     read_config,
 )
 from fitlora.step.linear import Linear4bit
@@ -101,7 +101,10 @@ def merge_checkpoint(
     merge = _Merge(checkpoint, updates, states, device, compute_dtype)
     parts = {part for name in states for part in part_names(name, spec_of(states[name]))}
     total = sum(info.bytes for info in infos.values())
-    with ModelWriter(source, target) as writer, progress("merging", total) as advance:
+    with (
+        ModelWriter(source, target) as writer,
+        progress("merging", total, in_bytes=True) as advance,
+    ):
         for file, names in checkpoint.files().items():
             tensors: dict[str, Tensor | Pending] = {}
             for name in names:

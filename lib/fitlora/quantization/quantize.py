@@ -26,6 +26,7 @@ from fitlora.checkpoint import Checkpoint, TensorInfo
 from fitlora.console import say
 from fitlora.errors import UserError
 from fitlora.model import empty_model, linear_names, load_config
+from fitlora.progress import progress
 from fitlora.quantization.layout import (
     QuantSpec,
     decode_state,
@@ -40,7 +41,6 @@ from fitlora.quantization.writer import (
     ModelWriter,
     Pending,
     bfloat16_config,
-    progress,
     read_config,
 )
 from fitlora.units import format_bytes
@@ -109,9 +109,8 @@ def quantize_checkpoint(
             say(f"{len(files) - len(left)} of {len(files)} shards were done before, and stay")
         work = _Work(checkpoint, infos, spec, frozenset(() if done else weights), parts, device)
         title = "copying" if done or spec is None else "quantizing"
-        with progress(
-            title, sum(infos[n].bytes for names in left.values() for n in names)
-        ) as advance:
+        size_left = sum(infos[n].bytes for names in left.values() for n in names)
+        with progress(title, size_left, in_bytes=True) as advance:
             work.write(writer, left, advance)
         size = writer.finish(config)
     how = "stored in 16 bits" if spec is None else f"{len(layers)} linear layers in {spec.type}"

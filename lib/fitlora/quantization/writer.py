@@ -15,12 +15,9 @@ import glob
 import json
 import os
 import shutil
-import sys
 import threading
-import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,9 +27,7 @@ import torch
 from torch import Tensor
 
 from fitlora.checkpoint import DTYPES, TensorInfo
-from fitlora.console import say
 from fitlora.errors import UserError
-from fitlora.units import format_bytes
 
 INDEX = "model.safetensors.index.json"
 # Weights in any format, and pickles, which are weights or worse.
@@ -42,7 +37,6 @@ _WEIGHTS = (
 )  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _DONE = ".done"  # beside a shard that is complete: what was written
-PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -268,56 +262,3 @@ def _with_bfloat16(content: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict):  # the parts of a composite model have their own
             new[key] = _with_bfloat16(value)
     return new
-
-
-@contextmanager
-def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Shows how far the work is, its rate and the time left; gives what to call with bytes done.
-
-    Any thread may call it. A bar on a terminal, and elsewhere a line every 10 seconds.
-    """
-    if sys.stdout.isatty():
-        with _bar(title, total_bytes) as advance:
-            yield advance
-        return
-    start = spoken = time.monotonic()
-    done = 0
-    lock = threading.Lock()
-
-    def speak(count: int) -> None:
-        nonlocal done, spoken
-        with lock:
-            done += count
-            now = time.monotonic()
-            if now - spoken >= PLAIN_SECONDS and done < total_bytes:
-                spoken = now
-                rate = done / (now - start)
-                say(
-                    f"{title}: {format_bytes(done)} of {format_bytes(total_bytes)}, "
-                    f"{format_bytes(int(rate))}/s, {(total_bytes - done) / max(rate, 1):.0f} s left"
-                )
-
-    yield speak
-
-
-@contextmanager
-def _bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task(title, total=total_bytes)
-        yield lambda count: bar.advance(task, count)
