@@ -14,6 +14,7 @@ from fitlora import artifacts
 from fitlora.artifacts import (
     Artifact,
     Components,
+    DataFacts,
     Dataset,
     Estimate,
     Evaluation,
@@ -22,6 +23,7 @@ from fitlora.artifacts import (
     MemoryEstimate,
     Metrics,
     ModelFacts,
+    Padding,
     Percentiles,
     PlanArtifact,
     Rates,
@@ -57,7 +59,8 @@ ESTIMATE = Estimate(
     ),
 )  # fmt: skip
 SPLIT = Split(
-    source="daten/ä.jsonl", rows=3, tokens=30, target_tokens=12, truncated_rows=1,
+    source="daten/ä.jsonl", rows=3, formats={"messages": 3}, tokens=30, target_tokens=12,
+    truncated_rows=1, skipped_rows=2,
     length=Percentiles(p50=9, p90=12, p99=12, maximum=12), fingerprint="ab" * 32,
 )  # fmt: skip
 METRICS = Metrics(loss=0.1, perplexity=1.1051709180756477, exact_match=2 / 3)
@@ -88,7 +91,9 @@ EXAMPLES: list[Artifact] = [
         validation=SPLIT,
         longest_train=(SequenceSize(tokens=12, target_tokens=4),) * 2,
         longest_validation=(),
+        padding=Padding(batch=2, rows_share=0.25, packed_share=None, sequences=3),
     ),
+    DataFacts(train="0" * 64, validation=None),
     MemoryEstimate(
         model="m", parameters=1, trainable_parameters=1, budget_bytes=1,
         default=ESTIMATE, neighbours={"half the micro-batch": ESTIMATE},
@@ -188,7 +193,7 @@ def test_one_artifact_is_not_read_as_another(tmp_path: Path) -> None:
 
 def test_an_inconsistent_plan_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    EXAMPLES[4].write(file)
+    next(e for e in EXAMPLES if isinstance(e, PlanArtifact)).write(file)
     file.write_text(file.read_text().replace('"micro_batch_size": 3', '"micro_batch_size": 9'))
     with pytest.raises(ArtifactError, match="damaged at plan"):
         PlanArtifact.read(file)

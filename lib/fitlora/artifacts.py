@@ -20,6 +20,7 @@ from fitlora.plan import Plan
 
 HARDWARE = Path("artifacts/hardware.json")
 MODEL = Path("artifacts/model.json")
+DATA = Path("artifacts/data.json")
 MEMORY_ESTIMATE = Path("artifacts/memory_estimate.json")
 DATASET = Path("artifacts/dataset.json")
 PLAN = Path("artifacts/plan.json")
@@ -171,6 +172,9 @@ class SequenceSize(Record):
 
     tokens: int
     target_tokens: int = Field(description="tokens that count in the loss")
+    parts: tuple[int, ...] = Field(
+        (), strict=False, description="tokens of each part of a packed one; empty for any other"
+    )
 
 
 class Percentiles(Record):
@@ -181,15 +185,26 @@ class Percentiles(Record):
 
 
 class Split(Record):
-    """One file of rows, after tokenizing."""
+    """Rows to train on, or held out, after tokenizing and before packing."""
 
     source: str
     rows: int
+    formats: dict[str, int] = Field(description="how many rows have each form")
     tokens: int
     target_tokens: int
-    truncated_rows: int
+    truncated_rows: int = Field(description="cut to data.max_length")
+    skipped_rows: int = Field(description="bad ones that data.on_bad_row: skip left out")
     length: Percentiles
     fingerprint: str = Field(description="sha256 over the token ids and loss masks, in order")
+
+
+class Padding(Record):
+    """What padding would cost: this program has none, as rows lie behind each other."""
+
+    batch: int = Field(description="sequences that would be padded to the longest among them")
+    rows_share: float = Field(description="padding's share of the tokens, a row a sequence")
+    packed_share: float | None = Field(description="the same when packed; None where it is not")
+    sequences: int = Field(description="that training draws its batches from: packed ones, or rows")
 
 
 class Dataset(Artifact):
@@ -206,6 +221,20 @@ class Dataset(Artifact):
         strict=False, description="the longest sequences, longest first, one effective batch"
     )
     longest_validation: tuple[SequenceSize, ...] = Field(strict=False)
+    padding: Padding | None = Field(description="of the rows to train on; None without any")
+
+
+class DataFacts(Artifact):
+    """Which data it is, by content, for what DVC cannot depend on: a hub's split, or none.
+
+    None where there is nothing to be found; the stage that reads the data says what is wrong.
+    """
+
+    KIND: ClassVar[str] = "data"
+    STAGE: ClassVar[str] = "profile_hardware"
+
+    train: str | None = Field(description="sha256 of the files; of a hub's split, its commit")
+    validation: str | None = Field(description="the same; of rows split from train, train's")
 
 
 class Components(Record):

@@ -22,6 +22,8 @@ from fitlora.artifacts import (
     Hardware,
     PlanArtifact,
 )
+from fitlora.data.formats import Row
+from fitlora.data.templates import load_tokenizer, render
 from fitlora.device import limit_memory, torch_device
 from fitlora.errors import UserError
 from fitlora.evaluation.answers import end_tokens, generating, generation_settings, prompt_limit
@@ -35,7 +37,6 @@ from fitlora.evaluation.models import (
 )
 from fitlora.params import Params
 from fitlora.step.build import TrainingStep
-from fitlora.training.data import Row, load_tokenizer, render
 
 Message = dict[str, str]
 

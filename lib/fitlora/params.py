@@ -85,12 +85,43 @@ class ModelParams(Section):
 class DataParams(Section):
     """What it learns from."""
 
-    train: str = Field("assets/data/train.jsonl", description="rows to train on (JSONL)")
-    validation: str = Field(
-        "assets/data/validation.jsonl", description="rows held out for validation and evaluation"
+    train: str = Field(
+        "assets/data/train.jsonl",
+        min_length=1,
+        description="rows to train on: a .jsonl, .json, .csv or .parquet file, a folder of them, or "
+        "a hub dataset (owner/name, owner/name:split or owner/name:config:split)",
     )
-    max_length: int = Field(
-        512, ge=8, description="tokens of a sequence; what is longer is cut and counted"
+    validation: str | None = Field(
+        "assets/data/validation.jsonl",
+        min_length=1,
+        description="rows held out for validation and evaluation, as for train; null: the "
+        "validation.* files of train's folder, or else a share of train's rows",
+    )
+    validation_share: float = Field(
+        0.1, gt=0, lt=1, description="of train's rows, where validation is null: held out"
+    )
+    validation_seed: int = Field(
+        0, description="chooses, with the rows' content and not their order, which are held out"
+    )
+    revision: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{40}$",
+        description="the full commit of a hub dataset, quoted; required for a hub id",
+    )
+    format: Literal["auto", "messages", "prompt-completion", "instruction", "text"] = Field(
+        "auto", description="what rows are; auto tells them by their columns"
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop", description="report every bad row and stop, or leave them out and count them"
+    )
+    max_length: int = Field(512, ge=8, description="tokens of a sequence")
+    on_long_row: Literal["truncate", "bad"] = Field(
+        "truncate", description="cut what is longer than max_length and count it, or call it bad"
+    )
+    packing: bool = Field(
+        False,
+        description="fill sequences up to max_length with several rows, kept apart; batch sizes "
+        "then count packed sequences",
     )
     train_on: Literal["answers", "all"] = Field(
         "answers", description="loss on the assistant's answers only, or on every token"

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from fitlora.training.data import load_tokenizer, read_rows, render
+from fitlora.data.templates import load_tokenizer, render
 from tests.evaluation.forms import Tiny
+from tests.rows import rows_in
 from tests.tiny_models import dequantized, read_tensors
 
 
@@ -41,7 +42,7 @@ def prompt_tokens(tiny: Tiny) -> list[list[int]]:
     tokenizer = load_tokenizer(tiny.original)
     return [
         tokenizer(render(tokenizer, row.prompt, prompt=True), add_special_tokens=False)["input_ids"]
-        for row in read_rows(tiny.rows)
+        for row in rows_in(tiny.rows)
     ]
 
 

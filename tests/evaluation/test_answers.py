@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, GenerationConfig
 
+from fitlora.data.formats import Row
+from fitlora.data.templates import load_tokenizer
 from fitlora.errors import UserError
 from fitlora.evaluation import answers as module
 from fitlora.evaluation.answers import (
@@ -22,7 +24,6 @@ from fitlora.evaluation.answers import (
 from fitlora.evaluation.models import Place, load
 from fitlora.model import load_config
 from fitlora.step.build import TrainingStep
-from fitlora.training.data import Row, load_tokenizer, read_rows
 from tests.evaluation.forms import CPU, PROMPTS, Tiny
 from tests.evaluation.stock import (
     prompt_tokens,
@@ -31,6 +32,7 @@ from tests.evaluation.stock import (
     stock_base,
     stock_quantized,
 )
+from tests.rows import rows_in
 from tests.tiny_models import make_config
 
 NEW_TOKENS = 20
@@ -45,7 +47,7 @@ STOCK = {
 
 
 def questions_of(tiny: Tiny) -> list[Question]:
-    return make_questions(read_rows(tiny.rows), load_tokenizer(tiny.original))
+    return make_questions(rows_in(tiny.rows), load_tokenizer(tiny.original))
 
 
 def answer(

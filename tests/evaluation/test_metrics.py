@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fitlora.data.templates import load_tokenizer
 from fitlora.errors import UserError
 from fitlora.evaluation.metrics import exact_match, mean_loss, perplexity
 from fitlora.evaluation.models import Place, load
 from fitlora.step.build import TrainingStep
-from fitlora.training.data import load_tokenizer, tokenize
 from tests.evaluation.forms import CPU, Tiny
 from tests.evaluation.stock import stock_adapter, stock_base
+from tests.rows import tokenized
 
 HERE = Place(CPU, "float32", 8)
 
@@ -22,7 +23,7 @@ HERE = Place(CPU, "float32", 8)
 def test_loss_is_that_of_a_plain_forward_pass(tiny: Tiny, name: str, train_on: str) -> None:
     stock = stock_base(tiny.original) if name == "base" else stock_adapter(tiny)
     tokenizer = load_tokenizer(tiny.original)
-    sequences = tokenize(
+    sequences = tokenized(
         tiny.rows, tokenizer, max_length=50, train_on=train_on, vocabulary=288
     ).sequences
     assert max(len(s.tokens) for s in sequences) == 50  # one is cut
@@ -30,7 +31,7 @@ def test_loss_is_that_of_a_plain_forward_pass(tiny: Tiny, name: str, train_on: s
     for sequence in sequences:
         with torch.no_grad():
             logits = stock(input_ids=torch.tensor([sequence.tokens])).logits[0, :-1]
-        learned = torch.tensor(sequence.learned[1:])
+        learned = torch.tensor([bool(learned) for learned in sequence.learned[1:]])
         targets = torch.tensor(sequence.tokens[1:])
         total += float(functional.cross_entropy(logits[learned], targets[learned], reduction="sum"))
         count += int(learned.sum())
@@ -46,7 +47,7 @@ def test_loss_that_is_not_finite_is_refused(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     step = load(tiny.models()["base"], tiny.plan, HERE)
-    sequences = tokenize(
+    sequences = tokenized(
         tiny.rows, load_tokenizer(tiny.original), max_length=60, train_on="all", vocabulary=288
     ).sequences
     monkeypatch.setattr(TrainingStep, "evaluate", lambda self, part: (torch.tensor(value), 1))

@@ -9,21 +9,15 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fitlora.data.templates import DEFAULT_TEMPLATE, load_tokenizer
 from fitlora.errors import UserError
 from fitlora.params import DataParams
-from fitlora.training.data import (
-    DEFAULT_TEMPLATE,
-    TokenizedSplit,
-    load_splits,
-    load_tokenizer,
-    longest,
-    read_rows,
-    sizes,
-    tokenize,
-)
+from fitlora.training.data import TokenizedSplit, load_splits, longest, sizes
+from tests.rows import rows_in, tokenized
 from tests.tiny_models import make_tokenizer
 
-SAMPLE = Path(__file__).parent.parent.parent / "assets/sample_model"
+ASSETS = Path(__file__).parent.parent.parent / "assets"
+SAMPLE = ASSETS / "sample_model"
 VOCABULARY = 100_000
 Write = Callable[..., Path]
 
@@ -81,16 +75,8 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
 
-def split(
-    path: Path,
-    tokenizer: Any,
-    *,
-    max_length: int = 10_000,
-    train_on: str = "answers",
-    **options: Any,
-) -> TokenizedSplit:
-    options = {"vocabulary": VOCABULARY, **options}
-    return tokenize(path, tokenizer, max_length=max_length, train_on=train_on, **options)
+def split(path: Path, tokenizer: Any, **options: Any) -> TokenizedSplit:
+    return tokenized(path, tokenizer, **{"vocabulary": VOCABULARY, "max_length": 10_000, **options})
 
 
 def learned_text(found: TokenizedSplit, tokenizer: Any) -> list[str]:
@@ -121,7 +107,7 @@ def test_learned_are_the_answers_and_their_ends(tokenizer: Any, write: Write) ->
 def test_the_whole_conversation_is_read(tokenizer: Any, write: Write) -> None:
     conversation = row("one", "1", "two", "2", system="Be brief.")
     (sequence,) = split(write(conversation), tokenizer).sequences
-    text = tokenizer.decode(sequence.tokens)
+    text = tokenizer.decode(list(sequence.tokens))
     assert text == tokenizer.apply_chat_template(conversation["messages"], tokenize=False)
     for content in ("Be brief.", "one", "1", "two", "2"):
         assert content in text
@@ -172,8 +158,14 @@ def test_answers_that_are_cut_away_are_all_reported(plain: Any, write: Write) ->
 BAD_ROWS: list[tuple[Any, str]] = [
     (b'{"messages": [', "not JSON"),
     (b'{"messages": "\xff"}', "not UTF-8"),
-    (b"[]", 'no "messages" list'),
-    ({"text": "x"}, 'no "messages" list'),
+    (b"[]", "no object with columns"),
+    ({"question": "x", "answer": "y"}, "no columns that are known"),
+    ({"prompt": "x"}, 'no "completion"'),
+    ({"completion": "x"}, 'no "prompt"'),
+    ({"instruction": "x"}, 'no "output"'),
+    ({"text": 5}, '"text" is no text'),
+    ({"text": " "}, '"text" is empty'),
+    ({"prompt": "x", "completion": ""}, "message 1 is an empty answer"),
     ({"messages": "x"}, 'no "messages" list'),
     ({"messages": []}, "the last message is not the assistant's"),
     ({"messages": ["x"]}, "message 0 is no object"),
@@ -193,7 +185,7 @@ def test_every_bad_row_is_reported_at_once(write: Write) -> None:
         rows += [bad, row("good", "good")]
     path = write(*rows)
     with pytest.raises(UserError) as caught:
-        read_rows(path)
+        rows_in(path)
     first, *lines = str(caught.value).splitlines()
     assert first == f"{len(BAD_ROWS)} bad row(s):"
     for index, (line, (_, reason)) in enumerate(zip(lines, BAD_ROWS, strict=True)):
@@ -202,7 +194,7 @@ def test_every_bad_row_is_reported_at_once(write: Write) -> None:
 
 def test_a_long_list_of_bad_rows_is_cut(write: Write) -> None:
     with pytest.raises(UserError) as caught:
-        read_rows(write(*[{}] * 25))
+        rows_in(write(*[{}] * 25))
     first, *lines = str(caught.value).splitlines()
     assert first == "25 bad row(s):"
     assert len(lines) == 21
@@ -211,34 +203,22 @@ def test_a_long_list_of_bad_rows_is_cut(write: Write) -> None:
 
 def test_lines_are_those_of_the_file(write: Write) -> None:
     path = write(b"\xef\xbb\xbf" + json.dumps(row("a", "b")).encode(), b"", b"  \r", row("c", "ä"))
-    rows = read_rows(path)
+    rows = rows_in(path)
     assert [(r.line, r.answer) for r in rows] == [(1, "b"), (4, "ä")]
     assert [m["content"] for m in rows[1].prompt] == ["c"]
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert [r.line for r in read_rows(path)] == [1, 4]
+    assert [r.line for r in rows_in(path)] == [1, 4]
 
 
 def test_a_line_separator_in_a_text_ends_no_line(write: Write) -> None:
     path = write(json.dumps(row("a\u2028b", "c\x85d"), ensure_ascii=False).encode())
-    assert [r.answer for r in read_rows(path)] == ["c\x85d"]
+    assert [r.answer for r in rows_in(path)] == ["c\x85d"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("rows.json", b"{}", "rows are read from .jsonl files"),
-        ("rows.jsonl", b"\n \n", "no rows"),
-        ("other.jsonl", None, "is missing"),
-    ],
-)
-def test_files_that_have_no_rows(
-    name: str, content: bytes | None, said: str, tmp_path: Path
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=said) as caught:
-        read_rows(tmp_path / name)
-    assert str(tmp_path / name) in str(caught.value)
+def test_a_file_without_rows(plain: Any, write: Write) -> None:
+    path = write(b" ")
+    with pytest.raises(UserError, match=r"rows\.jsonl: no rows$"):
+        split(path, plain)
 
 
 def test_the_fingerprint_changes_with_any_token_or_mask(plain: Any, write: Write) -> None:
@@ -355,3 +335,12 @@ def test_tokenizers_that_do_not_do(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no end-of-text token"):
         load_tokenizer(tmp_path)
+
+
+def test_the_shipped_data_is_what_it_was(sample: Any) -> None:
+    """What the shipped result was trained on, token by token."""
+    prints = [
+        tokenized(ASSETS / f"data/{name}.jsonl", sample, vocabulary=1536).facts.fingerprint
+        for name in ("train", "validation")
+    ]
+    assert [found[:16] for found in prints] == ["5f5b1d54a765d7a5", "1d38e4211b3fd4cc"]

@@ -11,8 +11,9 @@ from fitlora.adapter import CONFIG, WEIGHTS, load_adapter
 from fitlora.artifacts import Hardware, Rates
 from fitlora.params import Params, check_params
 from fitlora.plan import Plan
-from fitlora.training.data import TokenizedSplit, tokenize
+from fitlora.training.data import TokenizedSplit
 from fitlora.training.run import Places, train
+from tests.rows import tokenized
 from tests.step import steps
 from tests.tiny_models import VOCABULARY, make_checkpoint, make_config, make_tokenizer
 
@@ -45,7 +46,7 @@ def rows(folder: Path, count: int, start: int, *, alike: bool = False) -> Tokeni
         lines.append(json.dumps({"messages": messages}) + "\n")
     path.write_text("".join(lines))
     tokenizer = make_tokenizer(folder / "tokenizer")
-    return tokenize(path, tokenizer, max_length=64, train_on="answers", vocabulary=VOCABULARY)
+    return tokenized(path, tokenizer, max_length=64, vocabulary=VOCABULARY)
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,11 @@ from typing import Any, cast
 
 import torch
 
+from fitlora.data.formats import Messages, Row
+from fitlora.data.templates import render
 from fitlora.errors import UserError
 from fitlora.evaluation.overflow import each_batch
 from fitlora.step.build import TrainingStep
-from fitlora.training.data import Row, render
 
 
 @dataclass(frozen=True)
@@ -34,26 +35,47 @@ class Question:
 
 
 def make_questions(rows: Sequence[Row], tokenizer: Any) -> list[Question]:
-    """The rows' last answers as questions, tokenized as in training."""
+    """The rows' last answers as questions, tokenized as in training.
+
+    A text has no question; its first half, in tokens, is one, and what is expected is the rest.
+    """
     return [
-        Question(
-            prompt=_readable(row.prompt),
-            expected=row.answer.strip(),
-            tokens=tuple(
-                tokenizer(render(tokenizer, row.prompt, prompt=True), add_special_tokens=False)[
-                    "input_ids"
-                ]
-            ),
-        )
+        _make_question(row, tokenizer) if row.text is None else _continuation(row.text, tokenizer)
         for row in rows
     ]
 
 
-def _readable(messages: list[dict[str, str]]) -> str:
+def _make_question(row: Row, tokenizer: Any) -> Question:
+    before = render(tokenizer, row.prompt, prompt=True, tools=row.tools)
+    expected = row.answer
+    if row.messages[-1].get("tool_calls"):  # what a call looks like is the template's to say
+        whole = render(tokenizer, row.messages, prompt=False, tools=row.tools)
+        ids = tokenizer(whole.removeprefix(before), add_special_tokens=False)["input_ids"]
+        expected = _plain_text(tokenizer, ids)
+    tokens = tokenizer(before, add_special_tokens=False)["input_ids"]
+    return Question(_readable(row.prompt), expected.strip(), tuple(tokens))
+
+
+def _continuation(text: str, tokenizer: Any) -> Question:
+    tokens = tokenizer(text, verbose=False)["input_ids"]
+    half = max(1, len(tokens) // 2)
+    before, after = (_plain_text(tokenizer, part) for part in (tokens[:half], tokens[half:]))
+    return Question(before, after.strip(), tuple(tokens[:half]))
+
+
+def _plain_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    text: str = tokenizer.decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return text
+
+
+def _readable(messages: Messages) -> str:
     """The prompt for people: its text, with the speakers where there are several turns."""
+    texts = [m.get("content") or json.dumps(m.get("tool_calls")) for m in messages]
     if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return texts[0]
+    return "\n".join(f"{m['role']}: {text}" for m, text in zip(messages, texts, strict=True))
 
 
 def end_tokens(folder: Path, config: Any, tokenizer: Any, rows: Sequence[Row]) -> tuple[int, ...]:
@@ -63,7 +85,7 @@ def end_tokens(folder: Path, config: Any, tokenizer: Any, rows: Sequence[Row]) -
     models list their end of turn there), and what the chat template puts behind an answer, if that is
     a special token. Raises UserError for a damaged generation_config.json.
     """
-    found = {tokenizer.eos_token_id, _end_of_turn(tokenizer, rows[0])}
+    found = {tokenizer.eos_token_id, *_ends_of_turn(tokenizer, rows)}
     found.update(_listed(config.get_text_config().eos_token_id))
     path = folder / "generation_config.json"
     if path.is_file():
@@ -80,16 +102,23 @@ def _listed(tokens: int | list[int] | None) -> list[int]:
     return tokens if isinstance(tokens, list) else [tokens]
 
 
-def _end_of_turn(tokenizer: Any, row: Row) -> int | None:
-    """The special token that the template closes an answer with; None where it closes with text."""
-    before = render(tokenizer, row.prompt, prompt=True)
-    through = render(tokenizer, row.messages, prompt=False)
+def _ends_of_turn(tokenizer: Any, rows: Sequence[Row]) -> list[int]:
+    """The special token that the template closes an answer with; none where it closes with text.
+
+    Told by the first row whose answer is text and nothing else.
+    """
+    plain = (r for r in rows if r.text is None and not r.messages[-1].get("tool_calls"))
+    row = next(plain, None)
+    if row is None:
+        return []
+    before = render(tokenizer, row.prompt, prompt=True, tools=row.tools)
+    through = render(tokenizer, row.messages, prompt=False, tools=row.tools)
     rest = through.removeprefix(before).strip()  # templates may trim the answer
     answer = row.answer.strip()
     if not through.startswith(before) or not rest.startswith(answer):
-        return None
+        return []
     tail = tokenizer(rest.removeprefix(answer).strip(), add_special_tokens=False)["input_ids"]
-    return tail[0] if tail and tail[0] in _special_tokens(tokenizer) else None
+    return tail[:1] if tail and tail[0] in _special_tokens(tokenizer) else []
 
 
 def _special_tokens(tokenizer: Any) -> set[int]:
@@ -145,10 +174,7 @@ def generate_answers(
 
         for batch, found in each_batch(order, rows, answer):
             for index, tokens in zip(batch, found, strict=True):
-                text = tokenizer.decode(
-                    tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-                answers[index] = text.strip()
+                answers[index] = _plain_text(tokenizer, tokens).strip()
             advance(len(batch))
     return answers
 

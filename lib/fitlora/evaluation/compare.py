@@ -14,6 +14,7 @@ import torch
 
 from fitlora.artifacts import Evaluation, Metrics, Sample
 from fitlora.console import say
+from fitlora.data.templates import load_tokenizer
 from fitlora.device import give_back_memory
 from fitlora.evaluation.answers import (
     Question,
@@ -29,7 +30,7 @@ from fitlora.params import DataParams, EvaluateParams
 from fitlora.plan import Plan
 from fitlora.progress import progress
 from fitlora.step.batch import TokenSequence
-from fitlora.training.data import load_tokenizer, read_rows, tokenize
+from fitlora.training.data import load_validation, rows_of
 
 
 @dataclass(frozen=True)
@@ -61,21 +62,15 @@ class Result:
 def read_held_out(
     model: Path, data: DataParams, evaluate: EvaluateParams, *, trust_remote_code: bool = False
 ) -> HeldOut:
-    """The first `evaluate.rows` rows of data.validation. model: the original model's folder.
+    """The first `evaluate.rows` validation rows. model: the original model's folder.
 
     Says how many prompts leave no room for an answer. Raises UserError for bad rows.
     """
-    path = Path(data.validation)
     config = load_config(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    sequences = tokenize(
-        path,
-        tokenizer,
-        max_length=data.max_length,
-        train_on=data.train_on,
-        vocabulary=config.get_text_config().vocab_size,
-    ).sequences[: evaluate.rows]
-    rows = read_rows(path)[: evaluate.rows]
+    split = load_validation(data, tokenizer, config.get_text_config().vocab_size)
+    sequences = split.sequences[: evaluate.rows]
+    rows = rows_of(split, data, evaluate.rows)
     questions = make_questions(rows, tokenizer)
     limit = prompt_limit(config, evaluate.max_new_tokens)
     too_long = sum(limit is not None and len(q.tokens) > limit for q in questions)

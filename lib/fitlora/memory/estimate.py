@@ -23,7 +23,7 @@ from fitlora.memory.timeline import Level, Segment, Timeline, deepen, levels
 from fitlora.memory.trace import MemoryTrace
 from fitlora.model import decoder_layers, empty_model
 from fitlora.plan import Plan
-from fitlora.step.batch import TokenSequence
+from fitlora.step.batch import PackedSequence, TokenSequence
 from fitlora.step.build import TrainingStep, step_skeleton
 from fitlora.step.settings import StepSettings
 from fitlora.step.weights import EmptyWeights, Weights
@@ -63,15 +63,18 @@ class Load:
 
 
 def sequences_of(sizes: Sequence[SequenceSize]) -> list[TokenSequence]:
-    """Sequences of these sizes with no meaning; the learned tokens are the last ones."""
-    return [
-        TokenSequence(
-            sample=index,
-            tokens=(0,) * size.tokens,
-            learned=tuple(i >= size.tokens - size.target_tokens for i in range(size.tokens)),
-        )
-        for index, size in enumerate(sizes)
-    ]
+    """Sequences of these sizes with no meaning; the learned tokens are the last that can be."""
+    return [_sequence_of(index, size) for index, size in enumerate(sizes)]
+
+
+def _sequence_of(sample: int, size: SequenceSize) -> TokenSequence:
+    left, parts = size.target_tokens, []
+    for length in reversed(size.parts or (size.tokens,)):
+        count = min(left, length - 1)  # the first token of a part is never predicted
+        left -= count
+        learned = tuple(i >= length - count for i in range(length))
+        parts.append(TokenSequence(sample, (0,) * length, learned))
+    return parts[0] if not size.parts else PackedSequence.of(parts[::-1])
 
 
 @dataclass

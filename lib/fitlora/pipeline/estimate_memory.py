@@ -19,7 +19,7 @@ from fitlora.planner.search import ModelSize, default_plan, neighbours
 from fitlora.report.memory import data_lines, estimate_lines
 from fitlora.step.settings import StepSettings
 from fitlora.training.batches import Batches
-from fitlora.training.data import load_splits, longest, sizes
+from fitlora.training.data import load_splits, longest, padding_of, sizes
 
 
 def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
@@ -64,7 +64,11 @@ def read_dataset(params: Params, folder: Path, vocabulary: int) -> Dataset:
         limit = params.data.max_length
         assumed = (SequenceSize(tokens=limit, target_tokens=limit - 1),) * count
         return Dataset(
-            train=None, validation=None, longest_train=assumed, longest_validation=assumed
+            train=None,
+            validation=None,
+            longest_train=assumed,
+            longest_validation=assumed,
+            padding=None,
         )
     train, validation = load_splits(
         params.data, folder, vocabulary, trust_remote_code=params.model.trust_remote_code
@@ -75,4 +79,5 @@ def read_dataset(params: Params, folder: Path, vocabulary: int) -> Dataset:
         validation=validation.facts,
         longest_train=sizes(longest(train.sequences, count)),
         longest_validation=sizes(longest(validation.sequences, count)),
+        padding=padding_of(train.sequences, count),
     )

@@ -59,14 +59,14 @@ def anchored(params: Params) -> Params:
     def absolute(path: str) -> str:
         return str(Path(path).resolve()) if Path(path).exists() else path
 
-    start = params.train.from_adapter
+    start, held_out = params.train.from_adapter, params.data.validation
     return params.model_copy(
         update={
             "model": params.model.model_copy(update={"id": absolute(params.model.id)}),
             "data": params.data.model_copy(
                 update={
                     "train": absolute(params.data.train),
-                    "validation": absolute(params.data.validation),
+                    "validation": None if held_out is None else absolute(held_out),
                 }
             ),
             "train": params.train.model_copy(

@@ -1,13 +1,14 @@
-"""What the machine is, and which model it is about -> hardware.json, model.json."""
+"""What the machine is, and which model and data it is about -> hardware.json, model.json, data.json."""
 
 from pathlib import Path
 
-from fitlora.artifacts import ADAPTER, HARDWARE, MODEL, SCRATCH, Hardware
+from fitlora.artifacts import ADAPTER, DATA, HARDWARE, MODEL, SCRATCH, DataFacts, Hardware
 from fitlora.console import say
-from fitlora.errors import ArtifactError
+from fitlora.data.sources import Source, fact, find_source, held_out_of
+from fitlora.errors import ArtifactError, UserError
 from fitlora.hardware import describe, keep_stable, profile
-from fitlora.model_facts import adapter_fact, model_facts
-from fitlora.params import Params
+from fitlora.model_facts import adapter_fact, fingerprint, model_facts
+from fitlora.params import DataParams, Params
 
 
 def profile_hardware(params: Params, root: Path = Path()) -> Hardware:
@@ -21,6 +22,7 @@ def profile_hardware(params: Params, root: Path = Path()) -> Hardware:
         adapter=adapter_fact(None if start is None else Path(start), root / ADAPTER, cache),
     )
     facts.write(root / MODEL)
+    data_facts(params.data, cache).write(root / DATA)
     hardware = profile(params.hardware, root / SCRATCH)
     earlier = _read_earlier(root / HARDWARE)
     if earlier is not None:
@@ -29,6 +31,29 @@ def profile_hardware(params: Params, root: Path = Path()) -> Hardware:
     for line in describe(hardware):
         say(line)
     return hardware
+
+
+def data_facts(data: DataParams, cache: Path) -> DataFacts:
+    """Which data `data` names, without reading rows. cache: as for `model_facts.fingerprint`."""
+
+    def found(name: str, key: str, split: str) -> Source | None:
+        try:
+            return find_source(name, key, split, data.revision)
+        except UserError:
+            return None  # a profile needs no data; the stage that reads it says what is wrong
+
+    train = found(data.train, "data.train", "train")
+    if data.validation is not None:
+        held_out = found(data.validation, "data.validation", "validation")
+    else:
+        held_out = train and (held_out_of(train) or train)
+
+    def content(source: Source | None) -> str | None:
+        if source is None:
+            return None
+        return fact(source, lambda files: fingerprint(files, cache))
+
+    return DataFacts(train=content(train), validation=content(held_out))
 
 
 def _read_earlier(path: Path) -> Hardware | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fitlora.artifacts import Dataset, Estimate, MemoryEstimate, Split
+from fitlora.artifacts import Dataset, Estimate, MemoryEstimate, Padding, Split
 from fitlora.planner.probe import ProbeResult
 from fitlora.units import format_bytes
 
@@ -13,6 +13,8 @@ def data_lines(dataset: Dataset) -> Iterator[str]:
     for name, split in (("train", dataset.train), ("validation", dataset.validation)):
         if split is not None:
             yield f"{name:<11}{_split(split)}"
+    if dataset.padding is not None:
+        yield from _padding(dataset.padding)
     if dataset.train is None:
         yield (
             "no tokenizer with the model, so no rows were read: planning for sequences of "
@@ -23,9 +25,21 @@ def data_lines(dataset: Dataset) -> Iterator[str]:
 def _split(split: Split) -> str:
     length = split.length
     cut = f", {split.truncated_rows} cut to the limit" if split.truncated_rows else ""
+    cut += f", {split.skipped_rows} bad ones skipped" if split.skipped_rows else ""
     return (
         f"{split.rows:,} rows, {split.tokens:,} tokens ({split.target_tokens:,} learned), "
         f"lengths {length.p50} median, {length.p90} p90, {length.maximum} longest{cut}"
+    )
+
+
+def _padding(found: Padding) -> Iterator[str]:
+    """What padding would cost, said beside that there is none."""
+    shares = f"{found.rows_share:.1%}"
+    if found.packed_share is not None:
+        yield f"packed     into {found.sequences:,} sequences, which batch sizes now count"
+        shares += f", and {found.packed_share:.1%} when packed"
+    yield (
+        f"padding    none; padded to the longest of {found.batch} it would be {shares} of all tokens"
     )
 
 

@@ -2,9 +2,11 @@
 
 A micro-batch of sequences is one row of tokens; attention is kept inside each sequence by the list of
 lengths, which the host knows, so that nothing waits for the device. No token is padding, and a
-micro-batch costs what its tokens cost.
+micro-batch costs what its tokens cost. A packed sequence is several that count as one: in here they
+lie behind each other as any others do, so that they stay apart in attention, positions and dropout.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,16 +18,66 @@ from fitlora.step.ops import row_keys
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One sequence: its token ids, which of them are learned, and which row of the data it is."""
+    """One sequence: its token ids, which of them are learned, and which row of the data it is.
+
+    Rows of data have an array of int32 and bytes: a tuple of ints takes ten times as much.
+    """
 
     sample: int
-    tokens: tuple[int, ...]
-    learned: tuple[bool, ...]  # learned[i]: the loss counts the prediction of tokens[i]
+    tokens: Sequence[int]
+    learned: Sequence[int]  # learned[i]: the loss counts the prediction of tokens[i]
 
     @property
     def target_tokens(self) -> int:
         """Tokens that count in the loss; the first token is never predicted."""
         return sum(self.learned[1:])
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each part that attention is kept inside of."""
+        return (len(self.tokens),)
+
+    @property
+    def parts(self) -> tuple["TokenSequence", ...]:
+        """The rows of the data that it is made of."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class PackedSequence(TokenSequence):
+    """Several sequences behind each other that are one of a batch; `sample` is the first one's."""
+
+    samples: tuple[int, ...]
+    packed_lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[TokenSequence]) -> "PackedSequence":
+        """parts: rows of the data, at least one, none of them packed."""
+        return cls(
+            sample=parts[0].sample,
+            tokens=array("i", [token for part in parts for token in part.tokens]),
+            learned=bytes(learned for part in parts for learned in part.learned),
+            samples=tuple(part.sample for part in parts),
+            packed_lengths=tuple(len(part.tokens) for part in parts),
+        )
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens that count in the loss; the first token of each part is never predicted."""
+        return sum(part.target_tokens for part in self.parts)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.packed_lengths
+
+    @property
+    def parts(self) -> tuple[TokenSequence, ...]:
+        found, start = [], 0
+        for sample, length in zip(self.samples, self.packed_lengths, strict=True):
+            part = slice(start, start + length)
+            found.append(TokenSequence(sample, self.tokens[part], self.learned[part]))
+            start += length
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -34,8 +86,8 @@ class MicroBatch:
 
     input_ids, position_ids: int64 (1, tokens). targets: int64 (targets,), the ids to predict, and
     target_rows: int64 (targets,), the rows of hidden states that predict them. starts: int32
-    (sequences + 1,), where each sequence begins; lengths is the same on the host. row_keys: int32
-    (tokens,), the dropout key of each token.
+    (parts + 1,), where each sequence or part of one begins; lengths is the same on the host. row_keys:
+    int32 (tokens,), the dropout key of each token.
     """
 
     input_ids: Tensor
@@ -65,7 +117,11 @@ class StepContext:
 def make_micro_batch(
     sequences: Sequence[TokenSequence], *, seed: int, step: int, device: torch.device
 ) -> MicroBatch:
-    """Lays the sequences behind each other. `step` is the optimizer step, for the dropout masks."""
+    """Lays the sequences, and the parts of packed ones, behind each other.
+
+    step: the optimizer step, for the dropout masks.
+    """
+    sequences = [part for sequence in sequences for part in sequence.parts]
     lengths = [len(sequence.tokens) for sequence in sequences]
     starts = [0]
     for length in lengths:

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from fitlora.errors import UserError
 from fitlora.step.batch import TokenSequence
-from fitlora.training.data import longest
+from fitlora.training.data import longest_positions
 
 
 class Batches:
@@ -25,14 +25,16 @@ class Batches:
 
     def __init__(self, sequences: Sequence[TokenSequence], effective_batch_size: int, seed: int):
         if len(sequences) < effective_batch_size:
+            packed = any(len(s.lengths) > 1 for s in sequences)
+            what = "packed sequences (data.packing)" if packed else "rows"
             raise UserError(
-                f"data.train has {len(sequences)} rows, fewer than train.effective_batch_size "
+                f"data.train has {len(sequences)} {what}, fewer than train.effective_batch_size "
                 f"{effective_batch_size}; lower it, or add rows"
             )
         self.sequences = sequences
         self.size = effective_batch_size
         self.seed = seed
-        self._first = [s.sample for s in longest(sequences, self.size)]
+        self._first = longest_positions(sequences, self.size)
         self._orders: dict[int, list[int]] = {}
 
     def steps_of(self, epochs: float) -> int:
