@@ -56,24 +56,29 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.exceptions.Abort):
             raise  # click's own ways to end
-        except KeyboardInterrupt:
-            status, message = 130, _stopped(ctx)
-        except UserError as error:
-            status, message = 2, f"error: {in_commands(str(error), ctx.obj['root'])}"
-        except OSError as error:
-            if error.errno == errno.EPIPE:
+        # Whatever a command does not foresee is our fault, and has to be said as one.
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # the reader of a pipe has gone; click ends quietly
-            where = f"{error.filename}: " if error.filename else ""
-            status, message = 2, f"error: {where}{error.strerror or error}"
-        except Exception as error:  # whatever is left is our fault, and has to be said as one
-            if _is_out_of_memory(error):
-                status, message = 2, f"error: out of memory: {error}\n{_MORE_MEMORY}"
-            else:
-                status, message = 1, _bug(error)
-        if ctx.obj["debug"]:
-            traceback.print_exc()
+            status, message = _ending(error, ctx)
+            if ctx.obj["debug"]:
+                traceback.print_exception(error)
         click.echo(message, err=True)
         raise SystemExit(status)
+
+
+def _ending(error: BaseException, ctx: click.Context) -> tuple[int, str]:
+    """The exit status and the last word."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, _stopped(ctx)
+    if isinstance(error, UserError):
+        return 2, f"error: {in_commands(str(error), ctx.obj['root'])}"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return 2, f"error: {where}{error.strerror or error}"
+    if _is_out_of_memory(error):
+        return 2, f"error: out of memory: {error}\n{_MORE_MEMORY}"
+    return 1, _bug(error)
 
 
 _MORE_MEMORY = (
@@ -82,13 +87,13 @@ _MORE_MEMORY = (
 )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")  # a command that has not loaded it did not run out there
     kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds)
 
 
-def _bug(error: Exception) -> str:
+def _bug(error: BaseException) -> str:
     return (
         f"internal error: {type(error).__name__}: {error}\n"
         "This is a bug in fitlora and not yours to mend; --debug shows where it happened."

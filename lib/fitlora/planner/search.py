@@ -20,7 +20,7 @@ from typing import Any
 from fitlora.artifacts import Estimate, Hardware
 from fitlora.errors import UserError
 from fitlora.params import Params
-from fitlora.plan import ComputeDtype, Plan
+from fitlora.plan import PAGED_OPTIMIZERS, ComputeDtype, Plan
 from fitlora.units import GIB, MIB, format_bytes
 
 # Tokens of a micro-batch from which a GPU's products run near their best rate: an 8B shape on an
@@ -100,6 +100,11 @@ def default_plan(
     tokens of the heaviest micro-batch, by its size.
     """
     asked = params.plan
+    if hardware.device == "cpu" and params.train.optimizer in PAGED_OPTIMIZERS:
+        raise UserError(
+            f"train.optimizer {params.train.optimizer} needs a CUDA device, and the device here is the "
+            "CPU; use adamw or adamw_8bit"
+        )
     dtype, _ = compute_dtype(params, hardware)
     share = -(-params.train.effective_batch_size // devices)
     micro = asked.micro_batch_size

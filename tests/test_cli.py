@@ -1,0 +1,296 @@
+"""The command line: what each command says to people and to programs, and how it ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from fitlora import artifacts, hardware
+from fitlora.artifacts import Hardware, ModelFacts
+from fitlora.cli import frame, main
+from fitlora.params import read_params
+
+ROOT = Path(__file__).resolve().parents[1]
+FITLORA = str(Path(sys.executable).parent / "fitlora")
+ROWS = (ROOT / "assets/data/train.jsonl").read_text(encoding="utf-8").splitlines()
+PARAMS = f"""\
+model: {{id: {ROOT / "assets/sample_model"}}}
+data: {{train: train.jsonl, validation: held_out.jsonl, max_length: 128}}
+hardware: {{device: cpu}}
+lora: {{r: 2, alpha: 4.0}}
+train: {{effective_batch_size: 4, max_steps: 2, warmup_steps: 0}}
+evaluate: {{rows: 2, max_new_tokens: 2, samples: 1}}
+"""
+
+
+def fitlora(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, arguments, input=stdin)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with params and data, and a machine that is measured in no time."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hardware, "disk_read_rate", lambda folder: 10**9)
+    monkeypatch.setattr(hardware, "product_rate", lambda *arguments: 10**11)
+    write_project(tmp_path)
+    return tmp_path
+
+
+def write_project(folder: Path) -> None:
+    (folder / "params.yaml").write_text(PARAMS)
+    (folder / "train.jsonl").write_text("\n".join(ROWS[:6]), encoding="utf-8")
+    (folder / "held_out.jsonl").write_text("\n".join(ROWS[6:8]), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `fitlora run --out out --json` leaves, with what it printed beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    write_project(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(hardware, "disk_read_rate", lambda path: 10**9)
+        patch.setattr(hardware, "product_rate", lambda *arguments: 10**11)
+        done = fitlora("run", "--out", "out", "--json", "--set", "lora.r=3")
+    assert done.exit_code == 0, done.output
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+
+def commands() -> list[click.Command]:
+    return list(main.commands.values())
+
+
+def test_the_commands_are_those_that_were_asked_for() -> None:
+    assert set(main.commands) == {
+        "init", "profile", "estimate", "plan", "quantize", "train", "evaluate", "run", "chat",
+        "summary",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command.name)
+def test_help_says_what_it_does_and_gives_examples_that_parse(command: click.Command) -> None:
+    text = fitlora(command.name, "--help").output
+    assert command.help.splitlines()[0].split(".")[0][:40] in " ".join(text.split())
+    examples = re.findall(rf"^  +fitlora {command.name}\b(.*)$", text, re.MULTILINE)
+    assert examples
+    for option in command.params:
+        assert option.help, option.name
+    for example in examples:
+        known = {name for option in command.params for name in option.opts}
+        assert set(re.findall(r" (--[a-z-]+)", example)) <= known
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import sys; from fitlora.cli import main; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# --- params ---------------------------------------------------------------------------------------
+
+
+def test_set_changes_a_key_for_one_command(project: Path) -> None:
+    done = fitlora("profile", "--set", "hardware.memory_budget=1GiB", "--json")
+    assert done.exit_code == 0, done.output
+    assert Hardware.read(artifacts.HARDWARE).budget_bytes == 2**30
+    assert read_params(Path("params.yaml")).hardware.memory_budget is None
+
+
+def test_params_of_the_root_come_before_those_that_are_here(project: Path) -> None:
+    Path("other").mkdir()
+    params = "model: {id: nowhere}\n"
+    Path("other/params.yaml").write_text(params)
+    assert "nowhere" in fitlora("profile", "--root", "other").stderr
+    assert fitlora("profile", "--root", "other", "--params", "params.yaml").exit_code == 0
+    assert (project / "other" / artifacts.HARDWARE).is_file()
+    assert not (project / artifacts.HARDWARE).exists()
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def test_json_is_all_that_is_on_stdout(project: Path) -> None:
+    done = fitlora("profile", "--json")
+    assert json.loads(done.stdout)["device"] == "cpu"
+    assert "may be used" in done.stderr
+    plain = fitlora("profile")
+    assert "may be used" in plain.stdout
+    assert plain.stderr == ""
+
+
+def test_run_leaves_a_whole_run_in_its_folder(finished: Path) -> None:
+    summary = json.loads((finished / "stdout").read_text())
+    assert summary["steps"] == 2
+    assert set(summary["models"]) == {"base", "quantized_base", "adapter", "merged"}
+    said = (finished / "stderr").read_text()
+    stages = re.findall(r"^\[(\d)/6\] (\w+)$", said, re.MULTILINE)
+    assert [name for _, name in stages] == list(frame.COMMANDS)
+    assert said.index("expected time") < said.index("step 1/2")
+    assert {path.name for path in finished.iterdir()} == {
+        "out", "params.yaml", "train.jsonl", "held_out.jsonl", "stdout", "stderr",
+    }  # fmt: skip
+
+
+def test_the_folder_of_a_run_is_enough_for_later_commands(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder, with the params that were changed by --set in it."""
+    monkeypatch.chdir(tmp_path)
+    out = str(finished / "out")
+    assert read_params(finished / "out" / "params.yaml").lora.r == 3
+    shown = fitlora("summary", "--root", out)
+    assert shown.exit_code == 0, shown.output
+    assert "held-out rows" in shown.output
+    again = fitlora("evaluate", "--root", out, "--json", "--set", "evaluate.rows=1")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["rows"] == 1
+
+
+def test_training_goes_on_from_an_adapter(finished: Path, project: Path) -> None:
+    adapter = finished / "out" / artifacts.ADAPTER
+    sets = ("--set", f"train.from_adapter={adapter}", "--set", "lora.r=3")
+    done = fitlora("run", "--out", "more", *sets)
+    assert done.exit_code == 0, done.output
+    assert f"going on from the adapter in {adapter}" in done.output
+    facts = ModelFacts.read(Path("more") / artifacts.MODEL)
+    assert facts.adapter is not None
+    assert ModelFacts.read(finished / "out" / artifacts.MODEL).adapter is None
+
+    def first_loss(root: Path) -> float:
+        lines = (root / artifacts.TRAINING_LOG).read_text().splitlines()
+        return float(json.loads(lines[0])["loss"])
+
+    def last_loss(root: Path) -> float:
+        lines = [json.loads(line) for line in (root / artifacts.TRAINING_LOG).open()]
+        return float([line for line in lines if line["event"] == "step"][-1]["loss"])
+
+    # the first step has the same rows in both
+    assert first_loss(Path("more")) < first_loss(finished / "out") - 0.01
+    assert last_loss(Path("more")) > 0
+
+
+# --- chat -----------------------------------------------------------------------------------------
+
+
+def chat(finished: Path, *arguments: str, stdin: str | None = None) -> Result:
+    root = str(finished / "out")
+    return fitlora("chat", "--root", root, "--max-new-tokens", "8", *arguments, stdin=stdin)
+
+
+def test_chat_answers_a_prompt_the_same_each_time(finished: Path) -> None:
+    one, two = (chat(finished, "--prompt", "Ledger line:") for _ in range(2))
+    assert one.exit_code == 0, one.output
+    assert one.stdout == two.stdout
+    assert one.stdout.endswith("\n")
+
+
+def test_chat_answers_each_line_by_itself(finished: Path) -> None:
+    alone = [chat(finished, "--prompt", text).stdout for text in ("one", "two words")]
+    both = chat(finished, stdin="one\n\ntwo words\n")
+    assert both.stdout == "".join(alone)
+
+
+def test_chat_with_the_merged_model_and_a_temperature(finished: Path) -> None:
+    assert chat(finished, "--merged", "--prompt", "one").exit_code == 0
+    drawn = [chat(finished, "--temperature", "5", "--prompt", "one").stdout for _ in range(2)]
+    assert drawn[0] == drawn[1], "drawn from the run's seed"
+    assert drawn[0] != chat(finished, "--prompt", "one").stdout
+
+
+# --- endings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_bug_is_called_one(project: Path, monkeypatch: pytest.MonkeyPatch, debug: bool) -> None:
+    def broken(folder: Path) -> int:
+        raise ZeroDivisionError("no")
+
+    monkeypatch.setattr(hardware, "disk_read_rate", broken)
+    done = fitlora("profile", *(["--debug"] if debug else []))
+    assert done.exit_code == 1
+    assert "internal error: ZeroDivisionError: no" in done.stderr
+    assert "--debug" in done.stderr
+    assert ("Traceback" in done.stderr) == debug
+
+
+def test_debug_shows_the_traceback_of_a_mistake_too(project: Path) -> None:
+    done = fitlora("plan", "--debug")
+    assert done.exit_code == 2
+    assert "Traceback" in done.stderr
+    assert "artifacts/hardware.json is missing" in done.stderr
+
+
+def test_out_of_memory_is_not_called_a_bug(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def full(folder: Path) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(hardware, "disk_read_rate", full)
+    done = fitlora("profile")
+    assert done.exit_code == 2
+    assert "hardware.memory_budget" in done.stderr
+
+
+def test_messages_name_commands_where_dvc_does_not_keep_the_artifacts(project: Path) -> None:
+    text = "make it again with: dvc repro --force quantize_model"
+    assert frame.in_commands(text, None) == "make it again with: fitlora quantize"
+    assert frame.in_commands(text, Path("o")) == "make it again with: fitlora quantize --root o"
+    assert frame.in_commands("run: dvc repro", None) == "run: dvc repro"
+    Path("dvc.yaml").touch()
+    assert frame.in_commands(text, None) == text
+    assert frame.in_commands(text, Path("o")) == "make it again with: fitlora quantize --root o"
+
+
+def test_every_stage_has_a_command() -> None:
+    from scripts import stage_deps
+
+    assert set(frame.COMMANDS) == set(stage_deps.stages())
+    assert set(frame.COMMANDS.values()) <= set(main.commands)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_only_whole_artifacts(finished: Path, tmp_path: Path) -> None:
+    """In a process of its own, in the middle of training, over an earlier run."""
+    write_project(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib"), "PYTHONUNBUFFERED": "1"}
+    command = [FITLORA, "run", "--out", "out", "--set", "train.max_steps=100000"]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        errors = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert "Traceback" not in errors
+    assert "stopped. Each artifact under out/artifacts is whole" in errors
+    left = {path.name for path in (tmp_path / "out" / "artifacts").iterdir()}
+    assert not any(name.startswith(".") for name in left)
+    assert "adapter" not in left
+    assert {"plan.json", "quantized_model"} <= left
