@@ -324,9 +324,14 @@ def _parted(found: _Tokens, share: float) -> tuple[list[int], list[int]]:
     return kept, away
 
 
+def _sample(sequence: TokenSequence) -> int:
+    return sequence.sample
+
+
 def padding_of(sequences: Sequence[TokenSequence], batch: int) -> Padding:
     """What padding `batch` sequences to the longest would cost, before packing and after."""
-    rows = [length for s in sequences for length in s.lengths]
+    # in the rows' own order, so that packing does not change what is said of them
+    rows = [len(p.tokens) for p in sorted((p for s in sequences for p in s.parts), key=_sample)]
     packed = len(rows) > len(sequences)
     return Padding(
         batch=batch,
