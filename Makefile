@@ -5,6 +5,7 @@
 #   make lint   format, lint and types
 #   make lock   the locks again, from pyproject.toml   (make lock UPGRADE=1 for newer versions)
 #   make deps   the library files that each stage depends on, again, from its imports
+#   make docs   docs/params.md again, from the models
 #
 # PYTHON is the interpreter to make the environment with, VENV where it goes.
 
@@ -22,7 +23,7 @@ export OMP_WAIT_POLICY ?= passive
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 UV_VERSION := 0.13.9
 
-.PHONY: run test lint lock deps setup setup-dev
+.PHONY: run test lint lock deps docs setup setup-dev
 .DELETE_ON_ERROR:
 
 run: setup
@@ -39,6 +40,9 @@ lint: setup-dev
 
 deps: setup-dev
 	$(WITH_VENV) python -m scripts.stage_deps
+
+docs: setup
+	$(WITH_VENV) python -m scripts.make_docs
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev

@@ -29,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
     add("--model_name_or_path", required=True, help="a folder, or a hub id with --revision")
     add("--output_dir", required=True, help="gets artifacts/, params.yaml and model/")
     add("--revision", help="the full commit of a hub model")
-    add("--train_file", help="JSONL of conversations; the shipped sample data without it")
-    add("--validation_file", help="the same, of rows that are held out")
+    add("--train_file", help="rows to learn; the shipped sample data without it")
+    add("--validation_file", help="rows that are held out; a share of the others without it")
     add("--bits", type=int, help=f"4, or 16 for no quantization (default {_QUANTIZATION.bits})")
     add(
         "--double_quant",

@@ -156,6 +156,7 @@ def test_defaults_are_those_of_params() -> None:
     assert params.train == defaults.train
     assert params.data.max_length == defaults.data.max_length
     assert Path(params.data.train).is_file(), "the shipped data"
+    assert params_of(train_file="rows.jsonl").data.validation is None, "a share of the rows"
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_gradient_checkpointing(checkpointing: bool | None, auto: bool, recomput
         ({"bits": 8}, "quantization.bits: found 8"),
         ({"device_map": "balanced"}, "device_map is 'balanced'.*'cuda', 'cpu', or 'auto'"),
         ({"device_map": "cpu", "optim": "paged_adamw"}, "paged_adamw needs a CUDA device"),
-        ({"train_file": "rows.jsonl"}, "train_file and validation_file together"),
+        ({"validation_file": "rows.jsonl"}, "give train_file too"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),
         ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps is -1"),
         ({"lora_r": 0}, "lora_r is 0"),

@@ -45,7 +45,8 @@ class MemoryEfficientTrainer:
 
     model_name_or_path: a folder, or a hub id with `revision`, its full commit.
     output_dir: gets artifacts/ and params.yaml, for `fitlora chat --root` and its like.
-    train_file, validation_file: JSONL of conversations; the shipped sample data without them.
+    train_file, validation_file: rows, in any form that `data.train` takes; a share of the first is held
+        out where the second is left out. The shipped sample data without either.
     bits: 4, or 16 for no quantization. double_quant, quant_type: how 4 bits are stored.
     lora_r: rank of the adapters; with `auto_find_parameters` the highest to consider.
     lora_alpha: twice the rank by default.
@@ -103,11 +104,8 @@ class MemoryEfficientTrainer:
     ) -> None:
         if cpu_offloading:
             raise UserError(_NO_OFFLOADING.format("cpu_offloading=True"))
-        if (train_file is None) != (validation_file is None):
-            raise UserError(
-                "give train_file and validation_file together: rows that are measured on must not be "
-                "trained on"
-            )
+        if train_file is None and validation_file is not None:
+            raise UserError("give train_file too: the sample data is not what you want to validate")
         if lora_r is not None and (not isinstance(lora_r, int) or lora_r < 1):
             raise UserError(f"lora_r is {lora_r!r}; it is a rank, 1 or more")
         self.output_dir = Path(output_dir)
@@ -255,7 +253,8 @@ def _data(
 ) -> dict[str, Any]:
     length = {} if max_length is None else {"max_length": max_length}
     if train is not None:
-        return {"train": str(train), "validation": str(validation), **length}
+        held_out = None if validation is None else str(validation)
+        return {"train": str(train), "validation": held_out, **length}
     files = {name: SAMPLES / "data" / f"{name}.jsonl" for name in ("train", "validation")}
     if not all(file.is_file() for file in files.values()):
         raise UserError("the shipped sample data is not here; give train_file and validation_file")

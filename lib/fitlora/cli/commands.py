@@ -88,7 +88,9 @@ def init(preset: str | None, force: bool, params_file: Path, changes: tuple[str,
         raise UserError(f"{params_file} is a folder; name a file")
     params = preset_params(preset, changes, params_file.parent)
     write_text_atomically(params_file, preset_text(preset, params))
-    click.echo(f"{params_file} is written; look at model and data in it, then: fitlora run --out outputs")
+    click.echo(
+        f"{params_file} is written; look at model and data in it, then: fitlora run --out outputs"
+    )
 
 
 @main.command(
