@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from click.testing import CliRunner, Result
 
@@ -33,7 +33,7 @@ train: {{effective_batch_size: 4, max_steps: 1, warmup_steps: 0}}
 evaluate: {{rows: 2, max_new_tokens: 2, samples: 1}}
 """
 # What a command may have written before it found the mistake: whole, and no result.
-HARMLESS = (".fitlora/", "logs/", "artifacts/model.json")
+HARMLESS = (".fitlora/", "logs/", "artifacts/model.json", "artifacts/data.json")
 
 Setup = Callable[[], object]
 
