@@ -40,7 +40,7 @@ def test_every_key_is_described() -> None:
 
 def test_documents_have_commands() -> None:
     assert len(commands("docs/troubleshooting.md")) > 10
-    assert len(commands("README.md")) > 5
+    assert len(commands("README.md")) >= 4
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
