@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from fitlora import artifacts, hardware
 from fitlora.artifacts import Hardware, ModelFacts
 from fitlora.cli import frame, main
+from fitlora.errors import UserError
 from fitlora.params import read_params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,6 +207,55 @@ def test_chat_answers_each_line_by_itself(finished: Path) -> None:
     assert both.stdout == "".join(alone)
 
 
+def test_chat_in_a_terminal_remembers_until_it_is_told_to_begin_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fitlora import chat as module
+
+    asked: list[list[str]] = []
+
+    def answer(messages: list[dict[str, str]], write: object) -> str:
+        asked.append([message["content"] for message in messages])
+        if messages[-1]["content"] == "stop":
+            raise KeyboardInterrupt
+        if messages[-1]["content"] == "long":
+            raise UserError("too long")
+        return f"answer to {messages[-1]['content']}"
+
+    lines = iter(["one", "", "stop", "long", "two", "/new", "three"])
+
+    def typed(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    model = module.Chat(*(None,) * 3, temperature=0.0, max_new_tokens=1)
+    monkeypatch.setattr(model, "answer", answer)
+    module.converse(model)
+    one = ["one", "answer to one"]
+    assert asked == [["one"], [*one, "stop"], [*one, "long"], [*one, "two"], ["three"]]
+    assert "error: too long" in capsys.readouterr().err
+
+
+def test_chat_writes_whole_characters_as_they_come(finished: Path) -> None:
+    from fitlora.chat import _Stream
+    from tests.tiny_models import make_tokenizer
+
+    tokenizer = make_tokenizer(finished / "bytes")
+    text = "né ☃!"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    written: list[str] = []
+    stream = _Stream(tokenizer, [tokenizer.eos_token_id], written.append)
+    for value in [[1, 2, 3], *tokens, tokenizer.eos_token_id]:
+        stream.put(torch.tensor(value))
+    stream.end()
+    assert "".join(written) == stream.text == text
+    assert written == list(text), "a character is written once all its tokens are there"
+
+
 def test_chat_with_the_merged_model_and_a_temperature(finished: Path) -> None:
     assert chat(finished, "--merged", "--prompt", "one").exit_code == 0
     drawn = [chat(finished, "--temperature", "5", "--prompt", "one").stdout for _ in range(2)]
@@ -235,8 +287,6 @@ def test_debug_shows_the_traceback_of_a_mistake_too(project: Path) -> None:
 
 
 def test_out_of_memory_is_not_called_a_bug(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     def full(folder: Path) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

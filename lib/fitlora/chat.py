@@ -183,12 +183,12 @@ def converse(chat: Chat, prompt: str | None = None) -> None:
 
 
 def _in_terminal(ask: Callable[[Sequence[Message]], str]) -> None:
-    print("/new begins a new conversation, Ctrl-D ends.", file=sys.stderr)
+    print("/new begins a new conversation, Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
     messages: list[Message] = []
     while True:
         try:
             text = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             print(flush=True)
             return
         if text.strip() == "/new":
@@ -197,6 +197,9 @@ def _in_terminal(ask: Callable[[Sequence[Message]], str]) -> None:
             messages.append({"role": "user", "content": text})
             try:
                 messages.append({"role": "assistant", "content": ask(messages)})
+            except KeyboardInterrupt:
+                messages.pop()
+                print(flush=True)
             except UserError as error:
                 messages.pop()
                 print(f"error: {error}", file=sys.stderr)

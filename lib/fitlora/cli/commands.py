@@ -242,8 +242,9 @@ def chat(
 ) -> None:
     """Talk to the fine-tuned model.
 
-    In a terminal it is one conversation: /new begins another, Ctrl-D ends. Otherwise each line of the
-    standard input is a question by itself, and its answer goes to the standard output.
+    In a terminal it is one conversation: /new begins another, Ctrl-C stops an answer, Ctrl-D ends.
+    Otherwise each line of the standard input is a question by itself, and its answer goes to the
+    standard output.
     """
     from fitlora.chat import converse, load_chat
 

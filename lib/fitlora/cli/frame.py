@@ -101,6 +101,8 @@ def _bug(error: BaseException) -> str:
 
 
 def _stopped(ctx: click.Context) -> str:
+    if ctx.invoked_subcommand not in (*COMMANDS.values(), "run"):
+        return "stopped"
     root = ctx.obj["root"] or Path()
     return (
         f"stopped. Each artifact under {root / 'artifacts'} is whole: what was finished is kept, and "
