@@ -103,6 +103,7 @@ def test_evaluates_and_saves(trained: Any, tmp_path: Path) -> None:
     saved = trained.save_model(tmp_path / "adapter")
     assert (saved / "adapter_config.json").is_file()
     assert (saved / "tokenizer.json").is_file()
+    assert not [path for path in saved.iterdir() if path.is_dir()]
     adapter = (trained.output_dir / ADAPTER / "adapter_model.safetensors").read_bytes()
     assert (saved / "adapter_model.safetensors").read_bytes() == adapter
     assert trained.save_model(tmp_path / "adapter") == saved, "replaces what it saved"

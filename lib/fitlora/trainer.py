@@ -202,7 +202,9 @@ class MemoryEfficientTrainer:
         partial = target.parent / f".{target.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            shutil.copytree(source, partial, copy_function=shutil.copyfile)
+            # the other of best and last stays with the run
+            others = shutil.ignore_patterns("best", "last")
+            shutil.copytree(source, partial, copy_function=shutil.copyfile, ignore=others)
             if not merged:
                 for file in (self.output_dir / QUANTIZED_MODEL).iterdir():
                     if file.name.startswith("tokenizer") or file.suffix == ".jinja":
