@@ -89,3 +89,14 @@ def test_a_step_in_bf16_is_near_the_cpus() -> None:
         for name, expected in on_cpu.items():
             error = (on_gpu[name].cpu() - expected).norm() / expected.norm()
             assert float(error) < 0.06, name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_every_optimizer_trains(optimizer: str) -> None:
+    plan = steps.plan(
+        device="cuda", compute_dtype="bfloat16", micro_batch_size=3, optimizer=optimizer
+    )
+    made = steps.step(plan, device="cuda")
+    batch = steps.sequences(7)
+    losses = [float(made.run(batch, step=i, learning_rate=2e-2).loss) for i in range(6)]
+    assert losses[-1] < losses[0] - 0.05
