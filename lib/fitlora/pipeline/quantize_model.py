@@ -18,13 +18,10 @@ from fitlora.quantization.quantize import quantize_checkpoint
 def quantize_model(params: Params, root: Path = Path()) -> None:
     """Writes the 4-bit checkpoint."""
     model, quantization = params.model, params.quantization
-    spec = None
-    if quantization.bits == 4:
-        spec = QuantSpec(quantization.type, quantization.block_size, quantization.double)
     quantize_checkpoint(
         resolve_model(model.id, model.revision, weights=True),
         root / QUANTIZED_MODEL,
-        spec=spec,
+        spec=QuantSpec.of(quantization),
         keep=quantization.keep_in_16_bits,
         trust_remote_code=model.trust_remote_code,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),

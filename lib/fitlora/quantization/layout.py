@@ -24,6 +24,8 @@ from typing import Any, Literal
 
 import torch
 
+from fitlora.params import QuantizationParams
+
 QuantType = Literal["nf4", "fp4"]
 NESTED_BLOCK_SIZE = 256
 STATE_PREFIX = "quant_state.bitsandbytes__"
@@ -37,6 +39,13 @@ class QuantSpec:
     type: QuantType = "nf4"
     block_size: int = 64
     double: bool = True
+
+    @classmethod
+    def of(cls, quantization: QuantizationParams) -> "QuantSpec | None":
+        """As params.yaml has it; None where the weights stay in 16 bits."""
+        if quantization.bits != 4:
+            return None
+        return cls(quantization.type, quantization.block_size, quantization.double)
 
     def packed_bytes(self, numel: int) -> int:
         """Bytes of the codes of `numel` weights."""

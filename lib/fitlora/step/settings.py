@@ -17,8 +17,7 @@ class StepSettings:
 
     @property
     def spec(self) -> QuantSpec | None:
-        q = self.quantization
-        return QuantSpec(q.type, q.block_size, q.double) if q.bits == 4 else None
+        return QuantSpec.of(self.quantization)
 
     @classmethod
     def of(cls, params: Params) -> "StepSettings":

@@ -19,8 +19,8 @@ from fitlora.quantization.layout import (
     STATE_PREFIX,
     QuantSpec,
     decode_state,
+    find_state,
     nested_code,
-    state_key,
 )
 
 
@@ -128,10 +128,10 @@ class CheckpointWeights:
         return tensor.to(device=self.device, dtype=like.dtype)
 
     def _state(self, weight: str) -> dict[str, Any]:
-        for kind in ("nf4", "fp4"):
-            if state_key(weight, kind) in self.checkpoint:
-                return decode_state(self.checkpoint.tensor(state_key(weight, kind)))
-        raise ArtifactError(f"{self.checkpoint.folder} has no quantization state for {weight}")
+        key = find_state(self.checkpoint.shards, weight)
+        if key is None:
+            raise ArtifactError(f"{self.checkpoint.folder} has no quantization state for {weight}")
+        return decode_state(self.checkpoint.tensor(key))
 
     def check(self, spec: QuantSpec) -> None:
         """Raises ArtifactError where the checkpoint's 4-bit weights are not stored as `spec` says."""
