@@ -11,8 +11,9 @@ from torch import Tensor
 from fitlora.adapter import CONFIG, WEIGHTS, adapter_config, load_adapter, save_adapter
 from fitlora.errors import ArtifactError
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
-from fitlora.step.build import TrainingStep, build_step, lora_targets
+from fitlora.step.build import build_step, lora_targets
 from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import CheckpointWeights
 from tests.step import steps
 from tests.tiny_models import make_checkpoint, make_config

@@ -873,9 +873,10 @@ except torch.OutOfMemoryError:
     print("overflow at", torch.cuda.memory_reserved() // MIB)
 """
     library = str(Path(hardware.__file__).parents[1])
+    path = [library, *filter(None, [hardware.os.environ.get("PYTHONPATH")])]
     child = subprocess.run(
         [hardware.sys.executable, "-c", program],
-        env={**hardware.os.environ, "PYTHONPATH": library},
+        env={**hardware.os.environ, "PYTHONPATH": hardware.os.pathsep.join(path)},
         capture_output=True,
         text=True,
         check=False,

@@ -36,7 +36,7 @@ from fitlora.evaluation.models import (
     load,
 )
 from fitlora.params import Params
-from fitlora.step.build import TrainingStep
+from fitlora.step.training_step import TrainingStep
 
 Message = dict[str, str]
 

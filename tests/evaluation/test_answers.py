@@ -23,7 +23,7 @@ from fitlora.evaluation.answers import (
 )
 from fitlora.evaluation.models import Place, load
 from fitlora.model import load_config
-from fitlora.step.build import TrainingStep
+from fitlora.step.training_step import TrainingStep
 from tests.evaluation.forms import CPU, PROMPTS, Tiny
 from tests.evaluation.stock import (
     prompt_tokens,

@@ -15,7 +15,7 @@ from fitlora.evaluation.compare import HeldOut, compare, measure, read_held_out
 from fitlora.evaluation.models import Contender, Memory, Place, load
 from fitlora.params import DataParams, EvaluateParams
 from fitlora.plan import Plan
-from fitlora.step.build import TrainingStep
+from fitlora.step.training_step import TrainingStep
 from tests.evaluation.forms import CPU, Tiny
 
 MEMORY = Memory(CPU, 2**30, 2**30)

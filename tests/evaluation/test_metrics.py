@@ -10,7 +10,7 @@ from fitlora.data.templates import load_tokenizer
 from fitlora.errors import UserError
 from fitlora.evaluation.metrics import exact_match, mean_loss, perplexity
 from fitlora.evaluation.models import Place, load
-from fitlora.step.build import TrainingStep
+from fitlora.step.training_step import TrainingStep
 from tests.evaluation.forms import CPU, Tiny
 from tests.evaluation.stock import stock_adapter, stock_base
 from tests.rows import tokenized

@@ -9,8 +9,9 @@ from transformers import LlamaConfig
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
 from fitlora.plan import Plan
 from fitlora.step.batch import TokenSequence
-from fitlora.step.build import TrainingStep, build_step
+from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import RandomWeights
 
 VOCABULARY = 128

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fitlora.step import ops
-from fitlora.step.build import TrainingStep
 from fitlora.step.linear import FrozenLinear, Linear4bit, LoraLinear
+from fitlora.step.training_step import TrainingStep
 from tests.step import steps
 
 TOKENS = 11

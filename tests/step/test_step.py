@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fitlora.step.build import learning_rate
+from fitlora.step.training_step import learning_rate
 from tests.step import steps
 
 

@@ -15,8 +15,9 @@ from fitlora.errors import ArtifactError, UserError
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
 from fitlora.quantization.layout import QuantSpec
 from fitlora.quantization.quantize import quantize_checkpoint
-from fitlora.step.build import TrainingStep, build_step
+from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import CheckpointWeights, RandomWeights, start_adapter
 from tests.step import steps
 from tests.tiny_models import dequantized, make_checkpoint, make_config, read_tensors

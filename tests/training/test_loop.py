@@ -14,7 +14,7 @@ from fitlora.errors import UserError
 from fitlora.memory.tracker import MemoryTracker
 from fitlora.params import TrainParams
 from fitlora.step.batch import TokenSequence
-from fitlora.step.build import TrainingStep
+from fitlora.step.training_step import TrainingStep
 from fitlora.training.batches import Batches
 from fitlora.training.loop import Outcome, Ranks, Run, RunLog
 from tests.step import steps

@@ -22,7 +22,7 @@ from fitlora.data.formats import Messages, Row
 from fitlora.data.templates import render
 from fitlora.errors import UserError
 from fitlora.evaluation.overflow import each_batch
-from fitlora.step.build import TrainingStep
+from fitlora.step.training_step import TrainingStep
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from fitlora.errors import UserError
 from fitlora.evaluation.overflow import each_batch
 from fitlora.step.batch import TokenSequence
-from fitlora.step.build import TrainingStep
+from fitlora.step.training_step import TrainingStep
 
 # A uniform guess over a million tokens has a loss of 14; beyond this it is no language model's.
 _LARGEST_LOSS = 100.0

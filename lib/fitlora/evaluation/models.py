@@ -23,8 +23,9 @@ from fitlora.errors import ArtifactError
 from fitlora.model import load_config
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
 from fitlora.plan import ComputeDtype, Plan
-from fitlora.step.build import StepSkeleton, TrainingStep, step_skeleton
+from fitlora.step.build import StepSkeleton, step_skeleton
 from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import CheckpointWeights
 from fitlora.units import format_bytes
 

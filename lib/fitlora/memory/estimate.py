@@ -24,8 +24,9 @@ from fitlora.memory.trace import MemoryTrace
 from fitlora.model import decoder_layers, empty_model
 from fitlora.plan import Plan
 from fitlora.step.batch import PackedSequence, TokenSequence
-from fitlora.step.build import TrainingStep, step_skeleton
+from fitlora.step.build import step_skeleton
 from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import EmptyWeights, Weights
 
 # Share of the peak that cached blocks of the wrong size may take beside it. With expandable segments

@@ -18,8 +18,9 @@ from fitlora.artifacts import Estimate, Hardware, write_text_atomically
 from fitlora.device import give_back_memory, is_overflow, limit_memory, torch_device
 from fitlora.memory.estimate import Load, rehearse, sequences_of, trace_step
 from fitlora.plan import Plan
-from fitlora.step.build import TrainingStep, build_step
+from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import RandomWeights
 
 

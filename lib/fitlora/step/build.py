@@ -5,15 +5,12 @@ noise for weights it is the probe; with a checkpoint it trains. Only the `Weight
 in here asks which of them it has.
 """
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fitlora.errors import UserError
@@ -21,156 +18,13 @@ from fitlora.model import decoder_layers
 from fitlora.params import LoraParams, TrainParams
 from fitlora.plan import Optimizer, Plan
 from fitlora.step import attention
-from fitlora.step.batch import MicroBatch, StepContext, TokenSequence, make_micro_batch
+from fitlora.step.batch import StepContext
 from fitlora.step.linear import FrozenLinear, Linear4bit, LoraLinear
-from fitlora.step.loss import chunked_cross_entropy
 from fitlora.step.recompute import recompute
 from fitlora.step.settings import StepSettings
 from fitlora.step.skeleton import skeleton
+from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import Weights, fill
-
-# Models whose logits are the head's product and nothing more, so that the loss may take the head by
-# itself. Others go through their own forward, logits and all.
-PLAIN_HEAD = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "olmo2", "smollm3"}
-)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step. Tensors stay on the device, so that nobody waits for them unasked."""
-
-    loss: Tensor  # float32 (), mean over the effective batch's target tokens
-    gradient_norm: Tensor  # float32 (), before clipping
-    tokens: int
-    target_tokens: int
-
-
-class TrainingStep:
-    """A model with adapters, its optimizer, and how an effective batch goes through it.
-
-    `phase` is entered with the name of each phase ("forward", "backward", "optimizer", "evaluation"):
-    by a trace or a tracker to book memory, and by nobody otherwise.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        settings: StepSettings,
-        context: StepContext,
-        optimizer: torch.optim.Optimizer | None,
-    ) -> None:
-        self.model, self.plan, self.settings, self.context = model, plan, settings, context
-        self.adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.device = next(model.parameters()).device
-        self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
-        self.optimizer = optimizer
-
-    def micro_batches(self, sequences: Sequence[TokenSequence]) -> list[Sequence[TokenSequence]]:
-        """This device's share of an effective batch, cut as the Plan says; the last may be smaller."""
-        size = self.plan.micro_batch_size
-        return [sequences[i : i + size] for i in range(0, len(sequences), size)]
-
-    def loss(self, batch: MicroBatch, *, scale: float) -> Tensor:
-        """`scale` times the cross-entropy summed over the micro-batch's targets, float32 ()."""
-        self.context.enter(batch)
-        model = cast(Any, self.model)
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        if model.config.model_type in PLAIN_HEAD:
-            hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
-            head = model.get_output_embeddings()
-            return chunked_cross_entropy(
-                hidden.index_select(0, batch.target_rows),
-                head.weight,
-                batch.targets,
-                scale=scale,
-                chunk=self.plan.loss_chunk_tokens,
-                bias=head.bias,
-            )
-        logits = model(**inputs, use_cache=False).logits[0].index_select(0, batch.target_rows)
-        loss = nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
-        return loss * scale
-
-    def run(
-        self,
-        sequences: Sequence[TokenSequence],
-        *,
-        step: int,
-        learning_rate: float,
-        total_target_tokens: int | None = None,
-        reduce_gradients: Any = None,
-    ) -> StepResult:
-        """One optimizer step on this device's share of an effective batch.
-
-        Gradients are those of the mean loss over the whole effective batch's target tokens, however
-        it is split. total_target_tokens: of all devices; None where this one has the whole batch.
-        reduce_gradients: sums a list of tensors over the devices, in place.
-        """
-        assert self.optimizer is not None, "the step was built without adapters"
-        self.model.train()
-        mine = sum(s.target_tokens for s in sequences)
-        total = mine if total_target_tokens is None else total_target_tokens
-        loss = torch.zeros((), dtype=torch.float32, device=self.device)
-        for part in self.micro_batches(sequences):
-            batch = make_micro_batch(
-                part, seed=self.settings.train.seed, step=step, device=self.device
-            )
-            with self.phase("forward"):
-                part_loss = self.loss(batch, scale=1.0 / total)
-            with self.phase("backward"):
-                part_loss.backward()
-            loss.add_(part_loss.detach())
-            del part_loss, batch
-        with self.phase("optimizer"):
-            norm = self._update(learning_rate, [loss], reduce_gradients)
-        return StepResult(loss, norm, sum(len(s.tokens) for s in sequences), mine)
-
-    def _update(self, learning_rate: float, also_reduced: list[Tensor], reduce: Any) -> Tensor:
-        """Sums over devices, clips, updates; returns the gradients' norm before clipping."""
-        assert self.optimizer is not None
-        for parameter in self.adapters.values():
-            if parameter.grad is None:  # a device without a share of a small batch still takes part
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in self.adapters.values() if p.grad is not None]
-        if reduce is not None:
-            reduce([*gradients, *also_reduced])
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        limit = self.settings.train.max_gradient_norm
-        if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                list(self.adapters.values()), limit, norm, foreach=True
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    @torch.no_grad()
-    def evaluate(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, int]:
-        """Summed loss, float64 (), and number of target tokens of the sequences, without dropout."""
-        self.model.eval()
-        size = self.plan.evaluation_batch_size
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for start in range(0, len(sequences), size):
-            part = sequences[start : start + size]
-            batch = make_micro_batch(part, seed=0, step=0, device=self.device)
-            with self.phase("evaluation"):
-                total.add_(self.loss(batch, scale=1.0))
-        return total, sum(s.target_tokens for s in sequences)
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """Copies of the adapters' weights on the CPU, by name in the model."""
-        return {
-            name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.adapters.items()
-        }
-
-    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
-        """Puts back what `adapter_state` gave."""
-        with torch.no_grad():
-            for name, parameter in self.adapters.items():
-                parameter.copy_(state[name])
 
 
 @dataclass(frozen=True)
@@ -304,19 +158,3 @@ def make_optimizer(
     for name, book in optimizer.name2qmap.items():
         optimizer.name2qmap[name] = weights.constant(name, book)
     return cast(torch.optim.Optimizer, optimizer)
-
-
-def learning_rate(step: int, total_steps: int, train: TrainParams) -> float:
-    """The learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule.
-
-    cosine and linear reach 0 just after the last step.
-    """
-    if step < train.warmup_steps:
-        return train.learning_rate * (step + 1) / (train.warmup_steps + 1)
-    if train.schedule == "constant":
-        return train.learning_rate
-    span = max(1, total_steps - train.warmup_steps)
-    progress = min(1.0, (step - train.warmup_steps) / span)
-    if train.schedule == "linear":
-        return train.learning_rate * (1.0 - progress)
-    return train.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -19,7 +19,7 @@ from fitlora.errors import UserError
 from fitlora.memory.tracker import MemoryTracker
 from fitlora.params import TrainParams
 from fitlora.step.batch import TokenSequence
-from fitlora.step.build import TrainingStep, learning_rate
+from fitlora.step.training_step import TrainingStep, learning_rate
 from fitlora.training.batches import Batches, share_of
 
 _DIVERGED = (

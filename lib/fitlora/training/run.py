@@ -18,8 +18,9 @@ from fitlora.memory.estimate import Load, estimate
 from fitlora.memory.tracker import MemoryTracker
 from fitlora.params import Params
 from fitlora.plan import Plan
-from fitlora.step.build import TrainingStep, lora_targets, step_skeleton
+from fitlora.step.build import lora_targets, step_skeleton
 from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import CheckpointWeights
 from fitlora.training.batches import Batches
 from fitlora.training.data import TokenizedSplit, longest, sizes
