@@ -20,7 +20,7 @@ from fitlora.plan import Optimizer, Plan
 from fitlora.step import attention
 from fitlora.step.batch import StepContext
 from fitlora.step.linear import FrozenLinear, Linear4bit, LoraLinear
-from fitlora.step.recompute import recompute
+from fitlora.step.recompute import arrange
 from fitlora.step.settings import StepSettings
 from fitlora.step.skeleton import skeleton
 from fitlora.step.training_step import TrainingStep
@@ -40,12 +40,12 @@ class StepSkeleton:
         """Puts every tensor in its place and makes the optimizer."""
         fill(self.model, weights)
         layers = decoder_layers(self.model)
-        for index in self.plan.recompute_layers:
-            if index >= len(layers):
-                raise UserError(
-                    f"the Plan recomputes layer {index}, and the model has {len(layers)}"
-                )
-            recompute(layers[index])
+        beyond = [index for index in self.plan.recompute_layers if index >= len(layers)]
+        if beyond:
+            raise UserError(
+                f"the Plan recomputes layer {beyond[0]}, and the model has {len(layers)}"
+            )
+        arrange(layers, self.plan.recompute_layers)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = (
             make_optimizer(trained, self.plan.optimizer, self.settings.train, weights)

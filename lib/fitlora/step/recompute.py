@@ -5,7 +5,7 @@ input, runs the layer again, and nothing else; random numbers need no care, as d
 function of the token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -38,13 +38,23 @@ class _Recomputed(torch.autograd.Function):
         return None, hidden.grad, None
 
 
-def recompute(layer: nn.Module) -> None:
-    """Makes the decoder layer recompute its activations whenever gradients are wanted."""
-    forward = layer.forward
-    anchor = next(p for p in layer.parameters() if p.requires_grad)
+def arrange(layers: Sequence[nn.Module], recomputed: Collection[int]) -> None:
+    """Makes the decoder layers with these numbers recompute their activations, and the others not.
 
-    def recomputed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.is_grad_enabled():
+    It may be called again with another choice, between steps.
+    """
+    for index, layer in enumerate(layers):
+        if not hasattr(layer, "recomputes"):
+            _wrap(layer)
+        layer.recomputes = index in recomputed  # type: ignore[assignment]
+
+
+def _wrap(layer: nn.Module) -> None:
+    forward = layer.forward
+    anchor = next((p for p in layer.parameters() if p.requires_grad), None)
+
+    def wrapped(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if anchor is None or not layer.recomputes or not torch.is_grad_enabled():
             return cast(Tensor, forward(hidden_states, *args, **kwargs))
 
         def run(hidden: Tensor) -> Tensor:
@@ -52,4 +62,4 @@ def recompute(layer: nn.Module) -> None:
 
         return cast(Tensor, _Recomputed.apply(anchor, hidden_states, run))
 
-    layer.forward = recomputed
+    layer.forward = wrapped
