@@ -17,19 +17,19 @@ from torch import Tensor
 
 from fitlora.quantization.layout import NESTED_BLOCK_SIZE
 
-_library = torch.library.Library("fitlora", "DEF")
+library = torch.library.Library("fitlora", "DEF")
 
 # What a library kernel allocates and frees inside: operator name -> its arguments -> block sizes.
 scratch_bytes: dict[str, Callable[..., list[int]]] = {}
 
 
-def _define(schema: str) -> None:
-    _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+def define(schema: str) -> None:
+    library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
 
 
 # --- 4-bit weights -------------------------------------------------------------------------------
 
-_define(
+define(
     "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
     "Tensor? nested_offset, Tensor(a!) scales, Tensor(b!) out, int block_size, str quant_type) -> ()"
 )
@@ -88,14 +88,14 @@ def _dequantize_4bit_cuda(
     bnb.dequantize_4bit.out(packed, absmax, block_size, quant_type, out.shape, out.dtype, out=out)
 
 
-_library.impl("dequantize_4bit", _dequantize_4bit_cpu, "CPU")
-_library.impl("dequantize_4bit", _dequantize_4bit_cuda, "CUDA")
-_library.impl("dequantize_4bit", lambda *arguments: None, "Meta")
+library.impl("dequantize_4bit", _dequantize_4bit_cpu, "CPU")
+library.impl("dequantize_4bit", _dequantize_4bit_cuda, "CUDA")
+library.impl("dequantize_4bit", lambda *arguments: None, "Meta")
 
 
 # --- dropout -------------------------------------------------------------------------------------
 
-_define(
+define(
     "dropout(Tensor x, Tensor row_keys, int stream, float p, Tensor(a!) out, bool accumulate) -> ()"
 )
 
@@ -173,18 +173,18 @@ def _dropout_cuda(
     dropout(x, row_keys, stream, keep_threshold(p), out, accumulate)
 
 
-_library.impl("dropout", _dropout_cpu, "CPU")
-_library.impl("dropout", _dropout_cuda, "CUDA")
-_library.impl("dropout", lambda *arguments: None, "Meta")
+library.impl("dropout", _dropout_cpu, "CPU")
+library.impl("dropout", _dropout_cuda, "CUDA")
+library.impl("dropout", lambda *arguments: None, "Meta")
 
 
 # --- attention over sequences that lie behind each other -------------------------------------------
 
-_define(
+define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor starts, int[] lengths, float scale, int window) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-_define(
+define(
     "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor rng, Tensor unused, Tensor starts, int[] lengths, float scale, int window) "
     "-> (Tensor, Tensor, Tensor)"
@@ -343,10 +343,10 @@ def _attention_backward_scratch(
     return blocks
 
 
-_library.impl("attention", _attention_cpu, "CPU")
-_library.impl("attention", _attention_cuda, "CUDA")
-_library.impl("attention", _attention_meta, "Meta")
-_library.impl("attention_backward", _attention_backward_cpu, "CPU")
-_library.impl("attention_backward", _attention_backward_cuda, "CUDA")
-_library.impl("attention_backward", _attention_backward_meta, "Meta")
+library.impl("attention", _attention_cpu, "CPU")
+library.impl("attention", _attention_cuda, "CUDA")
+library.impl("attention", _attention_meta, "Meta")
+library.impl("attention_backward", _attention_backward_cpu, "CPU")
+library.impl("attention_backward", _attention_backward_cuda, "CUDA")
+library.impl("attention_backward", _attention_backward_meta, "Meta")
 scratch_bytes["fitlora::attention_backward"] = _attention_backward_scratch
