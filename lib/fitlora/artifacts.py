@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,8 +30,10 @@ TRAINING_LOG = Path("artifacts/training.jsonl")
 CURVES = Path("artifacts/curves.json")
 MERGED_MODEL = Path("artifacts/merged_model")
 EVALUATION = Path("artifacts/evaluation.json")
+REPORT = Path("reports/report.html")
 SCRATCH = Path(".fitlora")
 PROBE_LOG = Path("logs/probe.json")
+MEMORY_LOG = Path("logs/memory.json")
 
 Self = TypeVar("Self", bound="Artifact")
 
@@ -194,6 +196,9 @@ class Split(Record):
     target_tokens: int
     truncated_rows: int = Field(description="cut to data.max_length")
     skipped_rows: int = Field(description="bad ones that data.on_bad_row: skip left out")
+    rewritten_answers: int = Field(
+        0, description="earlier ones that the chat template writes otherwise later: not learned"
+    )
     length: Percentiles
     fingerprint: str = Field(description="sha256 over the token ids and loss masks, in order")
 
@@ -289,12 +294,45 @@ class PlanArtifact(Artifact):
     reasons: dict[str, str] = Field(description="by decision; words only, no measurement")
 
 
+Interval = Annotated[tuple[float, float], Field(strict=False)]  # JSON has lists
+
+
 class Metrics(Record):
-    """One model on the held-out rows."""
+    """One model on the held-out rows, each figure with its 95% interval over such rows."""
 
     loss: float
     perplexity: float
     exact_match: float = Field(description="share of answers that equal the expected one")
+    loss_interval: Interval
+    perplexity_interval: Interval
+    exact_match_interval: Interval
+
+
+class Group(Record):
+    """Some of the held-out rows, and each model on them."""
+
+    by: Literal["length", "source"]
+    name: str
+    rows: int
+    models: dict[str, Metrics]
+
+
+class Fidelity(Record):
+    """How far a model's next-token distributions are from the adapter's, on held-out answers."""
+
+    tokens: int = Field(description="of the answers, at which both were compared")
+    kl_divergence: float = Field(description="mean nats a token, from the adapter on the 4-bit base")
+    top1_agreement: float = Field(description="share of tokens where both rank the same first")
+
+
+class Gate(Record):
+    """What the merged model was measured by before it was kept, and the limits it kept."""
+
+    base: Literal["dequantized", "original"] = Field(description="what was merged into")
+    bits: Literal[16, 4] = Field(description="how the merged model is stored")
+    max_kl_divergence: float
+    min_top1_agreement: float
+    max_exact_match_drop: float
 
 
 class Sample(Record):
@@ -310,12 +348,18 @@ class Evaluation(Artifact):
 
     KIND: ClassVar[str] = "evaluation"
     STAGE: ClassVar[str] = "merge_and_evaluate"
+    VERSION: ClassVar[int] = 2
 
     rows: int
     base: Metrics
     quantized_base: Metrics
     adapter: Metrics
     merged: Metrics
+    gate: Gate
+    fidelity: dict[str, Fidelity] = Field(
+        description="by model; `adapter_on_original` is the adapter on the 16-bit weights"
+    )
+    groups: tuple[Group, ...] = Field(strict=False)
     devices: dict[str, str] = Field(description="where each model was evaluated")
     samples: tuple[Sample, ...] = Field(strict=False)
 

@@ -117,7 +117,6 @@ def test_how_far_it_is_is_said(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "_LINE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_AT_ONCE", 4)
     train = write(tmp_path / "train.jsonl", *(row(i) for i in range(10)))
     load(model, train=train, validation=write(tmp_path / "v.jsonl", row(20)))
     said = capsys.readouterr().out

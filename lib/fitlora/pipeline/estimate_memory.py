@@ -21,6 +21,11 @@ from fitlora.step.settings import StepSettings
 from fitlora.training.batches import Batches
 from fitlora.training.data import load_splits, longest, padding_of, sizes
 
+_REWRITTEN = (
+    "rewritten  {count:,} earlier answers in {rows}: the chat template writes them otherwise once later "
+    "turns follow, so they are read and not learned; a row that ends with such an answer learns it"
+)
+
 
 def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
     """Tokenizes the data and traces the step that params describe."""
@@ -33,6 +38,9 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
     dataset.write(root / DATASET)
     for line in data_lines(dataset):
         say(line)
+    for split in (dataset.train, dataset.validation):
+        if split is not None and split.rewritten_answers:
+            say(_REWRITTEN.format(count=split.rewritten_answers, rows=split.source))
 
     load, settings = Load.of(dataset), StepSettings.of(params)
     start = default_plan(params, hardware, model, load.tokens, sequence_length=load.train[0].tokens)

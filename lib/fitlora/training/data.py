@@ -13,24 +13,24 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
 from fitlora.artifacts import Padding, Percentiles, SequenceSize, Split
 from fitlora.console import say
+from fitlora.data.encoding import encode
 from fitlora.data.formats import Format, Row, format_of, make_row
 from fitlora.data.packing import pack, padding_share
 from fitlora.data.readers import read_records
 from fitlora.data.sources import Source, find_source, held_out_of
-from fitlora.data.templates import encode, load_tokenizer
+from fitlora.data.templates import load_tokenizer
 from fitlora.errors import UserError
 from fitlora.params import DataParams
 from fitlora.step.batch import TokenSequence
 
 _SHOWN = 20  # problems listed in one message; the rest are counted
 _SHOWN_SKIPPED = 5
-_AT_ONCE = 1000  # rows that go through the tokenizer together
 _LINE_SECONDS = 5.0  # between two lines that say how far it is
 
 
@@ -102,6 +102,7 @@ class _Tokens:
     kinds: list[Format] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     truncated: set[int] = field(default_factory=set)
+    rewritten: dict[int, int] = field(default_factory=dict)
     bad: int = 0
 
     def split(self, indices: Sequence[int] | None = None) -> TokenizedSplit:
@@ -113,6 +114,7 @@ class _Tokens:
                 "formats": dict(sorted(Counter(self.kinds[index] for index in chosen).items())),
                 "truncated_rows": sum(index in self.truncated for index in chosen),
                 "skipped_rows": self.bad,
+                "rewritten_answers": sum(self.rewritten.get(index, 0) for index in chosen),
             }
         )
         return TokenizedSplit(sequences, facts, self.source)
@@ -143,34 +145,33 @@ def _tokenize(
 ) -> _Tokens:
     found, before = _Tokens(source), bad.count
     start = spoken = time.monotonic()
-    rows = read_rows(source, data, bad)
-    done = 0
-    while chunk := list(islice(rows, _AT_ONCE)):
-        encoded = encode(tokenizer, [row for _, _, row in chunk], data.train_on)
-        for (position, kind, row), tokens in zip(chunk, encoded, strict=True):
-            ids, learned, problem = tokens.ids, tokens.learned, tokens.problem
-            long = len(ids) > data.max_length
-            if problem is None and long and data.on_long_row == "bad":
-                problem = f"{len(ids)} tokens, more than data.max_length {data.max_length}"
-            if long:
-                ids, learned = ids[: data.max_length], learned[: data.max_length]
-            if problem is None and max(ids, default=0) >= vocabulary:
-                raise UserError(
-                    f"{row.place}:{row.line}: token id {max(ids)} is beyond the model's {vocabulary}"
-                )
-            sequence = TokenSequence(position, ids, learned)
-            if problem is None and sequence.target_tokens == 0:
-                problem = f"nothing of the answer is within data.max_length {data.max_length}"
-            if problem is not None:
-                bad.add(row.place, row.line, problem)
-                continue
-            if long:
-                found.truncated.add(len(found.sequences))
-            found.sequences.append(sequence)
-            found.kinds.append(kind)
-            if data.validation is None:
-                found.digests.append(_digest(row, data.validation_seed))
-        done += len(chunk)
+    rows, ahead = tee(read_rows(source, data, bad))
+    encoded = encode(tokenizer, (row for _, _, row in ahead), data.train_on)
+    for done, ((position, kind, row), tokens) in enumerate(zip(rows, encoded, strict=True), 1):
+        ids, learned, problem = tokens.ids, tokens.learned, tokens.problem
+        long = len(ids) > data.max_length
+        if problem is None and long and data.on_long_row == "bad":
+            problem = f"{len(ids)} tokens, more than data.max_length {data.max_length}"
+        if long:
+            ids, learned = ids[: data.max_length], learned[: data.max_length]
+        if problem is None and max(ids, default=0) >= vocabulary:
+            raise UserError(
+                f"{row.place}:{row.line}: token id {max(ids)} is beyond the model's {vocabulary}"
+            )
+        sequence = TokenSequence(position, ids, learned)
+        if problem is None and sequence.target_tokens == 0:
+            problem = f"nothing of the answer is within data.max_length {data.max_length}"
+        if problem is not None:
+            bad.add(row.place, row.line, problem)
+            continue
+        if long:
+            found.truncated.add(len(found.sequences))
+        if tokens.rewritten:
+            found.rewritten[len(found.sequences)] = tokens.rewritten
+        found.sequences.append(sequence)
+        found.kinds.append(kind)
+        if data.validation is None:
+            found.digests.append(_digest(row, data.validation_seed))
         now = time.monotonic()
         if now - spoken >= _LINE_SECONDS:
             spoken = now
