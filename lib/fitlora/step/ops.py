@@ -66,26 +66,10 @@ def _dequantize_4bit_cpu(
     out.view(-1).copy_(flat.view(-1)[: out.numel()])
 
 
-def _dequantize_4bit_cuda(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    scales: Tensor,
-    out: Tensor,
-    block_size: int,
-    quant_type: str,
-) -> None:
-    bnb = torch.ops.bitsandbytes
-    if nested_absmax is not None:
-        assert nested_offset is not None
-        bnb.dequantize_blockwise.out(
-            absmax, nested_absmax, nested_code, NESTED_BLOCK_SIZE, torch.float32, out=scales
-        )
-        scales.add_(nested_offset)
-        absmax = scales
-    bnb.dequantize_4bit.out(packed, absmax, block_size, quant_type, out.shape, out.dtype, out=out)
+def _dequantize_4bit_cuda(*arguments: Any) -> None:
+    from fitlora.step.dequantize_kernel import dequantize_4bit
+
+    dequantize_4bit(*arguments)
 
 
 library.impl("dequantize_4bit", _dequantize_4bit_cpu, "CPU")
