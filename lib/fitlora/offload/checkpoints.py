@@ -1,0 +1,131 @@
+"""Activation checkpoints on the host: what a recomputed layer starts from in backward.
+
+A checkpoint goes down while the next layer computes and comes back while the layer above it is
+recomputed, through buffers that are pinned once and used again in every step.
+
+Two checkpoints are on the device at any time, and exactly two. The newest is what the layer in work
+reads, and goes down only when the next is put: the last of a pass is wanted first and never travels.
+The one before it is under way; when another is put, the computation waits for its copy and the tensor
+is let go. Waiting on the device's own queue and not on the host's makes the moment of each free, and
+so the peak, the same in every step and in an estimate, which `record_stream` would leave to the
+allocator. Likewise on the way back.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fitlora.offload.transport import Mark, Transport, tensor_bytes, view_as
+
+PURPOSE = "activation checkpoints"
+
+
+@dataclass
+class _Room:
+    """A buffer on the host, and the copy that last read it."""
+
+    buffer: Tensor
+    read: Mark = None
+
+
+@dataclass
+class _Checkpoint:
+    """One put tensor. `tensor` is on the device; `room` has it on the host, from `copied` on."""
+
+    key: Hashable
+    like: Tensor  # on meta: shape and dtype
+    tensor: Tensor | None
+    made: Mark  # the computation that wrote it
+    room: _Room | None = None
+    copied: Mark = None  # the copy down, and later the copy up
+
+
+class HostCheckpoints:
+    """A stack of tensors: `put` in forward, `get` in backward, in reverse.
+
+    count, bytes_each: buffers to pin ahead; more, and larger ones, are made when they are needed.
+    """
+
+    def __init__(self, transport: Transport, *, count: int = 0, bytes_each: int = 0) -> None:
+        self.transport = transport
+        self._stack: list[_Checkpoint] = []
+        self._free: list[_Room] = []
+        if count and bytes_each:
+            for buffer in transport.reserve(count * bytes_each, PURPOSE).split(bytes_each):
+                self._free.append(_Room(buffer))
+            transport.pin()
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Keeps `tensor`, contiguous and on the device, which nobody may write to any more."""
+        if len(self._stack) > 1:
+            self._let_go(self._stack[-2])
+        if self._stack:
+            self._send_down(self._stack[-1])
+        tensor = tensor.detach()
+        like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        self._stack.append(_Checkpoint(key, like, tensor, self.transport.mark()))
+
+    def get(self, key: Hashable) -> Tensor:
+        """The tensor that was put last of those left, whose key this is; it is forgotten here."""
+        last = self._stack.pop()
+        assert last.key == key, f"checkpoint {key} is asked for, and {last.key} was put last"
+        if last.tensor is None:
+            self._bring_up(last)
+        self.transport.wait(last.copied)
+        self._give_back(last)
+        if self._stack and self._stack[-1].tensor is None:
+            self._bring_up(self._stack[-1])
+        assert last.tensor is not None
+        return last.tensor
+
+    def reset(self) -> None:
+        """Forgets every checkpoint: after an exception or an interruption."""
+        self.transport.drain()
+        while self._stack:
+            self._give_back(self._stack.pop())
+
+    def _send_down(self, checkpoint: _Checkpoint) -> None:
+        assert checkpoint.tensor is not None
+        room = self._room(tensor_bytes(checkpoint.like))
+        checkpoint.room = room
+        with self.transport.hidden():
+            place = view_as(room.buffer, 0, checkpoint.like)
+        checkpoint.copied = self.transport.download(
+            place, checkpoint.tensor, checkpoint.made, room.read
+        )
+
+    def _let_go(self, checkpoint: _Checkpoint) -> None:
+        self.transport.wait(checkpoint.copied)
+        checkpoint.tensor = None
+
+    def _bring_up(self, checkpoint: _Checkpoint) -> None:
+        assert checkpoint.room is not None
+        checkpoint.tensor = torch.empty(
+            checkpoint.like.shape, dtype=checkpoint.like.dtype, device=self.transport.device
+        )
+        with self.transport.hidden():
+            place = view_as(checkpoint.room.buffer, 0, checkpoint.like)
+        # the memory may be in use by the computation up to here
+        checkpoint.copied = checkpoint.room.read = self.transport.upload(
+            checkpoint.tensor, place, self.transport.mark(), checkpoint.copied
+        )
+
+    def _give_back(self, checkpoint: _Checkpoint) -> None:
+        if checkpoint.room is not None:
+            self._free.append(checkpoint.room)
+            checkpoint.room = None
+
+    def _room(self, count: int) -> _Room:
+        """A free buffer of at least `count` bytes; one that is too small is replaced."""
+        fitting = [room for room in self._free if room.buffer.numel() >= count]
+        if fitting:
+            room = min(fitting, key=lambda room: room.buffer.numel())
+            self._free.remove(room)
+            return room
+        if self._free:
+            self._free.remove(min(self._free, key=lambda room: room.buffer.numel()))
+        room = _Room(self.transport.reserve(count, PURPOSE))
+        self.transport.pin()
+        return room
