@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @pytest.mark.skipif(INTERPRETED, reason="is what runs this")
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(
         command,
         cwd=Path(__file__).resolve().parents[2],
@@ -131,7 +131,7 @@ def test_gated_units(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("vocabulary", [1, 300, 8200])
 def test_cross_entropy(vocabulary: int, softcap: float, dtype: torch.dtype) -> None:
-    logits = random((3, vocabulary), dtype) * 4 + 20
+    logits = random((3, vocabulary), dtype) * 4 + 2000
     targets = torch.tensor([0, vocabulary - 1, vocabulary // 2])
     for gradient in (False, True):
         losses = torch.zeros(3)
@@ -182,35 +182,198 @@ def packed_weight(
     return packed, bytes_of(blocks), *nested
 
 
+def dequantized(
+    kernel: Callable[..., None], weight: tuple[Tensor | None, ...], like: Tensor, *how: Any
+) -> Tensor:
+    """What a kernel makes of a packed weight, in the shape and type of `like`."""
+    absmax, out = weight[1], torch.full_like(like, torch.nan)
+    assert absmax is not None
+    kernel(*weight, torch.empty_like(absmax, dtype=torch.float32), out, *how)
+    return out
+
+
 @interpreted
-@pytest.mark.parametrize("lookup", ["load", "select"])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize(
-    ("shape", "block_size", "quant_type"),
-    [((1, 1), 64, "nf4"), ((3, 13), 32, "fp4"), ((70, 300), 64, "nf4"), ((5, 4096), 4096, "nf4")],
+    ("shape", "block_size", "quant_type", "lookup"),
+    [
+        ((1, 1), 64, "nf4", "load"),
+        ((3, 13), 32, "fp4", "select"),
+        ((70, 300), 64, "nf4", "load"),
+        ((5, 4096), 4096, "nf4", "load"),
+    ],
 )
 def test_dequantizing(
-    shape: tuple[int, int], block_size: int, quant_type: Any, double: bool, lookup: str
+    shape: tuple[int, int], block_size: int, quant_type: Any, lookup: str, double: bool
 ) -> None:
     from fitlora.step.dequantize_kernel import dequantize_4bit
 
     weight = packed_weight(shape[0] * shape[1], block_size, double)
-    assert weight[1] is not None
-    scales = torch.empty(weight[1].shape)
+    # a view of something larger may lie on no boundary of words
+    assert weight[0] is not None
+    shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), weight[0].view(-1)])[1:]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        found, expected = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-        # not aligned to words, as a view of something larger may be
-        shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), weight[0].view(-1)])[1:]
-        for packed in (weight[0], shifted):
-            dequantize_4bit(
-                packed,
-                *weight[1:],
-                scales,
-                found,
-                block_size,
-                quant_type,
-                lookup=lookup,
-            )
-            torch.ops.fitlora.dequantize_4bit(*weight, scales, expected, block_size, quant_type)
-            near = 1e-6 if dtype == torch.float32 else 2**-6
+        like, how = torch.empty(shape, dtype=dtype), (block_size, quant_type)
+        expected = dequantized(torch.ops.fitlora.dequantize_4bit, weight, like, *how)
+        near = 1e-6 if dtype == torch.float32 else 2**-6
+        for part in (weight, (shifted, *weight[1:])):
+            found = dequantized(dequantize_4bit, part, like, *how, lookup)
             torch.testing.assert_close(found, expected, rtol=near, atol=1e-9)
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    marked: Callable[..., None] = pytest.mark.gpu(skip(test))
+    return marked
+
+
+def check_on_gpu(name: str, *arguments: Any) -> None:
+    """The operator on the device against its twin in float32 from the same numbers.
+
+    fp32: the exponentials and roots of a GPU are good to a few units in the last place. bf16: one
+    rounding, and for sums of two numbers another.
+    """
+    operator = getattr(torch.ops.fitlora, name)
+    device = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
+    exact = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+    operator(*device)
+    operator(*exact)
+    for found, expected in zip(device, exact, strict=True):
+        if isinstance(found, Tensor):
+            near = 2**-7 if found.dtype == torch.bfloat16 else 2e-5
+            torch.testing.assert_close(
+                found.cpu().float(), expected.float(), rtol=near, atol=near * 1e-1
+            )
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(512, 4096), (700, 5120), (300, 32, 128), (7, 3, 20), (1, 1)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms_on_gpu(shape: tuple[int, ...], dtype: torch.dtype, offset: float) -> None:
+    x, y, z = (random(shape, dtype, seed) for seed in range(3))
+    weight, out = random(shape[-1:], dtype, 3), torch.zeros(shape, dtype=dtype)
+    norm = (weight, 1e-6, offset)
+    check_on_gpu("rms_norm", x, *norm, out)
+    check_on_gpu("rms_norm_backward", y, x, *norm, None, out)
+    check_on_gpu("rms_norm_backward", y, x, *norm, z, out)
+    # in bf16 the sum is rounded before the norm, so the twin must round it too
+    total, there = torch.zeros_like(x), torch.zeros(shape, dtype=dtype, device="cuda")
+    torch.ops.fitlora.add_rms_norm(x, y, *norm, total, out)
+    found = torch.zeros_like(there)
+    torch.ops.fitlora.add_rms_norm(x.cuda(), y.cuda(), weight.cuda(), 1e-6, offset, there, found)
+    assert torch.equal(there.cpu(), total)
+    near = 2**-7 if dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(found.cpu(), out, rtol=near, atol=near * 0.1)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_on_gpu_over_what_they_read(dtype: torch.dtype) -> None:
+    x, dy, residual = (random((300, 4096), dtype, seed).cuda() for seed in range(3))
+    weight, out = random((4096,), dtype, 3).cuda(), torch.empty_like(x)
+    for target in (dy, residual):
+        torch.ops.fitlora.rms_norm_backward(dy, x, weight, 1e-6, 0.0, residual, out)
+        torch.ops.fitlora.rms_norm_backward(dy, x, weight, 1e-6, 0.0, residual, target)
+        assert torch.equal(target, out)
+    total = torch.empty_like(x)
+    torch.ops.fitlora.add_rms_norm(x, dy, weight, 1e-6, 0.0, total, out)
+    torch.ops.fitlora.add_rms_norm(x, dy, weight, 1e-6, 0.0, x, dy)
+    assert torch.equal(x, total)
+    assert torch.equal(dy, out)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "size", "turned"),
+    [(1000, 32, 8, 128, 128), (50, 5, 1, 96, 48), (3, 1, 1, 2, 2), (40, 71, 1, 64, 64)],
+)
+@pytest.mark.parametrize("backward", [False, True])
+def test_rope_on_gpu(
+    tokens: int, heads: int, kv_heads: int, size: int, turned: int, dtype: torch.dtype,
+    backward: bool,
+) -> None:  # fmt: skip
+    q, k = random((tokens, heads, size), dtype), random((tokens, kv_heads, size), dtype, 1)
+    angle = random((tokens, turned // 2), torch.float32, 2)
+    check_on_gpu("rope", q, k, angle.cos(), angle.sin(), backward)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(300, 14336), (1000, 333), (1, 1)])
+def test_gated_units_on_gpu(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    gate, up, dm = (random(shape, dtype, seed) * 2 for seed in range(3))
+    check_on_gpu("glu", gate, up, kind, torch.zeros(shape, dtype=dtype))
+    check_on_gpu("glu_backward", dm, gate, up, kind)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("vocabulary", [7, 32000, 128256, 262144])
+def test_cross_entropy_on_gpu(vocabulary: int, softcap: float, dtype: torch.dtype) -> None:
+    logits = random((9, vocabulary), dtype) * 3
+    targets = torch.arange(9) * (vocabulary - 1) // 8
+    for gradient in (False, True):
+        losses = torch.zeros(9)
+        check_on_gpu("cross_entropy", logits.clone(), targets, 1.0, softcap, losses, gradient)
+
+
+@gpu
+def test_cross_entropy_beyond_32_bits_of_offset() -> None:
+    rows, vocabulary = 8200, 262144
+    logits = torch.zeros((rows, vocabulary), dtype=torch.bfloat16, device="cuda")
+    logits[-1, 5] = 3.0
+    targets, losses = torch.full((rows,), 5, device="cuda"), torch.zeros(rows, device="cuda")
+    expected = torch.nn.functional.cross_entropy(
+        logits[-2:].float(), targets[-2:], reduction="none"
+    )
+    torch.ops.fitlora.cross_entropy(logits, targets, 1.0, 0.0, losses, True)
+    torch.testing.assert_close(losses[-2:], expected, rtol=1e-5, atol=1e-5)
+    assert float(logits[-1, 5]) < -0.99
+
+
+def bitsandbytes_gives(
+    weight: tuple[Tensor | None, ...], like: Tensor, block_size: int, quant_type: str
+) -> Tensor:
+    bnb = torch.ops.bitsandbytes
+    packed, absmax, nested_absmax, code, offset = weight
+    if nested_absmax is not None:
+        absmax = bnb.dequantize_blockwise(absmax, nested_absmax, code, 256, torch.float32) + offset
+    found: Tensor = bnb.dequantize_4bit(
+        packed, absmax, block_size, quant_type, list(like.shape), like.dtype
+    )
+    return found
+
+
+@gpu
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dequantizing_is_bitsandbytes(
+    dtype: torch.dtype, block_size: int, double: bool, quant_type: str
+) -> None:
+    for shape in ((1024, 4096), (333, 1001), (1, 1), (1, 4095)):
+        weight = packed_weight(shape[0] * shape[1], block_size, double, "cuda")
+        like, how = torch.empty(shape, dtype=dtype, device="cuda"), (block_size, quant_type)
+        found = dequantized(torch.ops.fitlora.dequantize_4bit, weight, like, *how)
+        assert torch.equal(found, bitsandbytes_gives(weight, like, *how))
+
+
+@gpu
+def test_lookups_are_one_another() -> None:
+    from fitlora.step.dequantize_kernel import dequantize_4bit
+
+    weight = packed_weight(1000 * 1024, 64, True, "cuda")
+    like = torch.empty((1000, 1024), dtype=torch.bfloat16, device="cuda")
+    found = [dequantized(dequantize_4bit, weight, like, 64, "nf4", how) for how in LOOKUPS]
+    assert torch.equal(*found)
+
+
+LOOKUPS = ("load", "select")

@@ -198,13 +198,15 @@ def _cross_entropy(
         if softcap > 0:
             tanh = (value / softcap).tanh_()
             value = tanh * softcap
-        target = targets[part, None]
-        lse = value.logsumexp(1, keepdim=True)
-        losses[part] = (lse - value.gather(1, target))[:, 0]
+        value = value - value.amax(1, keepdim=True)
+        chosen = value.gather(1, targets[part, None])
+        share = value.exp_()
+        total = share.sum(1, keepdim=True)
+        losses[part] = (total.log() - chosen)[:, 0]
         if not gradient:
             continue
-        grad = (value - lse).exp_()
-        grad.scatter_add_(1, target, torch.full_like(lse, -1.0)).mul_(scale)
+        grad = share.mul_(scale / total)
+        grad.scatter_add_(1, targets[part, None], torch.full_like(total, -scale))
         if softcap > 0:
             grad.mul_(tanh.square_().neg_().add_(1.0))
         logits[part] = grad

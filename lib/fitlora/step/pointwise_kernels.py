@@ -274,15 +274,15 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
         above = tl.maximum(largest, tl.max(x, axis=0))
         sums = sums * tl.exp(largest - above) + tl.exp(x - above)
         largest = above
-    lse = largest + tl.log(tl.sum(sums, axis=0))
-    tl.store(losses + row, lse - chosen)
+    total = tl.sum(sums, axis=0)
+    tl.store(losses + row, tl.log(total) - (chosen - largest))
     if GRADIENT:
         for start in range(0, vocabulary, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < vocabulary
             x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
             x = _capped(x, softcap, CAP)
-            grad = (tl.exp(x - lse) - tl.where(column == target, 1.0, 0.0)) * scale
+            grad = tl.exp(x - largest) * (scale / total) - tl.where(column == target, scale, 0.0)
             if CAP:
                 grad *= 1.0 - (x / softcap) * (x / softcap)
             tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=inside)
