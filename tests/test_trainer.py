@@ -11,10 +11,8 @@ import pytest
 
 import fitlora
 from fitlora import CPUOffloadOptimizer, MemoryEfficientTrainer, UserError, hardware
-from fitlora.artifacts import ADAPTER, HARDWARE, PLAN, Hardware, PlanArtifact
+from fitlora.artifacts import ADAPTER, HARDWARE, PLAN, PlanArtifact
 from fitlora.params import Params, read_params
-from fitlora.planner import parameters
-from fitlora.planner.parameters import find_parameters
 from scripts import run_memory_efficient_training as script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,42 +247,6 @@ def test_every_name_of_the_package_is_there() -> None:
 
 
 # --- auto_find_parameters -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def profiled(tmp_path: Path, data: dict[str, str]) -> tuple[Params, Path]:
-    params = params_of(device_map="cpu", **data)
-    hardware.profile(params.hardware, tmp_path).write(tmp_path / HARDWARE)
-    return params, tmp_path
-
-
-def limit(root: Path, budget_bytes: int) -> None:
-    found = Hardware.read(root / HARDWARE)
-    found.model_copy(update={"budget_bytes": budget_bytes}).write(root / HARDWARE)
-
-
-def test_with_room_everything_is_as_high_as_it_goes(profiled: tuple[Params, Path]) -> None:
-    params, root = profiled
-    found = find_parameters(params, root)
-    assert found.lora.r == parameters.HIGHEST_RANK
-    assert found.lora.alpha == 2 * found.lora.r
-    assert found.data.max_length < params.data.max_length, "no longer than the longest row needs"
-    assert find_parameters(params, root, max_length=72).data.max_length == 72
-
-
-@pytest.mark.slow
-def test_rank_goes_before_length_and_both_go_down(profiled: tuple[Params, Path]) -> None:
-    params, root = profiled
-    whole = find_parameters(params, root)
-    seen = []
-    for mib in (12, 9, 7, 5):
-        limit(root, mib * 2**20)
-        found = find_parameters(params, root)
-        seen.append((found.data.max_length, found.lora.r))
-    assert seen == sorted(seen, reverse=True)
-    ranks = [r for length, r in seen if length == whole.data.max_length]
-    assert len(set(ranks)) > 1
-    assert all(r == parameters.LOWEST_RANK for length, r in seen if length < whole.data.max_length)
 
 
 # --- the script -----------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ CASES = (
     Case(
         "--set below a number",
         "train --set lora.r.x=1",
-        ("lora.r: found {'x': 1}", "should be a valid integer"),
+        ("lora.r: found {'x': 1}", "should be 'auto', or a valid integer"),
     ),
     Case(
         "--set with broken YAML",

@@ -270,6 +270,14 @@ class Estimate(Record):
     components: Components
 
 
+class Found(Record):
+    """Numbers for params that say `auto`; of those that say a number, the number."""
+
+    lora_r: int
+    lora_alpha: float
+    max_length: int = Field(description="of a sequence, in tokens: data.max_length")
+
+
 class MemoryEstimate(Artifact):
     """The default plan and its neighbours, before anything ran."""
 
@@ -282,6 +290,7 @@ class MemoryEstimate(Artifact):
     budget_bytes: int
     default: Estimate
     neighbours: dict[str, Estimate] = Field(description="by what was changed of the default")
+    found: Found | None = Field(None, description="None where no param says auto")
 
 
 class PlanArtifact(Artifact):
@@ -292,6 +301,7 @@ class PlanArtifact(Artifact):
 
     plan: Plan
     reasons: dict[str, str] = Field(description="by decision; words only, no measurement")
+    found: Found | None = Field(None, description="as the estimate has it, for the stages after it")
 
 
 Interval = Annotated[tuple[float, float], Field(strict=False)]  # JSON has lists
@@ -321,7 +331,9 @@ class Fidelity(Record):
     """How far a model's next-token distributions are from the adapter's, on held-out answers."""
 
     tokens: int = Field(description="of the answers, at which both were compared")
-    kl_divergence: float = Field(description="mean nats a token, from the adapter on the 4-bit base")
+    kl_divergence: float = Field(
+        description="mean nats a token, from the adapter on the 4-bit base"
+    )
     top1_agreement: float = Field(description="share of tokens where both rank the same first")
 
 

@@ -35,7 +35,7 @@ from fitlora.evaluation.models import (
     contenders,
     load,
 )
-from fitlora.params import Params
+from fitlora.params import Params, with_found
 from fitlora.step.training_step import TrainingStep
 
 Message = dict[str, str]
@@ -124,7 +124,8 @@ def load_chat(
     params: Params, root: Path, *, merged: bool, temperature: float, max_new_tokens: int
 ) -> Chat:
     """The model that a run left under `root`; raises ArtifactError that names what is missing."""
-    plan = PlanArtifact.read(root / PLAN).plan
+    planned = PlanArtifact.read(root / PLAN)
+    plan, params = planned.plan, with_found(params, planned.found, str(root / PLAN))
     hardware = Hardware.read(root / HARDWARE)
     if merged:
         check_folder(root / MERGED_MODEL, "merge_and_evaluate")

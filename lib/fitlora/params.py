@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from fitlora.artifacts import ADAPTER
+from fitlora.artifacts import ADAPTER, Found
 from fitlora.errors import UserError
 from fitlora.plan import PAGED_OPTIMIZERS, Optimizer
 from fitlora.units import parse_bytes
@@ -114,7 +114,11 @@ class DataParams(Section):
     on_bad_row: Literal["stop", "skip"] = Field(
         "stop", description="report every bad row and stop, or leave them out and count them"
     )
-    max_length: int = Field(512, ge=8, description="tokens of a sequence")
+    max_length: Literal["auto"] | Annotated[int, Field(ge=8)] = Field(
+        512,
+        description="tokens of a sequence; auto: what the longest row has, or as much of it as the "
+        "budget holds",
+    )
     on_long_row: Literal["truncate", "bad"] = Field(
         "truncate", description="cut what is longer than max_length and count it, or call it bad"
     )
@@ -124,7 +128,9 @@ class DataParams(Section):
         "then count packed sequences",
     )
     train_on: Literal["answers", "all"] = Field(
-        "answers", description="loss on the assistant's answers only, or on every token"
+        "answers",
+        description="loss on the assistant's answers only, or on every token; an earlier answer that "
+        "the chat template writes otherwise later (without its thoughts) is read and not learned",
     )
 
 
@@ -183,8 +189,14 @@ class QuantizationParams(Section):
 class LoraParams(Section):
     """The adapters."""
 
-    r: int = Field(16, ge=1, description="rank of the update matrices")
-    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / r")
+    r: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        16,
+        description="rank of the update matrices; auto: the highest of 32, 16, 8 and 4 that the budget "
+        "holds",
+    )
+    alpha: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        32.0, description="the update is scaled by alpha / r; auto: twice the rank"
+    )
     dropout: float = Field(0.05, ge=0, le=0.9, description="dropout on their input")
     target_modules: Literal["all-linear"] | Annotated[Names, Field(min_length=1)] = Field(
         "all-linear",
@@ -304,7 +316,34 @@ class Params(Section):
                 f"train.optimizer {self.train.optimizer} needs a CUDA device, "
                 "and hardware.device is cpu; use adamw or adamw_8bit"
             )
+        if self.lora.r == "auto" and self.train.from_adapter is not None:
+            raise ValueError(
+                "lora.r auto finds a rank for a new adapter, and the one in train.from_adapter has its "
+                "own; write that"
+            )
         return self
+
+
+def with_found(params: Params, found: Found | None, source: str) -> Params:
+    """Params with the numbers that an earlier stage found in place of `auto`.
+
+    source: the artifact that `found` comes from. Raises UserError where it has none, because params
+    said no `auto` when it was made.
+    """
+    lora, data = params.lora, params.data
+    if "auto" not in (lora.r, lora.alpha, data.max_length):
+        return params
+    if found is None:
+        raise UserError(
+            f"params say auto for lora or data.max_length, and {source} was made for numbers; "
+            "make it again with: dvc repro find_batch_size"
+        )
+    in_lora = {"r": found.lora_r, "alpha": found.lora_alpha}
+    changes = {key: value for key, value in in_lora.items() if getattr(lora, key) == "auto"}
+    params = params.model_copy(update={"lora": lora.model_copy(update=changes)})
+    if data.max_length == "auto":
+        data = data.model_copy(update={"max_length": found.max_length})
+    return params.model_copy(update={"data": data})
 
 
 def keys(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:

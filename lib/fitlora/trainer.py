@@ -112,7 +112,8 @@ class MemoryEfficientTrainer:
         self.memory_profiling = memory_profiling
         self.auto_find_parameters = auto_find_parameters
         self._rank, self._max_length, self._device_map = lora_r, max_seq_length, device_map
-        rank = _LORA.r if lora_r is None else lora_r
+        self._alpha = lora_alpha
+        default_alpha = _LORA.alpha if lora_r is None else 2.0 * lora_r
         train: dict[str, Any] = {
             "effective_batch_size": _effective_batch_size(
                 per_device_train_batch_size, gradient_accumulation_steps
@@ -137,8 +138,8 @@ class MemoryEfficientTrainer:
                 "hardware": {"device": _device(device_map), "memory_budget": memory_budget},
                 "quantization": {"bits": bits, "type": quant_type, "double": double_quant},
                 "lora": {
-                    "r": rank,
-                    "alpha": 2.0 * rank if lora_alpha is None else lora_alpha,
+                    "r": _LORA.r if lora_r is None else lora_r,
+                    "alpha": default_alpha if lora_alpha is None else lora_alpha,
                     "dropout": lora_dropout,
                 },
                 "plan": {
@@ -159,19 +160,12 @@ class MemoryEfficientTrainer:
         """
         from fitlora.pipeline.everything import open_output, run_stages
         from fitlora.pipeline.train_adapters import train_adapters
-        from fitlora.planner.parameters import HIGHEST_RANK, find_parameters
 
         open_output(self.params, self.output_dir, force=True)
         run_stages(self.params, self.output_dir, "profile_hardware")
         _check_devices(self._device_map, self.output_dir)
         if self.auto_find_parameters:
-            self.params = find_parameters(
-                self.params,
-                self.output_dir,
-                rank=self._rank or HIGHEST_RANK,
-                max_length=self._max_length,
-                keep_recompute=self.params.plan.recompute == "none",
-            )
+            self._find_parameters()
             open_output(self.params, self.output_dir, force=True)
         run_stages(
             self.params, self.output_dir, "estimate_memory", "find_batch_size", "quantize_model"
@@ -181,6 +175,30 @@ class MemoryEfficientTrainer:
         if self.memory_profiling:
             _keep_memory_log(self.output_dir)
         return end
+
+    def _find_parameters(self) -> None:
+        """Numbers for rank and sequence length, up to what was given, from the budget."""
+        from fitlora.model import load_config, resolve_model
+        from fitlora.params import with_found
+        from fitlora.planner.parameters import HIGHEST_RANK, find_parameters
+
+        params = self.params
+        folder = resolve_model(params.model.id, params.model.revision, weights=False)
+        data = params.data.model_copy(update={"max_length": "auto"})
+        lora = params.lora
+        if params.train.from_adapter is None:  # which has its rank
+            alpha = "auto" if self._alpha is None else self._alpha
+            lora = lora.model_copy(update={"r": "auto", "alpha": alpha})
+        params = params.model_copy(update={"data": data, "lora": lora})
+        found = find_parameters(
+            params,
+            folder,
+            load_config(folder, trust_remote_code=params.model.trust_remote_code),
+            Hardware.read(self.output_dir / HARDWARE),
+            highest_rank=self._rank or HIGHEST_RANK,
+            longest=self._max_length,
+        )
+        self.params = with_found(params, found, "this")
 
     def evaluate(self) -> "Evaluation":
         """Merges the adapter, and compares base, 4-bit base, adapter and merged model."""

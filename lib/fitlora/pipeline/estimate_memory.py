@@ -14,12 +14,13 @@ from fitlora.artifacts import (
 from fitlora.console import say
 from fitlora.memory.estimate import Estimator, Load, count_parameters
 from fitlora.model import has_tokenizer, load_config, resolve_model
-from fitlora.params import Params
+from fitlora.params import Params, with_found
+from fitlora.planner.parameters import find_parameters
 from fitlora.planner.search import ModelSize, default_plan, neighbours
 from fitlora.report.memory import data_lines, estimate_lines
 from fitlora.step.settings import StepSettings
 from fitlora.training.batches import Batches
-from fitlora.training.data import load_splits, longest, padding_of, sizes
+from fitlora.training.data import load_splits, longest, padding_of, sizes, token_limit
 
 _REWRITTEN = (
     "rewritten  {count:,} earlier answers in {rows}: the chat template writes them otherwise once later "
@@ -34,6 +35,8 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
     folder = resolve_model(params.model.id, params.model.revision, weights=False)
     config = load_config(folder, trust_remote_code=trusted)
     model = ModelSize.of(config)
+    found = find_parameters(params, folder, config, hardware)
+    params = with_found(params, found, "this")
     dataset = read_dataset(params, folder, model.vocabulary)
     dataset.write(root / DATASET)
     for line in data_lines(dataset):
@@ -55,6 +58,7 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
         neighbours={
             name: estimator(plan) for name, plan in neighbours(start, model.layers).items()
         },
+        found=found,
     )
     result.write(root / MEMORY_ESTIMATE)
     for line in estimate_lines(result):
@@ -69,7 +73,7 @@ def read_dataset(params: Params, folder: Path, vocabulary: int) -> Dataset:
     """
     count = params.train.effective_batch_size
     if not has_tokenizer(folder):
-        limit = params.data.max_length
+        limit = token_limit(params.data)
         assumed = (SequenceSize(tokens=limit, target_tokens=limit - 1),) * count
         return Dataset(
             train=None,

@@ -16,7 +16,7 @@ from fitlora.artifacts import (
 from fitlora.console import say
 from fitlora.memory.estimate import Load
 from fitlora.model import load_config, resolve_model
-from fitlora.params import Params
+from fitlora.params import Params, with_found
 from fitlora.planner.find import find_plan
 from fitlora.planner.probe import write_log
 from fitlora.report.memory import plan_lines
@@ -27,6 +27,7 @@ def find_batch_size(params: Params, root: Path = Path()) -> PlanArtifact:
     """Searches for the preferred plan that fits, and proves it on the device."""
     hardware = Hardware.read(root / HARDWARE)
     known = MemoryEstimate.read(root / MEMORY_ESTIMATE)
+    params = with_found(params, known.found, str(root / MEMORY_ESTIMATE))
     load = Load.of(Dataset.read(root / DATASET))
     folder = resolve_model(params.model.id, params.model.revision, weights=False)
     config = load_config(folder, trust_remote_code=params.model.trust_remote_code)
@@ -38,7 +39,7 @@ def find_batch_size(params: Params, root: Path = Path()) -> PlanArtifact:
         hardware,
         known=[known.default, *known.neighbours.values()],
     )
-    artifact = PlanArtifact(plan=choice.plan, reasons=choice.reasons)
+    artifact = PlanArtifact(plan=choice.plan, reasons=choice.reasons, found=known.found)
     artifact.write(root / PLAN)
     write_log(root / PROBE_LOG, choice.estimate, probes)
     for line in plan_lines(choice.estimate, choice.reasons, probes):

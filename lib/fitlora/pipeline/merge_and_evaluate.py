@@ -20,12 +20,13 @@ from fitlora.evaluation.compare import compare, read_held_out
 from fitlora.evaluation.merge import merge_checkpoint
 from fitlora.evaluation.models import Memory, check_adapter, check_folder, contenders
 from fitlora.model import resolve_model
-from fitlora.params import Params
+from fitlora.params import Params, with_found
 
 
 def merge_and_evaluate(params: Params, root: Path = Path()) -> Evaluation:
     """Merges the adapter and compares base, 4-bit base, adapter and merged model."""
-    plan = PlanArtifact.read(root / PLAN).plan
+    planned = PlanArtifact.read(root / PLAN)
+    plan, params = planned.plan, with_found(params, planned.found, str(root / PLAN))
     hardware = Hardware.read(root / HARDWARE)
     original = resolve_model(params.model.id, params.model.revision, weights=True)
     # All that can be wrong with the inputs is found before the first byte is written.

@@ -18,7 +18,7 @@ from fitlora.artifacts import (
 from fitlora.console import say
 from fitlora.errors import ArtifactError
 from fitlora.model import load_config
-from fitlora.params import Params
+from fitlora.params import Params, with_found
 from fitlora.report.memory import outcome_lines
 from fitlora.training.data import load_splits
 from fitlora.training.run import Places, train
@@ -28,7 +28,8 @@ def train_adapters(params: Params, root: Path = Path()) -> dict[str, Any]:
     """Trains the adapter; returns the last record of the training log."""
     trusted = params.model.trust_remote_code
     checkpoint = root / QUANTIZED_MODEL
-    plan = PlanArtifact.read(root / PLAN).plan
+    planned = PlanArtifact.read(root / PLAN)
+    plan, params = planned.plan, with_found(params, planned.found, str(root / PLAN))
     hardware = Hardware.read(root / HARDWARE)
     if not (checkpoint / "config.json").is_file():
         raise ArtifactError(

@@ -1,25 +1,27 @@
-"""What the seed's templates vary, from the budget: `auto_find_parameters`.
+"""What the seed's templates vary, from the budget: the numbers for params that say `auto`.
 
 In this order, each by estimates of the step and never by running it:
 
 1. Sequence length (`data.max_length`): the longest row of the data, to a multiple of 8, so that nothing
-   is cut and no limit is higher than it need be; at most what was given, and what the model has.
-2. Recomputation (`plan.recompute`): auto, so that the planner recomputes as few layers as fit.
-3. Rank (`lora.r`, with `lora.alpha` in proportion): the one that was given, or else the highest of the
-   templates'; halved until the smallest layout of the step (one sequence at once, every layer
-   recomputed) fits the budget. An adapter to go on from has its rank already.
-4. If not even the lowest rank fits, the sequence length is halved until it does; what is longer is cut
+   is cut and no limit is higher than it need be; at most what the model has positions for.
+2. Rank (`lora.r`): the highest of the templates', halved until the smallest layout of the step (one
+   sequence at once, every layer recomputed, unless params say otherwise) fits the budget.
+3. If not even the lowest rank fits, the sequence length is halved until it does; what is longer is cut
    and counted. The planner then says what would help where nothing fits at all.
+
+`lora.alpha` is twice the rank. What params give a number for stays as it is. The estimate's stage finds
+these and writes them down; the stages after it read them there.
 """
 
 from pathlib import Path
 from typing import Any
 
-from fitlora.artifacts import HARDWARE, Hardware, SequenceSize
+from fitlora.artifacts import Found, Hardware, SequenceSize
 from fitlora.console import say
+from fitlora.errors import UserError
 from fitlora.memory.estimate import Load, estimate
-from fitlora.model import load_config, resolve_model
-from fitlora.params import Params
+from fitlora.model import has_tokenizer
+from fitlora.params import Params, with_found
 from fitlora.planner.search import ModelSize, default_plan
 from fitlora.step.settings import StepSettings
 from fitlora.training.data import load_splits
@@ -32,53 +34,62 @@ LONGEST = 32768  # where the model does not say how many positions it has
 
 def find_parameters(
     params: Params,
-    root: Path,
+    folder: Path,
+    config: Any,
+    hardware: Hardware,
     *,
-    rank: int = HIGHEST_RANK,
-    max_length: int | None = None,
-    keep_recompute: bool = False,
-) -> Params:
-    """The params with what was found in them; says what and why. Needs the hardware's profile.
+    highest_rank: int = HIGHEST_RANK,
+    longest: int | None = None,
+) -> Found | None:
+    """Numbers for what says `auto`, said with their reasons; None where nothing does.
 
-    rank, max_length: the highest to consider. keep_recompute: leave `plan.recompute` as it is.
+    folder: the model's, with its tokenizer. config: its transformers config. highest_rank, longest: the
+    most to consider (longest: tokens of a sequence). Raises UserError for bad rows, and for a length
+    that would follow from rows where the model has no tokenizer.
     """
-    hardware = Hardware.read(root / HARDWARE)
-    trusted = params.model.trust_remote_code
-    folder = resolve_model(params.model.id, params.model.revision, weights=False)
-    config = load_config(folder, trust_remote_code=trusted)
+    lora, given = params.lora, params.data.max_length
+    if "auto" not in (lora.r, lora.alpha, given):
+        return None
     size = ModelSize.of(config)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST
-    limit: int = min(max_length or positions, positions)
-    splits = load_splits(
-        params.data.model_copy(update={"max_length": limit}),
-        folder,
-        size.vocabulary,
-        trust_remote_code=trusted,
-    )
-    longest = max(split.facts.length.maximum for split in splits)
-    length = min(limit, -(-longest // 8) * 8)
-    params = _with(params, "data", max_length=length)
-    if not keep_recompute:
-        params = _with(params, "plan", recompute="auto")
-    lengths, ranks = _halves(length, min(SHORTEST, length)), _halves(rank, min(LOWEST_RANK, rank))
-    if params.train.from_adapter is not None:
-        rank, ranks = params.lora.r, [params.lora.r]
-    tried = [(length, r) for r in ranks] + [(n, ranks[-1]) for n in lengths[1:]]
-    for tokens, r in tried:
-        found = _with(params, "data", max_length=tokens)
-        found = _with(found, "lora", r=r, alpha=params.lora.alpha * r / params.lora.r)
-        if _smallest_fits(config, found, size, tokens, hardware):
+    length = _longest_row(params, folder, config, size, longest) if given == "auto" else given
+    lengths = _halves(length, min(SHORTEST, length)) if given == "auto" else [length]
+    ranks = _halves(highest_rank, min(LOWEST_RANK, highest_rank)) if lora.r == "auto" else [lora.r]
+    tried = [(length, rank) for rank in ranks] + [(tokens, ranks[-1]) for tokens in lengths[1:]]
+    for tokens, rank in tried:
+        found = Found(
+            lora_r=rank,
+            lora_alpha=2.0 * rank if lora.alpha == "auto" else lora.alpha,
+            max_length=tokens,
+        )
+        if _smallest_fits(config, with_found(params, found, "this"), size, tokens, hardware):
             break
-    cut = f", shorter than the longest row ({longest}) to fit" if tokens < longest else ""
-    say(f"found      data.max_length {tokens}: the longest row has {longest} tokens{cut}")
-    why = f"lowered from {rank} to fit" if r < rank else "the highest that was asked for"
-    say(f"found      lora.r {r}: {why}")
+    if given == "auto":
+        cut = f"shortened from {length} to fit" if tokens < length else "as the longest row needs"
+        say(f"found      data.max_length {tokens}: {cut}")
+    if lora.r == "auto":
+        why = f"lowered from {ranks[0]} to fit" if rank < ranks[0] else "the highest considered"
+        say(f"found      lora.r {rank}: {why}")
     return found
 
 
-def _with(params: Params, section: str, **changes: Any) -> Params:
-    """Params with some keys of a section changed."""
-    return params.model_copy(update={section: getattr(params, section).model_copy(update=changes)})
+def _longest_row(
+    params: Params, folder: Path, config: Any, size: ModelSize, longest: int | None
+) -> int:
+    """Tokens of the longest row, to a multiple of 8; at most `longest`, and the model's positions."""
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"data.max_length auto follows from the rows, and {folder} has no tokenizer to read them "
+            "with; give a number"
+        )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST
+    limit: int = min(longest or positions, positions)
+    splits = load_splits(
+        params.data.model_copy(update={"max_length": limit, "packing": False}),
+        folder,
+        size.vocabulary,
+        trust_remote_code=params.model.trust_remote_code,
+    )
+    return min(limit, -(-max(split.facts.length.maximum for split in splits) // 8) * 8)
 
 
 def _halves(highest: int, lowest: int) -> list[int]:
@@ -92,10 +103,13 @@ def _halves(highest: int, lowest: int) -> list[int]:
 def _smallest_fits(
     config: Any, params: Params, size: ModelSize, tokens: int, hardware: Hardware
 ) -> bool:
+    """Whether the smallest layout that params leave fits. tokens: of every sequence."""
+    micro = 1 if params.plan.micro_batch_size == "auto" else params.plan.micro_batch_size
+    held_out = params.plan.evaluation_batch_size
     sequence = SequenceSize(tokens=tokens, target_tokens=tokens - 1)
-    load = Load([sequence], [sequence])
+    load = Load([sequence] * micro, [sequence] * (1 if held_out == "auto" else held_out))
     plan = default_plan(params, hardware, size, load.tokens, sequence_length=tokens).replace(
-        micro_batch_size=1, evaluation_batch_size=1
+        micro_batch_size=micro, evaluation_batch_size=1 if held_out == "auto" else held_out
     )
     if params.plan.recompute == "auto":
         plan = plan.replace(recompute_layers=tuple(range(size.layers)))

@@ -143,24 +143,24 @@ def _check_some(found: _Tokens) -> None:
 def _tokenize(
     source: Source, tokenizer: Any, data: DataParams, vocabulary: int, bad: BadRows
 ) -> _Tokens:
-    found, before = _Tokens(source), bad.count
+    found, before, limit = _Tokens(source), bad.count, token_limit(data)
     start = spoken = time.monotonic()
     rows, ahead = tee(read_rows(source, data, bad))
     encoded = encode(tokenizer, (row for _, _, row in ahead), data.train_on)
     for done, ((position, kind, row), tokens) in enumerate(zip(rows, encoded, strict=True), 1):
         ids, learned, problem = tokens.ids, tokens.learned, tokens.problem
-        long = len(ids) > data.max_length
+        long = len(ids) > limit
         if problem is None and long and data.on_long_row == "bad":
-            problem = f"{len(ids)} tokens, more than data.max_length {data.max_length}"
+            problem = f"{len(ids)} tokens, more than data.max_length {limit}"
         if long:
-            ids, learned = ids[: data.max_length], learned[: data.max_length]
+            ids, learned = ids[:limit], learned[:limit]
         if problem is None and max(ids, default=0) >= vocabulary:
             raise UserError(
                 f"{row.place}:{row.line}: token id {max(ids)} is beyond the model's {vocabulary}"
             )
         sequence = TokenSequence(position, ids, learned)
         if problem is None and sequence.target_tokens == 0:
-            problem = f"nothing of the answer is within data.max_length {data.max_length}"
+            problem = f"nothing of the answer is within data.max_length {limit}"
         if problem is not None:
             bad.add(row.place, row.line, problem)
             continue
@@ -178,6 +178,12 @@ def _tokenize(
             say(f"{source.name}: {done:,} rows tokenized, {done / (now - start):,.0f} rows/s")
     found.bad = bad.count - before
     return found
+
+
+def token_limit(data: DataParams) -> int:
+    """data.max_length, which has a number by now: `auto` is replaced when the first stage begins."""
+    assert data.max_length != "auto"
+    return data.max_length
 
 
 def _digest(row: Row, seed: int) -> bytes:
@@ -267,7 +273,7 @@ def load_splits(
     else:
         train, validation = found.split(), other.split()
     if data.packing:
-        train = replace(train, sequences=pack(train.sequences, data.max_length))
+        train = replace(train, sequences=pack(train.sequences, token_limit(data)))
     return train, validation
 
 
