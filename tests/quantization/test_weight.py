@@ -90,11 +90,12 @@ def test_the_mean_is_rounded_once() -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_chunks_change_nothing(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = noise(203, 101)
+    weight = noise(403, 101)
     whole = quantize_weight("w", weight, spec, CPU)
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 8192)
     monkeypatch.setattr(module, "_CACHED_ELEMENTS", 4096)
-    assert len(module.chunks(weight)) == 3
+    monkeypatch.setattr(module, "_CHUNK_SCALES", 256)
+    assert len(module.chunks(weight)) == 5
     pieces = quantize_weight("w", weight, spec, CPU)
     assert pieces.keys() == whole.keys()
     assert all(torch.equal(pieces[name], whole[name]) for name in whole)

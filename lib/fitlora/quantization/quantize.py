@@ -10,11 +10,8 @@ is refused by its name from the files' headers, before the first weight is read.
 import contextlib
 import functools
 import hashlib
-import itertools
-import math
-from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +32,7 @@ from fitlora.quantization.layout import (
     part_names,
     spec_of,
 )
-from fitlora.quantization.reading import piece_count, read_ahead
+from fitlora.quantization.reading import read_ahead
 from fitlora.quantization.weight import CHUNK_ELEMENTS, quantize_pieces, require_finite
 from fitlora.quantization.writer import (
     ModelWriter,
@@ -46,7 +43,10 @@ from fitlora.quantization.writer import (
 from fitlora.units import format_bytes
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_WRITERS = 2  # shards that are written at once, and wait in memory
+_SHARDS = 3  # whose weights are quantized and wait in memory to be written, at once
+# Weights that are quantized at once. On a GPU a thread waits for the disk, the link and the kernels in
+# turn; on the CPU PyTorch splits the work of one weight.
+_WORKERS = {"cuda": 4, "cpu": 1}
 _SHOWN = 3  # names in a message that could have thousands
 
 
@@ -68,8 +68,8 @@ def quantize_checkpoint(
     Everything that stays is stored in bfloat16; integers as they are. A source that bitsandbytes
     quantized in the same way goes through as it is. `target` is replaced at the end, when all is
     written; a run that was killed goes on after its last shard. Host memory: three shards of 4-bit
-    weights, which are less than one of the source, and a few pieces. GPU memory: one piece, about
-    16 bytes a weight of CHUNK_ELEMENTS.
+    weights, which are less than one of the source, and a few pieces. GPU memory: four pieces, each
+    with about 12 bytes a weight of CHUNK_ELEMENTS.
 
     Raises UserError, with the name of the tensor, layer or file, for what cannot be quantized, and
     ArtifactError for damaged files.
@@ -131,38 +131,59 @@ class _Work:
     def write(
         self, writer: ModelWriter, files: dict[str, list[str]], advance: Callable[[int], None]
     ) -> None:
-        """Reads, quantizes and writes at once: each by its own threads, all in pieces."""
-        chosen = [name for names in files.values() for name in names if name in self.chosen]
-        pinned = self.device.type == "cuda"
-        reading = read_ahead(self.checkpoint, chosen, CHUNK_ELEMENTS, pinned=pinned)
-        writing: deque[Future[None]] = deque()
-        with contextlib.closing(reading) as pieces, ThreadPoolExecutor(_WRITERS) as pool:
-            for file, names in files.items():
-                tensors = self._shard(names, pieces, advance)
-                if len(writing) == _WRITERS:
-                    writing.popleft().result()
-                writing.append(pool.submit(writer.write_shard, file, tensors))
-            for future in writing:
-                future.result()
+        """Reads, quantizes and writes at once: each weight and each shard in a thread of its own."""
+        with (
+            ThreadPoolExecutor(_SHARDS) as shards,
+            ThreadPoolExecutor(_WORKERS[self.device.type], initializer=self._start) as workers,
+        ):
+            writing = [
+                shards.submit(self._write_shard, writer, file, names, workers, advance)
+                for file, names in files.items()
+            ]
+            try:
+                for future in as_completed(writing):
+                    future.result()
+            finally:
+                shards.shutdown(wait=False, cancel_futures=True)
+                workers.shutdown(wait=False, cancel_futures=True)
 
-    def _shard(
-        self, names: list[str], pieces: Iterator[Tensor], advance: Callable[[int], None]
-    ) -> dict[str, Tensor | Pending]:
+    def _start(self) -> None:
+        """Gives a thread its own queue on the GPU, so that none waits for another's work."""
+        if self.device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(self.device))
+
+    def _write_shard(
+        self,
+        writer: ModelWriter,
+        file: str,
+        names: list[str],
+        workers: ThreadPoolExecutor,
+        advance: Callable[[int], None],
+    ) -> None:
         tensors: dict[str, Tensor | Pending] = {}
+        waiting = []
         for name in names:
             info = self.infos[name]
             if name in self.chosen:
-                assert self.spec is not None
-                count = piece_count(math.prod(info.shape), CHUNK_ELEMENTS)
-                own = self._moved(itertools.islice(pieces, count), advance)
-                tensors.update(quantize_pieces(name, info, own, self.spec))
+                waiting.append(workers.submit(self._quantized, name, advance))
             else:
                 stored = _stored_info(info, as_it_is=name in self.parts)
                 make = functools.partial(_stored, self.checkpoint, name, stored, advance)
                 tensors[name] = Pending(stored, make)
-        return tensors
+        for future in waiting:
+            tensors.update(future.result())
+        writer.write_shard(file, tensors)
 
-    def _moved(self, pieces: Iterator[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
+    def _quantized(self, name: str, advance: Callable[[int], None]) -> dict[str, Tensor]:
+        assert self.spec is not None
+        pinned = self.device.type == "cuda"
+        with contextlib.closing(
+            read_ahead(self.checkpoint, name, CHUNK_ELEMENTS, pinned=pinned)
+        ) as pieces:
+            own = self._moved(pieces, advance)
+            return quantize_pieces(name, self.infos[name], own, self.spec, self.device)
+
+    def _moved(self, pieces: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
         for piece in pieces:
             yield piece.to(self.device, non_blocking=True)  # its codes are waited for
             advance(piece.nbytes)
@@ -392,9 +413,14 @@ def _stored(
     checkpoint: Checkpoint, name: str, info: TensorInfo, advance: Callable[[int], None]
 ) -> Iterator[Tensor]:
     """A tensor that is not quantized, in pieces of the dtype that it is stored in."""
-    for source in read_ahead(checkpoint, [name], CHUNK_ELEMENTS):
+
+    def convert(source: Tensor) -> Tensor:
         piece = source.to(info.dtype)
         if info.dtype.is_floating_point:
             require_finite(name, piece)
+        return piece
+
+    element_bytes = checkpoint.info(name).dtype.itemsize
+    for piece in read_ahead(checkpoint, name, CHUNK_ELEMENTS, then=convert):
         yield piece
-        advance(source.nbytes)
+        advance(piece.numel() * element_bytes)

@@ -26,8 +26,9 @@ from fitlora.quantization.layout import (
     part_names,
 )
 
-CHUNK_ELEMENTS = 1 << 24  # 64 MiB in float32; a multiple of every block size
+CHUNK_ELEMENTS = 1 << 23  # 32 MiB in float32; a multiple of every block size
 _CACHED_ELEMENTS = 1 << 18  # what a CPU's cache holds with the temporaries; likewise
+_CHUNK_SCALES = 1 << 20  # a multiple of the nested block size
 
 
 def quantize_weight(
@@ -40,25 +41,28 @@ def quantize_weight(
     elements that are not finite.
     """
     info = TensorInfo(weight.dtype, tuple(weight.shape))
-    return quantize_pieces(name, info, (piece.to(device) for piece in chunks(weight)), spec)
+    pieces = (piece.to(device) for piece in chunks(weight))
+    return quantize_pieces(name, info, pieces, spec, device)
 
 
 def quantize_pieces(
-    name: str, info: TensorInfo, pieces: Iterable[Tensor], spec: QuantSpec
+    name: str, info: TensorInfo, pieces: Iterable[Tensor], spec: QuantSpec, device: torch.device
 ) -> dict[str, Tensor]:
-    """`quantize_weight` of a weight that comes in flat pieces, on the device where the work is done.
+    """`quantize_weight` of a weight that comes in flat pieces on `device`.
 
-    All pieces but the last are of CHUNK_ELEMENTS. info: the whole weight's dtype and shape.
+    All pieces but the last are of CHUNK_ELEMENTS. When the next one is asked for, the device is done
+    with the last. info: the whole weight's dtype and shape. Memory on the device: one piece with about
+    12 bytes an element, and the weight's scales.
     """
     count = info.bytes // info.dtype.itemsize
     codes = torch.empty(spec.packed_bytes(count), 1, dtype=torch.uint8)
-    scales = torch.empty(spec.blocks(count), dtype=torch.float32)
+    scales = torch.empty(spec.blocks(count), dtype=torch.float32, device=device)
     start = 0
     for piece in pieces:
-        step = piece.numel() if piece.is_cuda else _CACHED_ELEMENTS
+        step = _CACHED_ELEMENTS if device.type == "cpu" else piece.numel()
         for part in torch.split(piece, step):
             packed, absmax = quantize_4bit(part, spec.block_size, spec.type)
-            codes[start // 2 :][: len(packed), 0] = packed
+            _to_host(codes[start // 2 :][: len(packed), 0], packed)
             scales[start // spec.block_size :][: len(absmax)] = absmax
             start += part.numel()
         # The largest of a block is finite only if all of it is.
@@ -75,27 +79,42 @@ def quantize_pieces(
     tensors = [codes, scales, code_book(spec.type)]
     if spec.double:
         offset = exact_mean(scales)
-        tensors[1], nested = quantize_8bit(scales - offset, NESTED_BLOCK_SIZE)
-        tensors += [nested, nested_code()]
+        parts = [
+            quantize_8bit(part - offset, NESTED_BLOCK_SIZE)
+            for part in torch.split(scales, _CHUNK_SCALES)
+        ]
+        tensors[1] = torch.cat([part for part, _ in parts])
+        tensors += [torch.cat([nested for _, nested in parts]), nested_code()]
         state |= {
             "nested_blocksize": NESTED_BLOCK_SIZE,
             "nested_dtype": "float32",
             "nested_offset": offset.item(),
         }
     tensors.append(encode_state(state))
-    return dict(zip(part_names(name, spec), tensors, strict=True))
+    return dict(zip(part_names(name, spec), (part.cpu() for part in tensors), strict=True))
+
+
+def _to_host(target: Tensor, values: Tensor) -> None:
+    """Copies to the CPU, from a GPU through pinned memory: it writes to no other at its full rate."""
+    staged = values.to("cpu", non_blocking=True)  # pinned, where it comes from a GPU
+    if values.is_cuda:
+        torch.cuda.current_stream(values.device).synchronize()
+    target.numpy()[:] = staged.numpy()  # in this thread alone; PyTorch would wake one a core
 
 
 def exact_mean(values: Tensor) -> Tensor:
     """The mean of positive finite float32 numbers, correctly rounded to float64 and then to float32.
 
-    Summed as integers, one sum for each exponent, so that no order matters. Subnormals count as 0.
+    Summed as integers, one sum for each exponent, so that no order matters, on any device. Subnormals
+    count as 0. Returns a scalar on the CPU.
     """
-    bits = values.view(torch.int32)
-    exponents = (bits >> 23).to(torch.int64)
-    mantissas = (bits & 0x7FFFFF | 0x800000).to(torch.int64)
-    sums = torch.zeros(256, dtype=torch.int64).index_add_(0, exponents, mantissas).tolist()
-    total = sum(value << exponent for exponent, value in enumerate(sums) if exponent)
+    sums = torch.zeros(256, dtype=torch.int64, device=values.device)
+    for part in torch.split(values, _CHUNK_SCALES):
+        bits = part.view(torch.int32)
+        exponents = (bits >> 23).to(torch.int64)
+        mantissas = (bits & 0x7FFFFF | 0x800000).to(torch.int64)
+        sums.scatter_add_(0, exponents, mantissas)
+    total = sum(value << exponent for exponent, value in enumerate(sums.tolist()) if exponent)
     # A number is its mantissa times 2**(exponent - 150); a quotient of ints is rounded correctly.
     return torch.tensor(total / (len(values) << 150), dtype=torch.float64).to(torch.float32)
 

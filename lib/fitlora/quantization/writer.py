@@ -11,6 +11,7 @@ that it completed are used again, each after its checksum.
 The bytes follow from the content alone: no date, no version of a library, keys in a fixed order.
 """
 
+import errno
 import glob
 import json
 import os
@@ -18,6 +19,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -82,7 +84,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor | Pending]) -> Wr
     text += b" " * (-len(text) % 8)
     text = len(text).to_bytes(8, "little") + text
     checksum = zlib.crc32(text)
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as aside:
+        _reserve(file.fileno(), len(text) + end)
         _write(file, memoryview(text))
         for name in order:
             value = tensors[name]
@@ -93,11 +96,22 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor | Pending]) -> Wr
                 left -= piece.nbytes
                 if piece.numel():
                     data = piece.contiguous().view(-1).view(torch.uint8).numpy().data
-                    checksum = zlib.crc32(data, checksum)
+                    # zlib and the system both let other threads run meanwhile
+                    summing = aside.submit(zlib.crc32, data, checksum)
                     _write(file, data)
+                    checksum = summing.result()
             assert left == 0, name
     path.chmod(0o644)
     return Written(end, checksum, tuple(order))
+
+
+def _reserve(file: int, size: int) -> None:
+    """Takes the file's place on the disk: a full one is known at once, and writing is faster then."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not every file system can
+            raise
 
 
 def _write(file: Any, data: memoryview) -> None:
