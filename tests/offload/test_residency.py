@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fitlora.errors import UserError
-from fitlora.memory.trace import MemoryTrace
+from fitlora.memory.trace import MemoryTrace, rounded
 from fitlora.offload.host_memory import HostMemory
 from fitlora.offload.residency import Residency, spread, streamed_bytes
 from fitlora.offload.transport import HostTransport, TracedTransport
@@ -109,13 +109,14 @@ def test_a_broken_pass_leaves_nothing_behind(
     assert torch.equal(run.evaluate(X), expected()[1])
 
 
-def test_weights_out_of_a_slot_cannot_be_used_by_mistake() -> None:
+def test_no_number_comes_from_weights_that_are_away() -> None:
     stack, residency = streamed(LAYERS, (0, 1), HostTransport(torch.device("cpu")), 2)
     for _ in range(2):
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            X + stack[0].down(stack[0].up(X)).sum().item()
+        with pytest.raises(RuntimeError, match="not entered"):
+            stack[0].up(X)
+        assert len(list(stack[0].parameters())) == 3
         residency.enter(0)
-        assert stack[0].up(X).device.type == "cpu"
+        assert stack[0].up(X).sum().item() != 0
         residency.leave(0)
 
 
@@ -140,26 +141,32 @@ def test_slots_stay_where_they_are_and_nothing_is_allocated_in_a_step() -> None:
 def test_an_estimate_sees_the_slots_and_not_the_host() -> None:
     """On fake tensors the same bytes are alive on the device as on the CPU."""
     with MemoryTrace() as real:
-        streamed(LAYERS, (0, 1, 2), keep := HostTransport(torch.device("cpu")), 2)
-        made = real.peak.bytes
+        on_cpu = HostTransport(torch.device("cpu"))
+        stack = make_stack(LAYERS)
+        kept = Residency(stack, (0, 1, 2), on_cpu, slots=2)
+        on_cpu.pin()
+        before = real.live_bytes
+        kept.start()
+        made = real.live_bytes - before
+    stack = make_stack(LAYERS)
     with FakeTensorMode(), MemoryTrace() as fake:
         transport = TracedTransport(torch.device("cpu"))
-        stack = make_stack(LAYERS)
         residency = Residency(stack, (0, 1, 2), transport, slots=2)
         transport.pin()
+        before = fake.live_bytes
         residency.start()
-        slots = fake.live_bytes
+        slots = fake.live_bytes - before
         for index in range(LAYERS):
             residency.enter(index)
             if index < 3:
                 assert stack[index].up.weight.device.type == "cpu"
             residency.leave(index)
-        assert fake.live_bytes == slots
+        assert fake.live_bytes - before == slots
     largest = max(streamed_bytes(layer) for layer in stack[:3])
-    assert slots == 2 * -(-largest // 512) * 512
-    assert made >= slots
+    assert slots == 2 * rounded(largest)
+    assert made == slots
     total = sum(streamed_bytes(layer) for layer in stack[:3])
-    assert transport.pinned_bytes == keep.pinned_bytes == transport.memory.bytes == total
+    assert transport.pinned_bytes == on_cpu.pinned_bytes == transport.memory.bytes == total
 
 
 def test_host_memory_is_refused_with_figures() -> None:
@@ -227,9 +234,7 @@ def test_spread() -> None:
     assert spread(8, 0) == ()
     assert spread(8, 1) == (0,)
     assert spread(8, 8) == tuple(range(8))
-    for count in range(2, 80):
+    for count in range(2, 81):
         which = spread(80, count)
-        gaps = {b - a for a, b in itertools.pairwise(which)}
-        assert len(which) == len(set(which)) == count
+        assert len(which) == count
         assert (which[0], which[-1]) == (0, 79)
-        assert max(gaps) - min(gaps) <= 1

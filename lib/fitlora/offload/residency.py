@@ -10,21 +10,40 @@ what is wanted next. When a layer is left, the layers that will be wanted soones
 slots (Belady's rule, with the future known), so with k slots the top k are not fetched again for
 backward, nor the lowest k for the next forward.
 
-A streamed layer's parameters are on meta until `enter` binds them to its slot, and again after
-`leave`: from one that was not entered no number can come. Autograd must therefore save
-handles of the layers and never their tensors (`fitlora.step.linear`).
+A streamed layer's parameters are bound to its slot between `enter` and `leave` only. In between they
+are of a kind that raises when it is computed with, so that no layer ever works with another's weights.
+Autograd must therefore save handles of the layers and never their tensors (`fitlora.step.linear`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fitlora.offload.transport import Mark, Transport, aligned, tensor_bytes, view_as
+from fitlora.offload.transport import Mark, Transport, aligned, tensor_bytes, untraced, view_as
 from fitlora.step.linear import FrozenLinear, Linear4bit
 
 PURPOSE = "streamed weights"
+
+
+class Away(Tensor):
+    """Shape and dtype of a weight that is not on the device now. To compute with it is an error.
+
+    (torch.mm takes a tensor on meta beside one of the CPU, and returns noise.)
+    """
+
+    _TELLS = frozenset({"__get__", "size", "dim", "numel", "element_size", "untyped_storage"})
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.__name__ not in cls._TELLS:
+            raise RuntimeError(f"{func.__name__} of a streamed weight whose layer is not entered")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -34,7 +53,8 @@ class _Place:
     module: nn.Module
     leaf: str
     offset: int
-    parameter: nn.Parameter  # on meta: its shape and dtype, and what is bound while it is away
+    parameter: nn.Parameter  # on meta: its shape and dtype
+    away: Away  # what is bound while it is not on the device
 
 
 def _places(layer: nn.Module) -> list[_Place]:
@@ -46,7 +66,9 @@ def _places(layer: nn.Module) -> list[_Place]:
         for leaf, parameter in module._parameters.items():
             if parameter is None or parameter.requires_grad:
                 continue
-            found.append(_Place(module, leaf, offset, parameter))
+            with untraced():  # no fake tensor, even among fake ones
+                away = Tensor._make_subclass(Away, parameter)
+            found.append(_Place(module, leaf, offset, parameter, away))
             offset += aligned(tensor_bytes(parameter))
     return found
 
@@ -70,16 +92,16 @@ def streamed_bytes(layer: nn.Module) -> int:
 
 
 def spread(layers: int, streamed: int) -> tuple[int, ...]:
-    """Which of `layers` layers to stream: `streamed` of them, evenly, the first and the last among them.
+    """Which of `layers` layers to stream where `streamed` of them have to be.
 
-    Resident layers give transfers time to catch up, and evenly spread they give each the same. The
-    ends belong to the streamed ones: slots are then freed as early as a pass begins and wanted as late
-    as it ends. `tests/offload/test_residency.py` holds that against every other choice on a simulated
-    link.
+    The resident ones are spread evenly: each gives the transfers between its neighbours time to catch
+    up. None of them is at an end, where slots are freed as early as a pass begins and wanted as late as
+    it ends. `tests/offload/test_residency.py` holds that against every other choice.
     """
-    if streamed <= 1:
-        return tuple(range(streamed))
-    return tuple(index * (layers - 1) // (streamed - 1) for index in range(streamed))
+    assert 0 <= streamed <= layers
+    count = layers - streamed
+    resident = {(index + 1) * layers // (count + 1) for index in range(count)}
+    return tuple(index for index in range(layers) if index not in resident)
 
 
 class _Slot:
@@ -240,4 +262,4 @@ class Residency:
     @staticmethod
     def _unbind(places: Sequence[_Place]) -> None:
         for place in places:
-            place.module._parameters[place.leaf] = place.parameter
+            place.module._parameters[place.leaf] = cast(nn.Parameter, place.away)
