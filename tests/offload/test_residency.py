@@ -121,9 +121,7 @@ def test_no_number_comes_from_weights_that_are_away() -> None:
 
 
 def test_slots_stay_where_they_are_and_nothing_is_allocated_in_a_step() -> None:
-    stack, residency = streamed(
-        LAYERS, tuple(range(LAYERS)), HostTransport(torch.device("cpu")), 2
-    )
+    stack, residency = streamed(LAYERS, tuple(range(LAYERS)), HostTransport(torch.device("cpu")), 2)
     run = Run(stack, residency)
     places = [slot.data_ptr() for slot in residency.slot_tensors]
     with MemoryTrace() as trace:

@@ -4,6 +4,8 @@ import queue
 import random
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +15,15 @@ from fitlora.offload.host_memory import HostMemory
 from fitlora.offload.transport import HostTransport, copy
 
 POISON = 0xFF  # NaN in every float
+Source = Callable[[], Tensor | None]
 
 
 class DelayedTransport(HostTransport):
     """Copies are done by a thread for each direction, late by a random time.
 
     What a copy will overwrite on the device is poisoned when the copy is asked for: the computation
-    on the CPU is done with it by then. What it reads is read late, so a source that was let go or
-    overwritten too early gives other numbers.
+    on the CPU is done with it by then. What it reads is read late, so a source that was overwritten
+    too early gives other numbers, and one on the device that was let go too early gives NaN.
     """
 
     def __init__(self, seed: int = 0, longest_delay_seconds: float = 1e-3) -> None:
@@ -40,8 +43,12 @@ class DelayedTransport(HostTransport):
                 if mark is not None:
                     mark.wait()
             time.sleep(delay)
-            copy(destination, source)
-            del destination, source  # a late copy keeps nothing alive that its caller let go
+            found = source()
+            if found is None:
+                destination.view(-1).view(torch.uint8).fill_(POISON)
+            else:
+                copy(destination, found)
+            del destination, source, found
             done.set()
 
     def wait(self, mark: Any) -> None:
@@ -53,13 +60,13 @@ class DelayedTransport(HostTransport):
             self.wait(mark)
 
     def drain(self) -> None:
+        nothing = torch.empty(0)
         for jobs in self._queues.values():
             done = threading.Event()
-            nothing = torch.empty(0)
-            jobs.put((nothing, nothing, (), 0.0, done))
+            jobs.put((nothing, lambda: nothing, (), 0.0, done))
             self.wait(done)
 
-    def _enqueue(self, name: str, destination: Tensor, source: Tensor, after: Any) -> Any:
+    def _enqueue(self, name: str, destination: Tensor, source: Source, after: Any) -> Any:
         done = threading.Event()
         delay = self._draw.random() * self._longest
         self._queues[name].put((destination, source, after, delay, done))
@@ -67,10 +74,18 @@ class DelayedTransport(HostTransport):
 
     def _upload(self, destination: Tensor, source: Tensor, after: Any) -> Any:
         destination.view(-1).view(torch.uint8).fill_(POISON)
-        return self._enqueue("up", destination, source, after)
+        return self._enqueue("up", destination, lambda: source, after)
 
     def _download(self, destination: Tensor, source: Tensor, after: Any) -> Any:
-        return self._enqueue("down", destination, source, after)
+        # a copy keeps nothing alive on the device
+        storage, dtype = weakref.ref(source.untyped_storage()), source.dtype
+        place = (source.storage_offset(), source.shape, source.stride())
+
+        def find() -> Tensor | None:
+            left = storage()
+            return None if left is None else torch.empty(0, dtype=dtype).set_(left, *place)
+
+        return self._enqueue("down", destination, find, after)
 
 
 Clock = dict[str, int]
@@ -129,4 +144,3 @@ class ClockedTransport(HostTransport):
 
     def _download(self, destination: Tensor, source: Tensor, after: Any) -> Clock:
         return self._enqueue("down", destination, source, after)
-

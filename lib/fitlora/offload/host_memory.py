@@ -76,9 +76,7 @@ class Pages(mmap.mmap):
 
     def __new__(cls, count: int, on_free: Callable[[], None]) -> "Pages":
         # Python's default is shared memory, which a container may have little of
-        pages = super().__new__(
-            cls, -1, max(count, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        pages = super().__new__(cls, -1, max(count, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages._on_free = on_free
         pages.before_free = None
         if hasattr(mmap, "MADV_HUGEPAGE"):

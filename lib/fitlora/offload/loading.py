@@ -44,9 +44,7 @@ class PlacedWeights:
         if isinstance(weights, CheckpointWeights):
             self._checkpoint = weights.checkpoint
             # what is not read as it is (another dtype, scalars) is made on the host
-            self._weights_here = CheckpointWeights(
-                weights.checkpoint.folder, torch.device("cpu")
-            )
+            self._weights_here = CheckpointWeights(weights.checkpoint.folder, torch.device("cpu"))
 
     def frozen(self, name: str, like: Tensor) -> Tensor:
         place = self._places.get(id(like))

@@ -175,7 +175,11 @@ class CudaTransport(_PagedTransport):
         return self._enqueue(self._down, destination, source, after)
 
     def _enqueue(
-        self, stream: torch.cuda.Stream, destination: Tensor, source: Tensor, after: tuple[Mark, ...]
+        self,
+        stream: torch.cuda.Stream,
+        destination: Tensor,
+        source: Tensor,
+        after: tuple[Mark, ...],
     ) -> Mark:
         with torch.cuda.stream(stream), torch.no_grad():
             for mark in after:
