@@ -24,6 +24,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_int
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="is what runs this")
 def test_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
@@ -230,12 +231,18 @@ def gpu(test: Callable[..., None]) -> Callable[..., None]:
     return marked
 
 
-def check_on_gpu(name: str, *arguments: Any) -> None:
-    """The operator on the device against its twin in float32 from the same numbers.
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """fp32: a GPU's exponentials and roots are good to a few units in the last place.
 
-    fp32: the exponentials and roots of a GPU are good to a few units in the last place. bf16: one
-    rounding, and for sums of two numbers another.
+    bf16: one rounding.
     """
+    return (
+        {"rtol": 2**-7, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 5e-5, "atol": 5e-5}
+    )
+
+
+def check_on_gpu(name: str, *arguments: Any) -> None:
+    """The operator on the device against its twin in float32 from the same numbers."""
     operator = getattr(torch.ops.fitlora, name)
     device = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
     exact = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
@@ -243,10 +250,8 @@ def check_on_gpu(name: str, *arguments: Any) -> None:
     operator(*exact)
     for found, expected in zip(device, exact, strict=True):
         if isinstance(found, Tensor):
-            near = 2**-7 if found.dtype == torch.bfloat16 else 2e-5
-            torch.testing.assert_close(
-                found.cpu().float(), expected.float(), rtol=near, atol=near * 1e-1
-            )
+            near = tolerance(found.dtype)
+            torch.testing.assert_close(found.cpu().float(), expected.float(), **near)
 
 
 @gpu
@@ -266,8 +271,7 @@ def test_norms_on_gpu(shape: tuple[int, ...], dtype: torch.dtype, offset: float)
     found = torch.zeros_like(there)
     torch.ops.fitlora.add_rms_norm(x.cuda(), y.cuda(), weight.cuda(), 1e-6, offset, there, found)
     assert torch.equal(there.cpu(), total)
-    near = 2**-7 if dtype == torch.bfloat16 else 2e-5
-    torch.testing.assert_close(found.cpu(), out, rtol=near, atol=near * 0.1)
+    torch.testing.assert_close(found.cpu(), out, **tolerance(dtype))
 
 
 @gpu
@@ -321,7 +325,7 @@ def test_cross_entropy_on_gpu(vocabulary: int, softcap: float, dtype: torch.dtyp
     targets = torch.arange(9) * (vocabulary - 1) // 8
     for gradient in (False, True):
         losses = torch.zeros(9)
-        check_on_gpu("cross_entropy", logits.clone(), targets, 1.0, softcap, losses, gradient)
+        check_on_gpu("cross_entropy", logits.clone(), targets, 1e3, softcap, losses, gradient)
 
 
 @gpu
