@@ -6,16 +6,17 @@ damaged, foreign or newer file is answered with its name, what is wrong, and the
 again. This module imports no torch.
 """
 
+import functools
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fitlora.errors import ArtifactError
+from fitlora.errors import ArtifactError, UserError
 from fitlora.plan import Plan
 
 HARDWARE = Path("artifacts/hardware.json")
@@ -36,6 +37,8 @@ PROBE_LOG = Path("logs/probe.json")
 MEMORY_LOG = Path("logs/memory.json")
 
 Self = TypeVar("Self", bound="Artifact")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -52,6 +55,34 @@ def write_text_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+_MAKERS = {
+    QUANTIZED_MODEL: "quantize_model",
+    ADAPTER: "train_adapters",
+    MERGED_MODEL: "merge_and_evaluate",
+}
+
+
+def names_remedy(stage: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A stage whose errors about a folder of tensors say which stage makes that folder again.
+
+    What reads such a folder reads models of any kind and from anywhere, and cannot know.
+    """
+
+    @functools.wraps(stage)
+    def naming(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        try:
+            return stage(*arguments, **options)
+        except UserError as error:
+            text = str(error)
+            maker = next((m for path, m in _MAKERS.items() if path.as_posix() in text), None)
+            if maker is None or "dvc repro" in text:
+                raise
+            again = f"{text}; make it again with: dvc repro --force {maker}"
+            raise ArtifactError(again) from error
+
+    return naming
 
 
 class Record(BaseModel):

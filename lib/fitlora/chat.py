@@ -21,6 +21,7 @@ from fitlora.artifacts import (
     QUANTIZED_MODEL,
     Hardware,
     PlanArtifact,
+    names_remedy,
 )
 from fitlora.data.formats import Row
 from fitlora.data.templates import load_tokenizer, render
@@ -120,6 +121,7 @@ class _Stream:
             self._written = text
 
 
+@names_remedy
 def load_chat(
     params: Params, root: Path, *, merged: bool, temperature: float, max_new_tokens: int
 ) -> Chat:

@@ -12,6 +12,7 @@ from fitlora.artifacts import (
     SequenceSize,
 )
 from fitlora.console import say
+from fitlora.errors import UserError
 from fitlora.memory.estimate import Estimator, Load, count_parameters
 from fitlora.model import has_tokenizer, load_config, resolve_model
 from fitlora.params import Params, with_found
@@ -34,6 +35,11 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
     hardware = Hardware.read(root / HARDWARE)
     folder = resolve_model(params.model.id, params.model.revision, weights=False)
     config = load_config(folder, trust_remote_code=trusted)
+    if params.merge.base == "original" and getattr(config, "quantization_config", None):
+        raise UserError(
+            f"merge.base original merges into 16-bit weights, and model.id {params.model.id} has 4-bit "
+            "ones only; set merge.base: dequantized, or name the 16-bit model"
+        )
     model = ModelSize.of(config)
     found = find_parameters(params, folder, config, hardware)
     params = with_found(params, found, "this")

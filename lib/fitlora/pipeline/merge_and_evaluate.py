@@ -14,6 +14,7 @@ from fitlora.artifacts import (
     Evaluation,
     Hardware,
     PlanArtifact,
+    names_remedy,
 )
 from fitlora.device import give_back_memory, limit_memory, torch_device
 from fitlora.evaluation.compare import compare, read_held_out
@@ -23,6 +24,7 @@ from fitlora.model import resolve_model
 from fitlora.params import Params, with_found
 
 
+@names_remedy
 def merge_and_evaluate(params: Params, root: Path = Path()) -> Evaluation:
     """Merges the adapter and compares base, 4-bit base, adapter and merged model."""
     planned = PlanArtifact.read(root / PLAN)

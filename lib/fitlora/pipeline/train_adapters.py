@@ -14,6 +14,7 @@ from fitlora.artifacts import (
     TRAINING_LOG,
     Hardware,
     PlanArtifact,
+    names_remedy,
 )
 from fitlora.console import say
 from fitlora.errors import ArtifactError
@@ -24,6 +25,7 @@ from fitlora.training.data import load_splits
 from fitlora.training.run import Places, train
 
 
+@names_remedy
 def train_adapters(params: Params, root: Path = Path()) -> dict[str, Any]:
     """Trains the adapter; returns the last record of the training log."""
     trusted = params.model.trust_remote_code
