@@ -18,6 +18,9 @@ from fitlora.artifacts import (
     Dataset,
     Estimate,
     Evaluation,
+    Fidelity,
+    Gate,
+    Group,
     Gpu,
     Hardware,
     MemoryEstimate,
@@ -63,7 +66,10 @@ SPLIT = Split(
     truncated_rows=1, skipped_rows=2,
     length=Percentiles(p50=9, p90=12, p99=12, maximum=12), fingerprint="ab" * 32,
 )  # fmt: skip
-METRICS = Metrics(loss=0.1, perplexity=1.1051709180756477, exact_match=2 / 3)
+METRICS = Metrics(
+    loss=0.1, perplexity=1.1051709180756477, exact_match=2 / 3, loss_interval=(0.05, 0.2),
+    perplexity_interval=(1.05, 1.2), exact_match_interval=(0.0, 1.0),
+)  # fmt: skip
 
 EXAMPLES: list[Artifact] = [
     Hardware(
@@ -101,6 +107,12 @@ EXAMPLES: list[Artifact] = [
     PlanArtifact(plan=PLAN, reasons={"micro_batch_size": "as params say"}),
     Evaluation(
         rows=3, base=METRICS, quantized_base=METRICS, adapter=METRICS, merged=METRICS,
+        gate=Gate(
+            base="dequantized", bits=16, max_kl_divergence=0.01, min_top1_agreement=0.95,
+            max_exact_match_drop=0.01,
+        ),
+        fidelity={"merged": Fidelity(tokens=9, kl_divergence=1e-9, top1_agreement=1.0)},
+        groups=(Group(by="length", name="3 tokens", rows=3, models={"base": METRICS}),),
         devices={"base": "cpu"},
         samples=(Sample(prompt="?", expected="“ja”\n", answers={"base": "\u2028"}),),
     ),
@@ -202,7 +214,7 @@ def test_an_inconsistent_plan_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_are_finite_as_json_has_no_others(value: float) -> None:
     with pytest.raises(ValidationError):
-        Metrics(loss=value, perplexity=1.0, exact_match=0.0)
+        METRICS.model_validate({**METRICS.model_dump(), "loss": value})
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])

@@ -254,6 +254,12 @@ class TrainParams(Section):
     evaluate_every: int | None = Field(
         50, ge=1, description="steps between validations; null: at the end only"
     )
+    checkpoint_every: int | None = Field(
+        50,
+        ge=1,
+        description="steps between checkpoints in .fitlora/, from which a run that was cut short goes "
+        "on; null: only where it is stopped in an orderly way",
+    )
     keep: Literal["best", "last"] = Field(
         "best", description="which adapter goes on: lowest validation loss, or the last"
     )
@@ -272,11 +278,27 @@ class TrainParams(Section):
 
 
 class MergeParams(Section):
-    """The merged model."""
+    """The merged model, and what it must be measured by to be kept."""
 
     base: Literal["dequantized", "original"] = Field(
         "dequantized",
         description="merge into the weights that the adapter was trained on, or the 16-bit ones",
+    )
+    bits: Literal[16, 4] = Field(
+        16,
+        description="how the merged model is stored; 4 quantizes it again, which loses small updates "
+        "unless base is original",
+    )
+    max_kl_divergence: float = Field(
+        0.01,
+        ge=0,
+        description="mean nats a token from 4-bit base and adapter, on held-out answers",
+    )
+    min_top1_agreement: float = Field(
+        0.95, ge=0, le=1, description="share of their tokens whose likeliest next one is the same"
+    )
+    max_exact_match_drop: float = Field(
+        0.01, ge=0, le=1, description="share of rows, rounded up, that it may answer less"
     )
 
 
@@ -320,6 +342,10 @@ class Params(Section):
             raise ValueError(
                 "lora.r auto finds a rank for a new adapter, and the one in train.from_adapter has its "
                 "own; write that"
+            )
+        if self.merge.bits == 4 and self.quantization.bits == 16:
+            raise ValueError(
+                "merge.bits 4 quantizes as quantization says, which is 16 bits there; set one of them"
             )
         return self
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -38,14 +39,15 @@ class Tiny:
     lora: LoraParams
     plan: Plan
 
-    def models(self) -> dict[str, Contender]:
+    def models(self, merged: Path | None = None, bits: Literal[16, 4] = 16) -> dict[str, Contender]:
         found = contenders(
             original=self.original,
             quantized=self.quantized,
             adapter=self.adapter,
-            merged=self.merged,
+            merged=merged or self.merged,
             quantization=self.quantization,
             lora=self.lora,
+            merged_bits=bits,
         )
         return {model.name: model for model in found}
 

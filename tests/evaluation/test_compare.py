@@ -1,5 +1,6 @@
 """Four models on the same rows, one in memory at a time."""
 
+import gc
 import math
 import weakref
 from pathlib import Path
@@ -8,18 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from fitlora.artifacts import Evaluation
+from fitlora.artifacts import Evaluation, Gate
 from fitlora.errors import ArtifactError, UserError
 from fitlora.evaluation import compare as module
 from fitlora.evaluation.compare import HeldOut, compare, measure, read_held_out
+from fitlora.evaluation.gate import MergeRejected
+from fitlora.evaluation.merge import merge_checkpoint
 from fitlora.evaluation.models import Contender, Memory, Place, load
-from fitlora.params import DataParams, EvaluateParams
+from fitlora.params import DataParams, EvaluateParams, MergeParams
 from fitlora.plan import Plan
 from fitlora.step.training_step import TrainingStep
 from tests.evaluation.forms import CPU, Tiny
 
 MEMORY = Memory(CPU, 2**30, 2**30)
 NAMES = ["base", "quantized_base", "adapter", "merged"]
+MEASURED = ["adapter", "merged", "base", "quantized_base", "adapter_on_original"]
+OPEN = MergeParams(max_kl_divergence=1e9, min_top1_agreement=0)
 
 
 def held_out_of(tiny: Tiny, **evaluate: Any) -> HeldOut:
@@ -32,18 +37,19 @@ def test_four_models_side_by_side(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     models = list(tiny.models().values())
-    assert [model.name for model in models] == NAMES
+    assert [model.name for model in models] == [*NAMES, "adapter_on_original"]
     held_out = held_out_of(tiny)
-    found = compare(models, held_out, tiny.plan, MEMORY, samples=2)
+    found = compare(models, held_out, tiny.plan, MEMORY, limits=MergeParams(), samples=2)
     said = capsys.readouterr().out
     assert found.rows == 4
     assert found.devices == dict.fromkeys(NAMES, "cpu, float32")
     for name, title in zip(NAMES, ("base", "4-bit base", "adapter", "merged"), strict=True):
         metrics = getattr(found, name)
-        assert metrics == measure(tiny.models()[name], held_out, tiny.plan, HERE).metrics
+        alone = measure(tiny.models()[name], held_out, tiny.plan, HERE)
+        assert metrics == alone.metrics(range(4))
         assert metrics.perplexity == math.exp(metrics.loss)
         assert metrics.exact_match == 0
-        assert f"{title:<12} loss {metrics.loss:.4f}, perplexity" in said
+        assert f"{title:<15} loss {metrics.loss:.4f}, perplexity" in said
     assert len({found.base.loss, found.quantized_base.loss, found.adapter.loss}) == 3
     assert found.merged.loss == pytest.approx(found.adapter.loss, abs=0.02)
     assert [sample.prompt for sample in found.samples] == [q.prompt for q in held_out.questions[:2]]
@@ -51,6 +57,18 @@ def test_four_models_side_by_side(
     assert [list(sample.answers) for sample in found.samples] == [NAMES, NAMES]
     answers = [sample.answers["adapter"] for sample in found.samples]
     assert answers == measure(tiny.models()["adapter"], held_out, tiny.plan, HERE).answers[:2]
+    assert found.gate == Gate(**MergeParams().model_dump())
+    assert set(found.fidelity) == set(MEASURED) - {"adapter"}
+    assert found.fidelity["merged"].kl_divergence < 0.001
+    assert found.fidelity["base"].kl_divergence > 0.01
+    between = found.fidelity["adapter_on_original"].kl_divergence
+    assert found.fidelity["merged"].kl_divergence < between < found.fidelity["base"].kl_divergence
+    assert sum(group.rows for group in found.groups if group.by == "length") == 4
+    for group in found.groups:
+        rows = held_out.groups[group.by][group.name]
+        assert group.models["merged"] == measure(
+            tiny.models()["merged"], held_out, tiny.plan, HERE
+        ).metrics(rows)
     found.write(tmp_path / "evaluation.json")
     assert Evaluation.read(tmp_path / "evaluation.json") == found
 
@@ -64,7 +82,59 @@ def test_right_answers_are_counted(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) 
         module, "generate_answers", lambda *a, **k: ["answer 0", "no", "answer 2", "answer 3"]
     )
     result = measure(tiny.models()["base"], held_out, tiny.plan, HERE)
-    assert result.metrics.exact_match == 3 / 4
+    assert result.metrics(range(4)).exact_match == 3 / 4
+    assert result.metrics([0, 1]).exact_match == 1 / 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        ({"scale": 2.0}, ["max_kl_divergence", "min_top1_agreement"]),
+        ({"bits": 4}, ["max_kl_divergence", "merge.base: original more of them"]),
+    ],
+    ids=["twice the update", "4 bits"],
+)
+def test_a_broken_merge_fails_before_the_bases_are_measured(
+    tiny: Tiny,
+    spoil: dict[str, Any],
+    named: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from fitlora.evaluation import merge as merging
+
+    plain = merging.read_adapter
+
+    def spoiled(folder: Path) -> dict[str, merging.Update]:
+        times = spoil.get("scale", 1.0)
+        found = plain(folder)
+        return {n: merging.Update(u.a, u.b, u.scale * times) for n, u in found.items()}
+
+    monkeypatch.setattr(merging, "read_adapter", spoiled)
+    bits = spoil.get("bits", 16)
+    merge_checkpoint(
+        original=tiny.original,
+        quantized=tiny.quantized,
+        adapter=tiny.adapter,
+        target=tmp_path / "merged",
+        base="dequantized",
+        bits=bits,
+        device=CPU,
+        compute_dtype=torch.float32,
+    )
+    models = tiny.models(merged=tmp_path / "merged", bits=bits)
+    limits = MergeParams(bits=bits)
+    with pytest.raises(MergeRejected) as caught:
+        compare(
+            list(models.values()), held_out_of(tiny), tiny.plan, MEMORY, limits=limits, samples=0
+        )
+    for words in named:
+        assert words in str(caught.value)
+    assert "base  " not in capsys.readouterr().out
+    # the same model passes where the limits are wide
+    wide = OPEN.model_copy(update={"bits": bits})
+    compare(list(models.values()), held_out_of(tiny), tiny.plan, MEMORY, limits=wide, samples=0)
 
 
 def test_one_model_is_in_memory_at_a_time(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,13 +150,15 @@ def test_one_model_is_in_memory_at_a_time(tiny: Tiny, monkeypatch: pytest.Monkey
 
     def give_back() -> None:
         given_back.append(len(alive))
+        gc.collect()  # as giving memory back begins
         assert all(reference() is None for reference in made)
 
     monkeypatch.setattr(module, "load", watched)
     monkeypatch.setattr(module, "give_back_memory", give_back)
-    compare(list(tiny.models().values()), held_out_of(tiny, rows=1), tiny.plan, MEMORY, samples=0)
-    assert alive == [0, 0, 0, 0]
-    assert given_back == [1, 2, 3, 4]  # after each
+    models = list(tiny.models().values())
+    compare(models, held_out_of(tiny, rows=1), tiny.plan, MEMORY, limits=OPEN, samples=0)
+    assert alive == [0, 0, 0, 0, 0]
+    assert given_back == [1, 2, 3, 4, 5]  # after each
     assert len(made) > 60
 
 
@@ -105,7 +177,8 @@ def test_model_that_overflows_goes_to_the_cpu(
 
     monkeypatch.setattr(module, "load", overflowing)
     held_out = held_out_of(tiny, rows=2)
-    found = compare(list(tiny.models().values()), held_out, tiny.plan, MEMORY, samples=0)
+    models = list(tiny.models().values())
+    found = compare(models, held_out, tiny.plan, MEMORY, limits=OPEN, samples=0)
     assert found.devices == {**dict.fromkeys(NAMES, "cpu, float32"), "merged": "cpu, bfloat16"}
     assert failed
     assert "merged overflows the device even row by row" in capsys.readouterr().out
@@ -116,9 +189,9 @@ def test_model_that_does_not_fit_is_said_to_go_to_the_cpu(
     tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     memory = Memory(CPU, 2**18, 2**30)
-    found = compare(
-        list(tiny.models().values()), held_out_of(tiny, rows=1), tiny.plan, memory, samples=0
-    )
+    models = list(tiny.models().values())
+    held_out = held_out_of(tiny, rows=1)
+    found = compare(models, held_out, tiny.plan, memory, limits=OPEN, samples=0)
     assert found.devices == {
         "base": "cpu, bfloat16",
         "quantized_base": "cpu, float32",

@@ -178,6 +178,55 @@ def test_the_scale(folders: Folders, tmp_path: Path) -> None:
     assert plain[f"{UP}.weight"].shape == (128, 64)
 
 
+# --- in 4 bits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["dequantized", "original"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"shards": 4}),
+        ("qwen2", {"tied": True, "spec": QuantSpec("fp4", 64, double=False), "r": 3}),
+        ("phi3", {"target_modules": ["qkv_proj"]}),  # most layers are not changed
+    ],
+    ids=str,
+)
+def test_4_bits_are_those_of_the_16_bit_merge(
+    family: str, options: dict[str, Any], base: str, folders: Folders, tmp_path: Path
+) -> None:
+    given = folders(family, **options)
+    found = read_tensors(merge(given, tmp_path / "4", base=base, bits=4))
+    whole = merge(given, tmp_path / "16", base=base)
+    spec = options.get("spec", QuantSpec())
+    quantize_checkpoint(whole, tmp_path / "again", spec=spec, device=CPU)
+    expected, before = read_tensors(tmp_path / "again"), read_tensors(given["quantized"])
+    assert found.keys() == expected.keys() == before.keys()
+    changed = [n.removesuffix(".weight") for n in read_adapter(given["adapter"])]
+    for name, tensor in found.items():
+        mine = any(name.startswith(f"{layer}.weight") for layer in changed)
+        assert torch.equal(tensor, expected[name] if mine else before[name]), name
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in found.items())
+
+
+def test_stock_transformers_loads_the_4_bit_result(folders: Folders, tmp_path: Path) -> None:
+    target = merge(folders("llama", shards=4), tmp_path / "m", bits=4)
+    config = json.loads((target / "config.json").read_text())
+    assert config["quantization_config"]["load_in_4bit"]
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == read_tensors(target).keys()
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(target)
+    layer = model.get_submodule(UP)
+    assert type(layer).__name__ == "Linear4bit"
+
+
+def test_4_bits_need_a_4_bit_base(folders: Folders, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no 4-bit weights; set merge\.bits: 16"):
+        merge(folders(spec=None), tmp_path / "m", bits=4)
+    assert not (tmp_path / "m").exists()
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 

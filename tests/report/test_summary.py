@@ -11,11 +11,14 @@ from fitlora.artifacts import (
     PLAN,
     TRAINING_LOG,
     Evaluation,
+    Fidelity,
+    Gate,
     Metrics,
     PlanArtifact,
     dump_line,
 )
 from fitlora.cli import main
+from fitlora.params import MergeParams
 from fitlora.plan import Plan
 
 END = {
@@ -35,7 +38,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("dvc.yaml").touch()
 
     def metrics(loss: float, exact_match: float) -> Metrics:
-        return Metrics(loss=loss, perplexity=2.0, exact_match=exact_match)
+        return Metrics(
+            loss=loss,
+            perplexity=2.0,
+            exact_match=exact_match,
+            loss_interval=(loss, loss),
+            perplexity_interval=(2.0, 2.0),
+            exact_match_interval=(max(0.0, exact_match - 0.01), exact_match + 0.005),
+        )
 
     Evaluation(
         rows=200,
@@ -43,6 +53,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         quantized_base=metrics(2.53125, 0.005),
         adapter=metrics(0.03, 0.975),
         merged=metrics(0.03, 0.97),
+        gate=Gate(**MergeParams().model_dump()),
+        fidelity={"merged": Fidelity(tokens=9, kl_divergence=2.5e-8, top1_agreement=0.99951)},
+        groups=(),
         devices={"base": "cpu"},
         samples=(),
     ).write(EVALUATION)
@@ -66,11 +79,12 @@ def test_table_shows_each_model_the_memory_and_the_places(run: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = {" ".join(line.split()) for line in result.output.splitlines()}
     assert "200 held-out rows" in lines
-    assert "model loss perplexity exact match" in lines
-    assert "base 2.5000 2.000 0.0%" in lines
-    assert "4-bit base 2.5312 2.000 0.5%" in lines
-    assert "adapter 0.0300 2.000 97.5%" in lines
-    assert "merged 0.0300 2.000 97.0%" in lines
+    assert "model loss perplexity exact match 95% interval" in lines
+    assert "base 2.5000 2.000 0.0% 0.0% to 0.5%" in lines
+    assert "4-bit base 2.5312 2.000 0.5% 0.0% to 1.0%" in lines
+    assert "adapter 0.0300 2.000 97.5% 96.5% to 98.0%" in lines
+    assert "merged 0.0300 2.000 97.0% 96.0% to 97.5%" in lines
+    assert "merge KL 2.5e-08 nats from the adapter, top-1 agreement 99.95%" in lines
     assert (
         "peak memory predicted 200.00 MiB, measured 198.00 MiB (live tensors); off by +1.0%"
     ) in lines

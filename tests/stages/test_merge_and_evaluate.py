@@ -1,6 +1,7 @@
 """The stage: what it reads, what it writes, and that it writes nothing when its inputs are wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from fitlora import artifacts
 from fitlora.adapter import WEIGHTS, adapter_config, save_adapter
 from fitlora.artifacts import Evaluation, Hardware, PlanArtifact, Rates
 from fitlora.errors import ArtifactError
+from fitlora.evaluation import merge as merging
+from fitlora.evaluation.gate import MergeRejected
 from fitlora.params import LoraParams
 from fitlora.plan import Plan
 from fitlora.quantization.layout import QuantSpec
@@ -89,7 +92,38 @@ def test_merges_and_evaluates(project: Path, capsys: pytest.CaptureFixture[str])
     assert found.adapter.loss != found.quantized_base.loss
     assert (artifacts.MERGED_MODEL / "model.safetensors").is_file()
     said = capsys.readouterr().out
-    assert [line[:6] for line in said.splitlines()[-4:]] == ["base  ", "4-bit ", "adapte", "merged"]
+    lines = [line[:10] for line in said.splitlines()[-5:]]
+    assert lines == ["adapter   ", "merged    ", "base      ", "4-bit base", "on 16-bit "]
+
+
+def test_a_merge_that_fails_the_gate_leaves_the_adapter_alone(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {p.name: p.read_bytes() for p in artifacts.ADAPTER.iterdir() if p.is_file()}
+    merge_and_evaluate.main()
+    assert artifacts.MERGED_MODEL.is_dir()
+    plain = merging.read_adapter
+    spoiled = {n: replace(u, scale=50 * u.scale) for n, u in plain(artifacts.ADAPTER).items()}
+    monkeypatch.setattr(merging, "read_adapter", lambda folder: spoiled)
+    with pytest.raises(MergeRejected, match=r"mean KL divergence .* nats a token, above the limit"):
+        merge_and_evaluate.main()
+    assert not artifacts.MERGED_MODEL.exists()  # not even the one that was there
+    left = {p.name for p in artifacts.MERGED_MODEL.parent.iterdir()}
+    assert not any("candidate" in name or "partial" in name for name in left)
+    assert before == {p.name: p.read_bytes() for p in artifacts.ADAPTER.iterdir() if p.is_file()}
+
+
+def test_merges_into_4_bits(project: Path) -> None:
+    changes = (
+        "\nmerge: {bits: 4, base: original, max_kl_divergence: 1.0, min_top1_agreement: 0.0}\n"
+    )
+    Path("params.yaml").write_text(PARAMS + changes)
+    merge_and_evaluate.main()
+    found = Evaluation.read(artifacts.EVALUATION)
+    assert found.gate.bits == 4
+    assert 0 < found.fidelity["merged"].kl_divergence < found.fidelity["base"].kl_divergence
+    config = json.loads((artifacts.MERGED_MODEL / "config.json").read_text())
+    assert config["quantization_config"]["load_in_4bit"]
 
 
 def test_same_inputs_give_the_same_bytes(project: Path) -> None:

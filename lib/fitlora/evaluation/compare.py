@@ -1,18 +1,22 @@
 """The comparison at the end: four models, one after the other, on the same held-out rows.
 
+The adapter comes first, as the others are compared with what it predicts; then the merged model, which
+has to pass the gate; then the bases. The adapter on the original weights is measured too, by its
+predictions alone: what a merge into those would change.
+
 One model is in memory at a time, and what it took is given back before the next one. A model that
 overflows the device even row by row is evaluated on the CPU; where each was evaluated is recorded.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from fitlora.artifacts import Evaluation, Metrics, Sample
+from fitlora.artifacts import Evaluation, Gate, Group, Metrics, Sample
 from fitlora.console import say
 from fitlora.data.templates import load_tokenizer
 from fitlora.device import give_back_memory
@@ -23,22 +27,41 @@ from fitlora.evaluation.answers import (
     make_questions,
     prompt_limit,
 )
-from fitlora.evaluation.metrics import exact_match, mean_loss, perplexity
-from fitlora.evaluation.models import Contender, Memory, Place, choose_place, load, on_cpu
+from fitlora.evaluation.gate import answer_problems, distance_problems, fidelity, reject
+from fitlora.evaluation.groups import by_length, by_source, sources_of
+from fitlora.evaluation.metrics import exact_matches, metrics_of, perplexity
+from fitlora.evaluation.models import (
+    ON_ORIGINAL,
+    Contender,
+    Memory,
+    Place,
+    choose_place,
+    load,
+    on_cpu,
+)
+from fitlora.evaluation.scores import Reference, RowScore, mean_loss, score
 from fitlora.model import load_config
-from fitlora.params import DataParams, EvaluateParams
+from fitlora.params import DataParams, EvaluateParams, MergeParams
 from fitlora.plan import Plan
 from fitlora.progress import progress
 from fitlora.step.batch import TokenSequence
 from fitlora.training.data import load_validation, rows_of
 
+GroupKind = Literal["length", "source"]
+MODELS = ("base", "quantized_base", "adapter", "merged")  # as they are shown
+_ORDER = ("adapter", "merged", "base", "quantized_base", ON_ORIGINAL)  # as they are measured
+
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The rows that all models are measured on, as sequences with a loss and as questions."""
+    """The rows that all models are measured on, as sequences with a loss and as questions.
+
+    groups: by "length" and "source", the positions of the rows in each group by its name.
+    """
 
     sequences: Sequence[TokenSequence]
     questions: Sequence[Question]
+    groups: Mapping[GroupKind, Mapping[str, Sequence[int]]]
     tokenizer: Any
     ends: tuple[int, ...]
     max_new_tokens: int
@@ -53,10 +76,15 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for one model."""
+    """What came out for one model, row by row; without answers where it was not asked."""
 
-    metrics: Metrics
-    answers: list[str]
+    scores: Sequence[RowScore]
+    answers: Sequence[str]
+    matches: Sequence[bool]
+
+    def metrics(self, rows: Sequence[int]) -> Metrics:
+        """The figures of some of the rows, by their positions."""
+        return metrics_of([self.scores[i] for i in rows], [self.matches[i] for i in rows])
 
 
 def read_held_out(
@@ -80,37 +108,90 @@ def read_held_out(
             f"{evaluate.max_new_tokens} new ones would go beyond the model's positions; they are "
             "not answered and count as wrong"
         )
+    groups: dict[GroupKind, dict[str, list[int]]] = {
+        "length": by_length([len(s.tokens) for s in sequences]),
+        "source": by_source(sources_of(split, evaluate.rows)),
+    }
     ends = end_tokens(model, config, tokenizer, rows)
-    return HeldOut(sequences, questions, tokenizer, ends, evaluate.max_new_tokens)
+    return HeldOut(sequences, questions, groups, tokenizer, ends, evaluate.max_new_tokens)
 
 
 def compare(
-    models: Sequence[Contender], held_out: HeldOut, plan: Plan, memory: Memory, *, samples: int
+    models: Sequence[Contender],
+    held_out: HeldOut,
+    plan: Plan,
+    memory: Memory,
+    *,
+    limits: MergeParams,
+    samples: int,
 ) -> Evaluation:
-    """Evaluates the models in turn. samples: how many answers are kept side by side.
+    """Evaluates the models (`contenders`) in turn. samples: how many answers are kept side by side.
 
-    Raises ArtifactError for a model whose files are damaged, UserError for one without a finite loss.
+    Raises MergeRejected where the merged model is beyond the limits, before the bases are evaluated;
+    ArtifactError for a model whose files are damaged; UserError for one without a finite loss.
     """
+    reference = Reference()
     results: dict[str, Result] = {}
     devices: dict[str, str] = {}
-    for model in models:
+    for model in sorted(models, key=lambda model: _ORDER.index(model.name)):
+        is_reference = model.name == "adapter"
+
+        def measured(
+            place: Place, model: Contender = model, is_reference: bool = is_reference
+        ) -> Result:
+            seen = {"record": reference} if is_reference else {"against": reference}
+            return measure(model, held_out, plan, place, **seen)
+
         start = time.monotonic()
-        result, place = _measure_somewhere(model, held_out, plan, memory)
-        results[model.name], devices[model.name] = result, str(place)
-        metrics = result.metrics
-        say(
-            f"{model.title:<12} loss {metrics.loss:.4f}, perplexity {metrics.perplexity:.3f}, exact "
-            f"match {metrics.exact_match:.1%} ({place}, {time.monotonic() - start:.1f} s)"
-        )
+        results[model.name], place = _somewhere(model, held_out, plan, memory, measured)
+        devices[model.name] = str(place)
+        say(f"{_line(model, results[model.name])} ({place}, {time.monotonic() - start:.1f} s)")
+        if model.name == "merged":
+            _check_merged(results, limits)
+    answered = {name: results[name] for name in MODELS}
+    everything = range(len(held_out.questions))
     return Evaluation(
         rows=len(held_out.questions),
-        devices=devices,
-        samples=_samples(held_out.questions[:samples], results),
-        **{name: result.metrics for name, result in results.items()},
+        **{name: result.metrics(everything) for name, result in answered.items()},
+        gate=Gate(**limits.model_dump()),
+        fidelity={n: fidelity(r.scores) for n, r in results.items() if n != "adapter"},
+        groups=tuple(
+            Group(
+                by=kind,
+                name=name,
+                rows=len(rows),
+                models={key: result.metrics(rows) for key, result in answered.items()},
+            )
+            for kind, groups in held_out.groups.items()
+            for name, rows in groups.items()
+        ),
+        devices={name: devices[name] for name in MODELS},
+        samples=_samples(held_out.questions[:samples], answered),
     )
 
 
-def _samples(questions: Sequence[Question], results: dict[str, Result]) -> tuple[Sample, ...]:
+def _check_merged(results: Mapping[str, Result], limits: MergeParams) -> None:
+    adapter, merged = results["adapter"], results["merged"]
+    problems = distance_problems(fidelity(merged.scores), limits)
+    problems += answer_problems(adapter.matches, merged.matches, limits)
+    reject(problems, limits)
+
+
+def _line(model: Contender, result: Result) -> str:
+    loss = mean_loss(result.scores)
+    found = f"{model.title:<15} loss {loss:.4f}, perplexity {perplexity(loss):.3f}"
+    if result.answers:
+        found += f", exact match {sum(result.matches) / len(result.matches):.1%}"
+    if model.name not in ("adapter", "base", "quantized_base"):
+        distance = fidelity(result.scores)
+        found += (
+            f"; from the adapter: KL {distance.kl_divergence:.2g} nats, "
+            f"top-1 agreement {distance.top1_agreement:.2%}"
+        )
+    return found
+
+
+def _samples(questions: Sequence[Question], results: Mapping[str, Result]) -> tuple[Sample, ...]:
     return tuple(
         Sample(
             prompt=question.prompt,
@@ -121,8 +202,12 @@ def _samples(questions: Sequence[Question], results: dict[str, Result]) -> tuple
     )
 
 
-def _measure_somewhere(
-    model: Contender, held_out: HeldOut, plan: Plan, memory: Memory
+def _somewhere(
+    model: Contender,
+    held_out: HeldOut,
+    plan: Plan,
+    memory: Memory,
+    measured: Callable[[Place], Result],
 ) -> tuple[Result, Place]:
     """On the Plan's device where the model fits there, and on the CPU otherwise."""
     tokens = {"prompt_tokens": held_out.longest_tokens, "new_tokens": held_out.max_new_tokens}
@@ -131,34 +216,46 @@ def _measure_somewhere(
         say(f"{model.title} is evaluated on the CPU: {reason}")
     result = None
     try:
-        result = measure(model, held_out, plan, place)
+        result = measured(place)
     except torch.OutOfMemoryError:
         place = on_cpu(model, memory, **tokens)
         say(f"{model.title} overflows the device even row by row; it is evaluated on the CPU")
     give_back_memory()
     if result is None:
-        result = measure(model, held_out, plan, place)
+        result = measured(place)
         give_back_memory()
     return result, place
 
 
-def measure(model: Contender, held_out: HeldOut, plan: Plan, place: Place) -> Result:
-    """Loss, answers and exact match of one model. Its memory is free when this has returned.
+def measure(
+    model: Contender,
+    held_out: HeldOut,
+    plan: Plan,
+    place: Place,
+    *,
+    record: Reference | None = None,
+    against: Reference | None = None,
+) -> Result:
+    """Scores and answers of one model. Its memory is free when this has returned.
 
-    Raises torch.OutOfMemoryError where the device cannot hold the model and one row.
+    record and against: as for `score`. Raises torch.OutOfMemoryError where the device cannot hold the
+    model and one row.
     """
     step = load(model, plan, place)
-    steps = len(held_out.sequences) + len(held_out.questions)
-    with progress(model.title, steps) as advance:
-        loss = mean_loss(step, held_out.sequences, advance)
-        answers = generate_answers(
-            step,
-            held_out.questions,
-            held_out.tokenizer,
-            ends=held_out.ends,
-            max_new_tokens=held_out.max_new_tokens,
-            rows=place.rows,
-            advance=advance,
-        )
-    match = exact_match(answers, [question.expected for question in held_out.questions])
-    return Result(Metrics(loss=loss, perplexity=perplexity(loss), exact_match=match), answers)
+    answers: list[str] = []
+    asked = model.name in MODELS
+    questions = held_out.questions if asked else ()
+    with progress(model.title, len(held_out.sequences) + len(questions)) as advance:
+        scores = score(step, held_out.sequences, advance, record=record, against=against)
+        if asked:
+            answers = generate_answers(
+                step,
+                questions,
+                held_out.tokenizer,
+                ends=held_out.ends,
+                max_new_tokens=held_out.max_new_tokens,
+                rows=place.rows,
+                advance=advance,
+            )
+    expected = [question.expected for question in questions]
+    return Result(scores, answers, exact_matches(answers, expected))

@@ -1,13 +1,15 @@
 """The adapter into the weights: W' = W + scale * B A, shard by shard.
 
-The result is an ordinary bfloat16 model. By default it is made from the 4-bit weights as the training
-step dequantizes them, since those are what the adapter learned to correct; the original weights are
-slightly better ones, but not the ones that it was fitted to.
+The result is an ordinary model: in bfloat16, or in 4 bits again, which rounds each changed weight once
+more. By default it is made from the 4-bit weights as the training step dequantizes them, since those
+are what the adapter learned to correct; the original weights are slightly better ones, but not the
+ones that it was fitted to. How far a merge is from what was trained is measured (`gate`), not assumed.
 """
 
 import functools
 import json
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +29,7 @@ from fitlora.quantization.layout import (
     part_names,
     spec_of,
 )
-from fitlora.quantization.weight import CHUNK_ELEMENTS, require_finite
+from fitlora.quantization.weight import CHUNK_ELEMENTS, quantize_weight, require_finite
 from fitlora.quantization.writer import (
     ModelWriter,
     Pending,
@@ -63,6 +65,27 @@ class Update:
         return self.b.shape[0], self.a.shape[1]
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A checkpoint, what its tensors are, and the quantization state of each 4-bit weight."""
+
+    checkpoint: Checkpoint
+    infos: dict[str, TensorInfo]
+    states: dict[str, dict[str, Any]]
+
+    @classmethod
+    def open(cls, folder: Path) -> "_Stored":
+        checkpoint = Checkpoint(folder)
+        infos = {name: checkpoint.info(name) for name in sorted(checkpoint.shards)}
+        keys = {name: find_state(checkpoint.shards, name) for name in infos}
+        states = {n: decode_state(checkpoint.tensor(key)) for n, key in keys.items() if key}
+        return cls(checkpoint, infos, states)
+
+    def parts(self, names: Iterable[str]) -> set[str]:
+        """All tensors that the 4-bit weights of these names are stored as."""
+        return {part for name in names for part in part_names(name, spec_of(self.states[name]))}
+
+
 def merge_checkpoint(
     *,
     original: Path,
@@ -70,52 +93,89 @@ def merge_checkpoint(
     adapter: Path,
     target: Path,
     base: Literal["dequantized", "original"],
+    bits: Literal[16, 4] = 16,
     device: torch.device,
     compute_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Writes the merged model to `target`: bfloat16 in the shards of the base, ready to load.
+    """Writes the merged model to `target`, in the shards of the base, ready to load.
 
     original: the 16-bit model's folder. quantized: what the quantize stage made of it. adapter: a
-    peft LoRA folder. base: which of the two the adapter goes into. compute_dtype: what 4-bit weights
-    are dequantized to before the sum, which is taken in float32: the dtype that training computed in.
+    peft LoRA folder. base: which of the two the adapter goes into. bits: 16 stores bfloat16; 4
+    quantizes the changed weights as `quantized` is and takes its other tensors as they are.
+    compute_dtype: what 4-bit weights are dequantized to before the sum, which is taken in float32: the
+    dtype that training computed in.
 
-    `target` is replaced at the end, when all is written. Host memory: the adapter and one layer.
-    Raises UserError for an adapter of another kind, one whose tensors do not fit the model, and
-    weights that are not finite; ArtifactError for damaged or missing files.
+    `target` is replaced at the end, when all is written. Host memory: the adapter and one layer, and
+    with 4 bits one shard. Raises UserError for an adapter of another kind, one whose tensors do not fit
+    the model, and weights that are not finite; ArtifactError for damaged or missing files.
     """
     source = original if base == "original" else quantized
-    content = read_config(source)
-    checkpoint = Checkpoint(source)
-    infos = {name: checkpoint.info(name) for name in sorted(checkpoint.shards)}
-    states = {
-        name: decode_state(checkpoint.tensor(key))
-        for name in infos
-        if (key := find_state(checkpoint.shards, name)) is not None
-    }
-    if base == "original" and (states or "quantization_config" in content):
+    layout = quantized if bits == 4 else source  # whose files the new ones mirror
+    content = read_config(layout)
+    given = _Stored.open(source)
+    if base == "original" and (given.states or "quantization_config" in read_config(source)):
         raise UserError(
             f"{source} is quantized itself; set merge.base: dequantized, or give the 16-bit model"
         )
+    mirrored = given if layout == source else _Stored.open(layout)
+    if bits == 4 and not mirrored.states:
+        raise UserError(f"{layout} has no 4-bit weights; set merge.bits: 16")
     updates = read_adapter(adapter)
-    _check_updates(adapter, source, content, updates, infos, states)
-    merge = _Merge(checkpoint, updates, states, device, compute_dtype)
-    parts = {part for name in states for part in part_names(name, spec_of(states[name]))}
-    total = sum(info.bytes for info in infos.values())
+    _check_updates(adapter, source, content, updates, given)
+    merge = _Merge(given, updates, device, compute_dtype)
+    total = sum(info.bytes for info in mirrored.infos.values())
     with (
-        ModelWriter(source, target) as writer,
+        ModelWriter(layout, target) as writer,
         progress("merging", total, in_bytes=True) as advance,
     ):
-        for file, names in checkpoint.files().items():
-            tensors: dict[str, Tensor | Pending] = {}
-            for name in names:
-                if name in states or name not in parts:
-                    info = _merged_info(infos[name], states.get(name))
-                    make = functools.partial(merge.tensor, name, info, advance, infos[name].bytes)
-                    tensors[name] = Pending(info, make)
+        for file, names in mirrored.checkpoint.files().items():
+            make = _shard_in_4_bits if bits == 4 else _shard_in_16_bits
+            tensors = make(names, merge, mirrored, advance)
             if tensors:
                 writer.write_shard(file, tensors)
-        size = writer.finish(bfloat16_config(content))
-    say(f"{target}: {len(updates)} adapters merged into the {base} weights, {format_bytes(size)}")
+        size = writer.finish(content if bits == 4 else bfloat16_config(content))
+    say(f"{len(updates)} adapters merged into the {base} weights: {format_bytes(size)}")
+
+
+Shard = dict[str, Tensor | Pending]
+Advance = Callable[[int], None]
+
+
+def _shard_in_16_bits(
+    names: Sequence[str], merge: "_Merge", mirrored: _Stored, advance: Advance
+) -> Shard:
+    tensors: Shard = {}
+    parts = mirrored.parts(mirrored.states)
+    for name in names:
+        if name in mirrored.states or name not in parts:
+            info = _merged_info(mirrored.infos[name], mirrored.states.get(name))
+            make = functools.partial(merge.tensor, name, info, advance, mirrored.infos[name].bytes)
+            tensors[name] = Pending(info, make)
+    return tensors
+
+
+def _shard_in_4_bits(
+    names: Sequence[str], merge: "_Merge", mirrored: _Stored, advance: Advance
+) -> Shard:
+    """Changed weights are quantized anew; the rest is as it is stored."""
+    tensors: Shard = {}
+    changed = mirrored.states.keys() & merge.updates.keys()
+    parts = mirrored.parts(changed)
+    for name in names:
+        info = mirrored.infos[name]
+        if name in changed:
+            state = mirrored.states[name]
+            whole = TensorInfo(torch.bfloat16, tuple(state["shape"]))
+            weight = merge.tensor(name, whole, advance, info.bytes)
+            tensors.update(quantize_weight(name, weight, spec_of(state), merge.device))
+        elif name in merge.updates:
+            tensors[name] = Pending(
+                info, functools.partial(merge.tensor, name, info, advance, info.bytes)
+            )
+        elif name not in parts:
+            tensors[name] = Pending(info, functools.partial(mirrored.checkpoint.tensor, name))
+            advance(info.bytes)
+    return tensors
 
 
 def read_adapter(folder: Path) -> dict[str, Update]:
@@ -201,19 +261,19 @@ def _check_updates(
     source: Path,
     content: dict[str, Any],
     updates: dict[str, Update],
-    infos: dict[str, TensorInfo],
-    states: dict[str, dict[str, Any]],
+    given: _Stored,
 ) -> None:
     """Every update must find its weight."""
     for name, update in updates.items():
-        if name not in infos:
+        if name not in given.infos:
             raise UserError(f"{adapter} has an update of {name}, which {source} does not have")
         if name == "lm_head.weight" and content.get("tie_word_embeddings"):
             raise UserError(
                 f"{adapter} has an update of {name}, which is tied to the embedding; merging would "
                 "change both"
             )
-        shape = tuple(states[name]["shape"]) if name in states else infos[name].shape
+        state = given.states.get(name)
+        shape = given.infos[name].shape if state is None else tuple(state["shape"])
         if shape != update.shape:
             raise UserError(
                 f"{adapter}: the update of {name} is {update.shape}, the weight {shape}"
@@ -232,21 +292,21 @@ class _Merge:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        given: _Stored,
         updates: dict[str, Update],
-        states: dict[str, dict[str, Any]],
         device: torch.device,
         compute_dtype: torch.dtype,
     ) -> None:
-        self._checkpoint, self._updates, self._states = checkpoint, updates, states
-        self._device, self._compute_dtype = device, compute_dtype
-        self._weights = CheckpointWeights(checkpoint.folder, device)
+        self.updates, self.device = updates, device
+        self._given, self._compute_dtype = given, compute_dtype
+        self._weights = CheckpointWeights(given.checkpoint.folder, device)
         self._code = nested_code().to(device)
 
-    def tensor(self, name: str, info: TensorInfo, advance: Any, read_bytes: int) -> Tensor:
-        """The tensor as the merged model has it, on the CPU."""
-        weight = self._dequantized(name) if name in self._states else self._checkpoint.tensor(name)
-        update = self._updates.get(name)
+    def tensor(self, name: str, info: TensorInfo, advance: Advance, read_bytes: int) -> Tensor:
+        """The tensor as the merged model has it in 16 bits, on the CPU."""
+        given = self._given
+        weight = self._dequantized(name) if name in given.states else given.checkpoint.tensor(name)
+        update = self.updates.get(name)
         merged = weight.to("cpu", info.dtype) if update is None else self._sum(weight, update)
         if info.dtype.is_floating_point:
             require_finite(name, merged)
@@ -255,25 +315,26 @@ class _Merge:
 
     def _sum(self, weight: Tensor, update: Update) -> Tensor:
         """bfloat16 (out, in), some rows at a time."""
-        a = update.a.to(self._device, torch.float32)
-        b = update.b.to(self._device, torch.float32)
+        a = update.a.to(self.device, torch.float32)
+        b = update.b.to(self.device, torch.float32)
         merged = torch.empty(weight.shape, dtype=torch.bfloat16)
         rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
         for start in range(0, weight.shape[0], rows):
             part = slice(start, start + rows)
-            base = weight[part].to(self._device, torch.float32)
+            base = weight[part].to(self.device, torch.float32)
             merged[part] = torch.addmm(base, b[part], a, alpha=update.scale)
         return merged
 
     def _dequantized(self, name: str) -> Tensor:
         """The weight as training computes with it, on the device."""
         module = name.removesuffix(".weight")
-        out_features, in_features = self._states[name]["shape"]
+        state = self._given.states[name]
+        out_features, in_features = state["shape"]
         layer = Linear4bit(
             in_features,
             out_features,
             bias=False,
-            spec=spec_of(self._states[name]),
+            spec=spec_of(state),
             nested_code=self._code,
             dtype=self._compute_dtype,
         )

@@ -1,41 +1,24 @@
-"""How good a model is on rows that it never saw: its loss on their answers, and what it answers."""
+"""How good a model is on rows that it never saw, and how sure that figure is.
 
+The rows are a sample, so each figure comes with an interval: the percentile bootstrap over rows (Efron
+and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13), drawn from a fixed seed. The same
+draws serve every model, so that what differs between two intervals is the models.
+"""
+
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from fitlora.errors import UserError
-from fitlora.evaluation.overflow import each_batch
-from fitlora.step.batch import TokenSequence
-from fitlora.step.training_step import TrainingStep
+import torch
+from torch import Tensor
 
-# A uniform guess over a million tokens has a loss of 14; beyond this it is no language model's.
-_LARGEST_LOSS = 100.0
+from fitlora.artifacts import Interval, Metrics
+from fitlora.evaluation.scores import RowScore, mean_loss
 
-
-def mean_loss(
-    step: TrainingStep, sequences: Sequence[TokenSequence], advance: Callable[[int], None]
-) -> float:
-    """Cross-entropy in nats, the mean over all learned tokens: training's validation loss.
-
-    advance: is called with how many sequences were done. Raises UserError for a loss that is not
-    finite, and torch.OutOfMemoryError where a single sequence is too much for the device.
-    """
-    total, count = 0.0, 0
-
-    def summed(batch: Sequence[TokenSequence]) -> tuple[float, int]:
-        loss, tokens = step.evaluate(batch)
-        return float(loss), tokens
-
-    for batch, (loss, tokens) in each_batch(sequences, step.plan.evaluation_batch_size, summed):
-        total, count = total + loss, count + tokens
-        advance(len(batch))
-    mean = total / count
-    if not mean < _LARGEST_LOSS:  # NaN as well
-        raise UserError(
-            f"the loss on the held-out rows is {mean}; the weights may be damaged, or training "
-            "went astray: look at train.learning_rate"
-        )
-    return mean
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+_SEED = 0
+_AT_ONCE = 50  # resamples
 
 
 def perplexity(loss: float) -> float:
@@ -43,7 +26,41 @@ def perplexity(loss: float) -> float:
     return math.exp(loss)
 
 
-def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """The share of answers that equal the expected one, blanks around them aside."""
-    pairs = zip(answers, expected, strict=True)
-    return sum(answer.strip() == right.strip() for answer, right in pairs) / len(expected)
+def exact_matches(answers: Sequence[str], expected: Sequence[str]) -> list[bool]:
+    """Which answers equal the expected one, blanks around them aside."""
+    return [a.strip() == e.strip() for a, e in zip(answers, expected, strict=True)]
+
+
+def metrics_of(scores: Sequence[RowScore], matches: Sequence[bool]) -> Metrics:
+    """One model's figures, each with its interval. scores and matches: of the same rows."""
+    loss = mean_loss(scores)
+    low, high = interval([s.loss for s in scores], [s.tokens for s in scores])
+    return Metrics(
+        loss=loss,
+        perplexity=perplexity(loss),
+        exact_match=sum(matches) / len(matches),
+        loss_interval=(low, high),
+        perplexity_interval=(perplexity(low), perplexity(high)),
+        exact_match_interval=interval(matches, [1] * len(matches)),
+    )
+
+
+def interval(parts: Sequence[float], weights: Sequence[float]) -> Interval:
+    """Where sum(parts) / sum(weights) lies with CONFIDENCE, were the rows drawn again."""
+    values = torch.tensor([parts, weights], dtype=torch.float64).t()  # (rows, 2)
+    sums = torch.cat([draws.double() @ values for draws in _draws(len(parts)).split(_AT_ONCE)])
+    tail = (1 - CONFIDENCE) / 2
+    bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.quantile(sums[:, 0] / sums[:, 1], bounds).tolist()
+    return low, high
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(rows: int) -> Tensor:
+    """How often each row is drawn in each resample: uint8 (RESAMPLES, rows)."""
+    generator = torch.Generator().manual_seed(_SEED)
+    drawn = torch.empty(RESAMPLES, rows, dtype=torch.uint8)
+    for counts in drawn:
+        indices = torch.randint(rows, (rows,), generator=generator)
+        counts.copy_(torch.bincount(indices, minlength=rows))
+    return drawn

@@ -13,7 +13,7 @@ rather than fail.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from fitlora.units import format_bytes
 MAXIMUM_ROWS = 64  # of one batch; larger ones were not faster on 2 CPU cores
 # Of the memory beside the weights, what a batch may take; the rest is for what the bound leaves out.
 BATCH_SHARE = 0.5
+ON_ORIGINAL = "adapter_on_original"
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,13 @@ def contenders(
     merged: Path,
     quantization: QuantizationParams,
     lora: LoraParams,
+    merged_bits: Literal[16, 4] = 16,
     trust_remote_code: bool = False,
 ) -> tuple[Contender, ...]:
-    """The four models in the order in which they are shown.
+    """The four models in the order in which they are shown, and then the adapter on the original.
 
-    An original that is quantized itself has no 16-bit weights, and is its own base.
+    The last is what merge.base: original comes to, without a merge; it is left out where nothing was
+    quantized here. An original that is quantized itself has no 16-bit weights, and is its own base.
     """
     plain = quantization.model_copy(update={"bits": 16})
     config = load_config(original, trust_remote_code=trust_remote_code)
@@ -97,12 +100,16 @@ def contenders(
     ) -> Contender:
         return Contender(name, title, folder, how, trust_remote_code=trust_remote_code, **adapters)
 
-    return (
+    with_adapter = {"lora": lora, "adapter": adapter}
+    found = (
         contender("base", "base", original, quantization if stored else plain),
         contender("quantized_base", bits, quantized, quantization),
-        contender("adapter", "adapter", quantized, quantization, lora=lora, adapter=adapter),
-        contender("merged", "merged", merged, plain),
+        contender("adapter", "adapter", quantized, quantization, **with_adapter),
+        contender("merged", "merged", merged, plain if merged_bits == 16 else quantization),
     )
+    if stored or quantization.bits == 16:
+        return found
+    return (*found, contender(ON_ORIGINAL, "on 16-bit base", original, plain, **with_adapter))
 
 
 def check_adapter(folder: Path, lora: LoraParams) -> None:

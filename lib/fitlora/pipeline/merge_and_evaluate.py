@@ -1,5 +1,7 @@
 """The merged model, and four models on the held-out rows -> merged_model/, evaluation.json."""
 
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -39,12 +41,17 @@ def merge_and_evaluate(params: Params, root: Path = Path()) -> Evaluation:
     )
     limit_memory(hardware)
     device = torch_device(hardware)
+    # It takes its place when it has passed the gate; an earlier adapter's is not left in it.
+    candidate = root / MERGED_MODEL.with_name(".merged_model.candidate")
+    for folder in (candidate, root / MERGED_MODEL):
+        shutil.rmtree(folder, ignore_errors=True)
     merge_checkpoint(
         original=original,
         quantized=root / QUANTIZED_MODEL,
         adapter=root / ADAPTER,
-        target=root / MERGED_MODEL,
+        target=candidate,
         base=params.merge.base,
+        bits=params.merge.bits,
         device=device,
         compute_dtype=getattr(torch, plan.compute_dtype),
     )
@@ -53,12 +60,19 @@ def merge_and_evaluate(params: Params, root: Path = Path()) -> Evaluation:
         original=original,
         quantized=root / QUANTIZED_MODEL,
         adapter=root / ADAPTER,
-        merged=root / MERGED_MODEL,
+        merged=candidate,
         quantization=params.quantization,
         lora=params.lora,
+        merged_bits=params.merge.bits,
         trust_remote_code=params.model.trust_remote_code,
     )
     memory = Memory(device, hardware.allocator_bytes, hardware.host_budget_bytes)
-    evaluation = compare(models, held_out, plan, memory, samples=params.evaluate.samples)
+    try:
+        evaluation = compare(
+            models, held_out, plan, memory, limits=params.merge, samples=params.evaluate.samples
+        )
+        os.replace(candidate, root / MERGED_MODEL)
+    finally:
+        shutil.rmtree(candidate, ignore_errors=True)
     evaluation.write(root / EVALUATION)
     return evaluation

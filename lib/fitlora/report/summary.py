@@ -20,6 +20,7 @@ from fitlora.artifacts import (
     PLAN,
     TRAINING_LOG,
     Evaluation,
+    Fidelity,
     Metrics,
     PlanArtifact,
 )
@@ -61,6 +62,7 @@ class Summary(BaseModel):
 
     rows: int
     models: dict[str, Metrics]
+    merge: Fidelity
     device: str
     plan: str
     steps: int
@@ -82,6 +84,7 @@ def summarize(root: Path = Path()) -> Summary:
     return Summary(
         rows=evaluation.rows,
         models={key: getattr(evaluation, key) for key in MODELS},
+        merge=evaluation.fidelity["merged"],
         device=plan.device,
         plan=plan.describe(),
         steps=end.steps,
@@ -118,14 +121,16 @@ def show(summary: Summary, file: TextIO | None = None) -> None:
     console = Console(file=file, highlight=False, soft_wrap=True, emoji=False, markup=False)
     models = Table(box=box.SIMPLE_HEAD, title=f"{summary.rows} held-out rows", title_justify="left")
     models.add_column("model")
-    for column in ("loss", "perplexity", "exact match"):
+    for column in ("loss", "perplexity", "exact match", "95% interval"):
         models.add_column(column, justify="right")
     for key, metrics in summary.models.items():
+        low, high = metrics.exact_match_interval
         models.add_row(
             MODELS[key],
             f"{metrics.loss:.4f}",
             f"{metrics.perplexity:.3f}",
             f"{100 * metrics.exact_match:.1f}%",
+            f"{100 * low:.1f}% to {100 * high:.1f}%",
         )
     console.print(models)
     for name, value in _lines(summary):
@@ -141,5 +146,11 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
         f"predicted {format_bytes(summary.predicted_peak_bytes)}, "
         f"measured {format_bytes(summary.measured_peak_bytes)} ({what}); "
         f"off by {100 * summary.error_of_prediction():+.1f}%",
+    )
+    merge = summary.merge
+    yield (
+        "merge",
+        f"KL {merge.kl_divergence:.2g} nats from the adapter, "
+        f"top-1 agreement {merge.top1_agreement:.2%}",
     )
     yield from summary.places.items()
