@@ -70,7 +70,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
 # torch pins its CUDA packages itself and differs by build, so they stay out of the locks.
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.10 --quiet \
   --no-header --annotation-style line $(if $(UPGRADE),--upgrade)
-WITHOUT_CUDA := grep -Ev '^(nvidia-(cu|nccl|nvjitlink|nvshmem|nvtx)|cuda-|triton=)'
+WITHOUT_CUDA := grep -Ev '^(nvidia-(cu|nccl|nvjitlink|nvshmem|nvtx)|cuda-)'
+# The tests want Triton beside a CPU build too. It is resolved with torch, so the version in the dev lock
+# is the one that the CUDA build of that torch pins, and nothing is replaced where torch brought it.
+WITHOUT_TRITON := grep -v '^triton='
 
 define LOCK_HEAD
 # Exact versions for `make`, from pyproject.toml. Made by `make lock`; not edited by hand.
@@ -85,6 +88,7 @@ lock: setup
 	cp requirements.lock "$$new/run"; cp requirements-dev.lock "$$new/dev"; \
 	$(COMPILE) --output-file "$$new/run" >/dev/null; \
 	$(COMPILE) --extra dev --constraint "$$new/run" --output-file "$$new/dev" >/dev/null; \
-	for name in run dev; do \
-	  { echo "$$LOCK_HEAD"; $(WITHOUT_CUDA) "$$new/$$name"; } > "$$new/$$name.lock"; done; \
+	{ echo "$$LOCK_HEAD"; $(WITHOUT_CUDA) "$$new/run" | $(WITHOUT_TRITON); } > "$$new/run.lock"; \
+	{ echo "$$LOCK_HEAD"; $(WITHOUT_CUDA) "$$new/dev" | sed "s|, -c $$new/run||"; } \
+	  > "$$new/dev.lock"; \
 	mv "$$new/run.lock" requirements.lock; mv "$$new/dev.lock" requirements-dev.lock

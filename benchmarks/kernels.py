@@ -221,9 +221,9 @@ def measure(copy: float) -> Iterator[dict[str, Any]]:
         try:
             case = make()
             case.run()  # compiles
+            torch.cuda.synchronize()
             ms = do_bench(case.run, warmup=10, rep=100, return_mode="median")
         except Exception as error:
-            torch.cuda.synchronize()
             yield {"kernel": make.__name__, "error": f"{type(error).__name__}: {error}"[:2000]}
             continue
         row: dict[str, Any] = {"kernel": make.__name__, "ms": round(ms, 4)}

@@ -222,6 +222,95 @@ def test_dequantizing(
             torch.testing.assert_close(found, expected, rtol=near, atol=1e-9)
 
 
+# --- compiled, without a GPU ---------------------------------------------------------------------
+
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8",
+    torch.int32: "*i32", torch.int64: "*i64", torch.float8_e4m3fn: "*fp8e4nv",
+}  # fmt: skip
+
+
+def compile_launch(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """What Triton does at a kernel's first launch on an H100, short of loading it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = function.arg_names
+    options = {k: v for k, v in keywords.items() if k in ("num_warps", "enable_fp_fusion")}
+    values = dict(zip(names, arguments, strict=False))
+    values |= {k: v for k, v in keywords.items() if k in names}
+    signature, constants, divisible = {}, {}, {}
+    for index, name in enumerate(names):
+        value = values[name]
+        if isinstance(value, Tensor):
+            signature[name] = TYPES[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                divisible[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float) and name not in keywords:
+            signature[name] = "fp32"
+        elif isinstance(value, int) and name not in keywords and value != 1:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constants[(index,)] = value
+    source = ASTSource(function, signature, constants, divisible)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Launches only compile; gives the names of the kernels that were."""
+    from triton.runtime.jit import JITFunction
+
+    compiled: set[str] = set()
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        compile_launch(self, arguments, keywords)
+        compiled.add(self.fn.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return compiled
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs ptxas, which Triton has for Linux")
+@pytest.mark.parametrize("n", [1, 4096])
+def test_they_compile(n: int, compiling: set[str]) -> None:
+    """The interpreter takes what the compiler refuses, such as a loop that changes a type."""
+    from fitlora.step.dequantize_kernel import dequantize_4bit
+    from fitlora.step.dropout_kernel import dropout
+
+    x = torch.zeros(3, n, dtype=torch.bfloat16)
+    heads, weight, row = x.view(3, 1, n).expand(3, 7, n), x[0], torch.zeros(3)
+    angle, targets = torch.zeros(3, n // 2 + 1), torch.zeros(3, dtype=torch.int64)
+    run = kernels()
+    for y in (x, heads):
+        run.rms_norm(y, weight, 1e-5, 0.0, y)
+        run.add_rms_norm(y, y, weight, 1e-5, 1.0, y, y)
+        run.rms_norm_backward(y, y, weight, 1e-5, 0.0, None, y)
+        run.rms_norm_backward(y, y, weight, 1e-5, 0.0, y, y)
+    for backward in (False, True):
+        run.rope(heads, heads[:, :1], angle, angle, backward)
+    for kind in ("silu", "gelu_tanh"):
+        run.glu(x, x, kind, x)
+        run.glu_backward(x, x, x, kind)
+    for softcap in (0.0, 30.0):
+        for gradient in (False, True):
+            run.cross_entropy(x, targets, 1.0, softcap, row, gradient)
+    for accumulate in (False, True):
+        dropout(x, targets.int(), 3, 5, x, accumulate)
+    for double in (False, True):
+        packed = packed_weight(3 * n, 64, double)
+        for dtype in (torch.bfloat16, torch.float32):
+            dequantized(dequantize_4bit, packed, x.to(dtype), 64, "nf4")
+        dequantized(dequantize_4bit, packed, x, 64, "fp4", "select")
+    assert len(compiling) == 8, compiling
+
+
 # --- on a GPU ------------------------------------------------------------------------------------
 
 
