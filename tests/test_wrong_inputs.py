@@ -330,6 +330,28 @@ CASES = (
         copy(QUANTIZED, "q4"),
     ),
     Case(
+        "merging into 16-bit weights that are not there",
+        "estimate --set model.id=./q4 --set merge.base=original",
+        ("./q4 has 4-bit ones only", "merge.base: dequantized", "name the 16-bit model"),
+        copy(QUANTIZED, "q4"),
+    ),
+    Case(
+        "a found rank for an adapter that has one",
+        "estimate --set lora.r=auto --set train.from_adapter=mine",
+        ("lora.r auto", "train.from_adapter has its own"),
+    ),
+    Case(
+        "a found length without a tokenizer",
+        "estimate --set data.max_length=auto --set model.id=./my_model",
+        ("data.max_length auto follows from the rows", "no tokenizer", "give a number"),
+        model_without("tokenizer*", "*.jinja"),
+    ),
+    Case(
+        "auto where the plan was made for numbers",
+        "train --set lora.r=auto",
+        ("params say auto", "artifacts/plan.json was made for numbers", "fitlora plan"),
+    ),
+    Case(
         "a layer that the model does not have",
         "estimate --set lora.target_modules=[q_prj]",
         ("lora.target_modules has q_prj", "q_proj", "or say all-linear"),
@@ -367,6 +389,16 @@ CASES = (
         "estimate --set data.max_length=8",
         ("train.jsonl:1:", "data.max_length 8"),
     ),
+    Case(
+        "a template that hides the question once it is answered",
+        "estimate --set model.id=./my_model",
+        ("8 bad row(s)", "train.jsonl:1:", "cannot be told from its prompt", "data.train_on: all"),
+        model_with(
+            "chat_template.jinja",
+            b"{% for m in messages %}{{ m.role }}{{ m.content if loop.last else '...' }}{% endfor %}"
+            b"{% if add_generation_prompt %}assistant{% endif %}",
+        ),
+    ),
     # artifacts
     Case(
         "a stage before its turn",
@@ -379,6 +411,25 @@ CASES = (
         "train",
         ("artifacts/quantized_model holds no model", "fitlora quantize"),
         remove("artifacts/quantized_model"),
+    ),
+    *(
+        Case(
+            f"a damaged {path.name} of the 4-bit model in {command.split()[0]}",
+            command,
+            (f"{path}", "make it again with: fitlora quantize"),
+            spoil(path),
+        )
+        for command in ("train", "evaluate", "chat --prompt hello")
+        for path, spoil in (
+            (QUANTIZED / "model.safetensors", cut),
+            (QUANTIZED / "config.json", cut),
+        )
+    ),
+    Case(
+        "a 4-bit model without its tokenizer",
+        "train",
+        (f"{QUANTIZED} has no usable tokenizer", "make it again with: fitlora quantize"),
+        remove(str(QUANTIZED / "tokenizer.json")),
     ),
     Case(
         "evaluating without an adapter",
