@@ -1,0 +1,188 @@
+"""A head in slices gives cross-entropy, and an embedding on the host the rows of a resident one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fitlora.memory.trace import MemoryTrace, rounded
+from fitlora.offload.transport import HostTransport, TracedTransport, Transport
+from fitlora.offload.vocabulary import (
+    HostEmbedding,
+    StreamedHead,
+    resident_slices,
+    sliced_cross_entropy,
+    sliced_logits,
+)
+from fitlora.step.loss import chunked_cross_entropy
+from tests.offload.transports import ClockedTransport, DelayedTransport
+
+ROWS, HIDDEN, VOCABULARY = 37, 16, 101
+CPU = torch.device("cpu")
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    make = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, HIDDEN, generator=make).to(dtype)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=make).to(dtype)
+    bias = torch.randn(VOCABULARY, generator=make).to(dtype)
+    return hidden, weight, bias, torch.randint(VOCABULARY, (ROWS,), generator=make)
+
+
+def on_host(table: Tensor, transport: Transport) -> Tensor:
+    place = transport.reserve_like(table, "table")
+    place.copy_(table)
+    transport.pin()
+    return place
+
+
+def exact(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> list[Tensor]:
+    """Summed loss and its gradient, in float64."""
+    hidden = hidden.double().requires_grad_()
+    logits = F.linear(hidden, weight.double(), None if bias is None else bias.double())
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    loss.backward()
+    assert hidden.grad is not None
+    return [loss.detach(), hidden.grad]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100, 101, 500])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_it_is_cross_entropy(rows: int, with_bias: bool) -> None:
+    hidden, weight, b, targets = inputs()
+    bias = b if with_bias else None
+    expected = exact(hidden, weight, bias, targets)
+    leaf = hidden.clone().requires_grad_()
+    slices = resident_slices(weight, rows)
+    loss = sliced_cross_entropy(leaf, slices, targets, scale=0.25, bias=bias)
+    assert loss.dtype == torch.float32
+    (3.0 * loss).backward()
+    torch.testing.assert_close(loss.double(), 0.25 * expected[0], rtol=1e-5, atol=0)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), 0.75 * expected[1], rtol=1e-4, atol=1e-6)
+
+
+def test_in_bf16_it_is_as_near_as_the_loss_of_chunks() -> None:
+    hidden, weight, bias, targets = inputs(torch.bfloat16)
+    value, gradient = exact(hidden, weight, bias, targets)
+
+    def error(leaf: Tensor, loss: Tensor) -> tuple[float, float]:
+        loss.backward()
+        assert leaf.grad is not None
+        return (
+            abs(float(loss) / float(value) - 1),
+            float((leaf.grad.double() - gradient).norm() / gradient.norm()),
+        )
+
+    a, b = (hidden.clone().requires_grad_() for _ in range(2))
+    slices = resident_slices(weight, 16)
+    mine = error(a, sliced_cross_entropy(a, slices, targets, scale=1.0, bias=bias))
+    chunks = error(b, chunked_cross_entropy(b, weight, targets, scale=1.0, chunk=8, bias=bias))
+    assert mine[0] < 5e-3
+    assert mine[1] < max(0.01, 1.5 * chunks[1])
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_large_logits_do_not_overflow(offset: float) -> None:
+    hidden, weight, _, targets = inputs()
+    bias = torch.full((VOCABULARY,), offset)
+    bias[90] += 500.0  # exp(500) is beyond fp32, and the maximum comes late
+    expected = exact(hidden, weight, bias, targets)
+    leaf = hidden.clone().requires_grad_()
+    loss = sliced_cross_entropy(leaf, resident_slices(weight, 10), targets, scale=1.0, bias=bias)
+    loss.backward()
+    assert loss.item() == pytest.approx(float(expected[0]), rel=1e-4)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), expected[1], rtol=1e-2, atol=1e-3)
+
+
+def test_without_gradients_none_are_made() -> None:
+    hidden, weight, _, targets = inputs()
+    slices = resident_slices(weight, 10)
+    with torch.no_grad():
+        loss = sliced_cross_entropy(hidden.requires_grad_(), slices, targets, scale=1.0)
+    assert not loss.requires_grad
+    assert not sliced_cross_entropy(hidden.detach(), slices, targets, scale=1.0).requires_grad
+
+
+@pytest.mark.parametrize("rows", [10, 50, 101, 200])
+def test_a_streamed_head_is_the_resident_one_under_delays(rows: int) -> None:
+    hidden, weight, bias, targets = inputs()
+
+    def run(slices: object) -> list[Tensor]:
+        leaf = hidden.clone().requires_grad_()
+        loss = sliced_cross_entropy(leaf, slices, targets, scale=0.5, bias=bias)  # type: ignore[arg-type]
+        loss.backward()
+        assert leaf.grad is not None
+        logits = sliced_logits(hidden, slices, bias=bias)  # type: ignore[arg-type]
+        return [loss.detach(), leaf.grad, logits]
+
+    expected = run(resident_slices(weight, rows))
+    assert expected[2].shape == (ROWS, VOCABULARY)
+    for seed in range(3):
+        transport = DelayedTransport(seed)
+        head = StreamedHead(on_host(weight, transport), transport, rows=rows)
+        head.fetch()
+        for _ in range(2):
+            for a, b in zip(run(head.slices), expected, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [10, 40, 101])
+def test_every_slice_is_ordered_and_comes_once(rows: int) -> None:
+    transport = ClockedTransport()
+    head = StreamedHead(on_host(inputs()[1], transport), transport, rows=rows)
+    count = -(-VOCABULARY // rows)
+    for number in range(1, 4):
+        starts = []
+        for start, weight in head.slices():
+            transport.computes_on(weight)
+            starts.append(start)
+        assert starts == list(range(0, VOCABULARY, rows))
+        assert transport.events.count("up") == number * count
+
+
+def test_a_broken_loss_leaves_the_head_usable() -> None:
+    transport = DelayedTransport()
+    weight = inputs()[1]
+    head = StreamedHead(on_host(weight, transport), transport, rows=10)
+    for start, _ in head.slices():
+        if start == 30:
+            break
+    head.reset()
+    assert torch.equal(torch.cat([part.clone() for _, part in head.slices()]), weight)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_of_a_host_embedding_are_the_resident_ones(seed: int) -> None:
+    table = inputs()[1]
+    transport = DelayedTransport(seed)
+    embedding = HostEmbedding(on_host(table, transport), transport, tokens=4)
+    make = torch.Generator().manual_seed(seed)
+    kept = []
+    for count in (3, 4, 1, 9, 9, 9, 2):
+        tokens = torch.randint(VOCABULARY, (count,), generator=make)
+        kept.append((embedding.rows(tokens.tolist()), nn.functional.embedding(tokens, table)))
+    for found, wanted in kept:
+        assert torch.equal(found, wanted)
+
+
+def test_an_estimate_sees_two_slices_and_the_rows() -> None:
+    like = torch.empty(VOCABULARY, HIDDEN)
+    size = rounded(10 * HIDDEN * 4)
+    for fake in (False, True):
+        with FakeTensorMode() if fake else torch.enable_grad():
+            transport = (TracedTransport if fake else HostTransport)(CPU)
+            table = transport.reserve_like(like, "table")
+            with MemoryTrace() as trace:
+                head = StreamedHead(table, transport, rows=10)
+                assert trace.live_bytes == 2 * size
+                for _ in head.slices():
+                    pass
+                assert trace.peak.bytes == 2 * size
+                embedding = HostEmbedding(table, transport, tokens=10)
+                rows = embedding.rows([0] * 10)
+                assert rows.shape == (10, HIDDEN)
+                assert trace.peak.bytes == 3 * size
+        assert transport.memory.bytes == VOCABULARY * HIDDEN * 4 + 2 * 10 * HIDDEN * 4
