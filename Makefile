@@ -89,6 +89,6 @@ lock: setup
 	$(COMPILE) --output-file "$$new/run" >/dev/null; \
 	$(COMPILE) --extra dev --constraint "$$new/run" --output-file "$$new/dev" >/dev/null; \
 	{ echo "$$LOCK_HEAD"; $(WITHOUT_CUDA) "$$new/run" | $(WITHOUT_TRITON); } > "$$new/run.lock"; \
-	{ echo "$$LOCK_HEAD"; $(WITHOUT_CUDA) "$$new/dev" | sed "s|, -c $$new/run||"; } \
+	{ echo "$$LOCK_HEAD"; $(WITHOUT_CUDA) "$$new/dev" | sed "s|-c $$new/run, ||; s|, -c $$new/run||"; } \
 	  > "$$new/dev.lock"; \
 	mv "$$new/run.lock" requirements.lock; mv "$$new/dev.lock" requirements-dev.lock
