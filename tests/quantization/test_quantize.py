@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on_after_its_last_shard(
         write_shard(writer, file, tensors)
         written.append(file)
 
-    monkeypatch.setattr(module, "_SHARDS", 1)
+    monkeypatch.setattr(module, "SHARDS", 1)
     monkeypatch.setattr(ModelWriter, "write_shard", until_the_third)
     with pytest.raises(KeyboardInterrupt):
         quantize(folder, tmp_path / "q")

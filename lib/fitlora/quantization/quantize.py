@@ -43,10 +43,10 @@ from fitlora.quantization.writer import (
 from fitlora.units import format_bytes
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_SHARDS = 3  # whose weights are quantized and wait in memory to be written, at once
+SHARDS = 3  # whose weights are quantized and wait in memory to be written, at once
 # Weights that are quantized at once. On a GPU a thread waits for the disk, the link and the kernels in
 # turn; on the CPU PyTorch splits the work of one weight.
-_WORKERS = {"cuda": 4, "cpu": 1}
+WORKERS = {"cuda": 4, "cpu": 1}
 _SHOWN = 3  # names in a message that could have thousands
 
 
@@ -133,8 +133,8 @@ class _Work:
     ) -> None:
         """Reads, quantizes and writes at once: each weight and each shard in a thread of its own."""
         with (
-            ThreadPoolExecutor(_SHARDS) as shards,
-            ThreadPoolExecutor(_WORKERS[self.device.type], initializer=self._start) as workers,
+            ThreadPoolExecutor(SHARDS) as shards,
+            ThreadPoolExecutor(WORKERS[self.device.type], initializer=self._start) as workers,
         ):
             writing = [
                 shards.submit(self._write_shard, writer, file, names, workers, advance)
@@ -168,7 +168,7 @@ class _Work:
                 waiting.append(workers.submit(self._quantized, name, advance))
             else:
                 stored = _stored_info(info, as_it_is=name in self.parts)
-                make = functools.partial(_stored, self.checkpoint, name, stored, advance)
+                make = functools.partial(stored_pieces, self.checkpoint, name, stored, advance)
                 tensors[name] = Pending(stored, make)
         for future in waiting:
             tensors.update(future.result())
@@ -409,7 +409,7 @@ def _stored_info(info: TensorInfo, *, as_it_is: bool) -> TensorInfo:
     return TensorInfo(torch.bfloat16, info.shape)
 
 
-def _stored(
+def stored_pieces(
     checkpoint: Checkpoint, name: str, info: TensorInfo, advance: Callable[[int], None]
 ) -> Iterator[Tensor]:
     """A tensor that is not quantized, in pieces of the dtype that it is stored in."""

@@ -62,7 +62,7 @@ def quantize_pieces(
         step = _CACHED_ELEMENTS if device.type == "cpu" else piece.numel()
         for part in torch.split(piece, step):
             packed, absmax = quantize_4bit(part, spec.block_size, spec.type)
-            _to_host(codes[start // 2 :][: len(packed), 0], packed)
+            to_host(codes[start // 2 :][: len(packed), 0], packed)
             scales[start // spec.block_size :][: len(absmax)] = absmax
             start += part.numel()
         # The largest of a block is finite only if all of it is.
@@ -94,7 +94,7 @@ def quantize_pieces(
     return dict(zip(part_names(name, spec), (part.cpu() for part in tensors), strict=True))
 
 
-def _to_host(target: Tensor, values: Tensor) -> None:
+def to_host(target: Tensor, values: Tensor) -> None:
     """Copies to the CPU, from a GPU through pinned memory: it writes to no other at its full rate."""
     staged = values.to("cpu", non_blocking=True)  # pinned, where it comes from a GPU
     if values.is_cuda:
