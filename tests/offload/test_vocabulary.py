@@ -168,6 +168,22 @@ def test_rows_of_a_host_embedding_are_the_resident_ones(seed: int) -> None:
         assert torch.equal(found, wanted)
 
 
+def test_rows_are_staged_and_sent_in_order() -> None:
+    """Staging is written when the copy that read it is done, rows when their memory is free."""
+    transport = ClockedTransport()
+    finished: list[object] = []
+    transport.finish = lambda *marks: finished.extend(marks)  # type: ignore[method-assign]
+    embedding = HostEmbedding(on_host(inputs()[1], transport), transport, tokens=5)
+    sent = []
+    for number in range(5):
+        transport.computes_on(torch.empty(5, HIDDEN), writes=True)
+        rows = embedding.rows([number] * 5)
+        transport.computes_on(rows)
+        sent.append(embedding._sent[0])
+        assert finished == [None, None, *sent][: number + 1]
+        del rows
+
+
 def test_an_estimate_sees_two_slices_and_the_rows() -> None:
     like = torch.empty(VOCABULARY, HIDDEN)
     size = rounded(10 * HIDDEN * 4)

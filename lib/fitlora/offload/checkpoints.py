@@ -23,23 +23,15 @@ PURPOSE = "activation checkpoints"
 
 
 @dataclass
-class _Room:
-    """A buffer on the host, and the copy that last read it."""
-
-    buffer: Tensor
-    read: Mark = None
-
-
-@dataclass
 class _Checkpoint:
-    """One put tensor. `tensor` is on the device; `room` has it on the host, from `copied` on."""
+    """One put tensor: on the device, on the host, or on its way; `copied` is the copy either way."""
 
     key: Hashable
     like: Tensor  # on meta: shape and dtype
     tensor: Tensor | None
     made: Mark  # the computation that wrote it
-    room: _Room | None = None
-    copied: Mark = None  # the copy down, and later the copy up
+    buffer: Tensor | None = None  # on the host
+    copied: Mark = None
 
 
 class HostCheckpoints:
@@ -51,10 +43,9 @@ class HostCheckpoints:
     def __init__(self, transport: Transport, *, count: int = 0, bytes_each: int = 0) -> None:
         self.transport = transport
         self._stack: list[_Checkpoint] = []
-        self._free: list[_Room] = []
+        self._free: list[Tensor] = []
         if count and bytes_each:
-            for buffer in transport.reserve(count * bytes_each, PURPOSE).split(bytes_each):
-                self._free.append(_Room(buffer))
+            self._free += transport.reserve(count * bytes_each, PURPOSE).split(bytes_each)
             transport.pin()
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
@@ -88,12 +79,9 @@ class HostCheckpoints:
 
     def _send_down(self, checkpoint: _Checkpoint) -> None:
         assert checkpoint.tensor is not None
-        room = self._room(tensor_bytes(checkpoint.like))
-        checkpoint.room = room
-        with self.transport.hidden():
-            place = view_as(room.buffer, 0, checkpoint.like)
+        checkpoint.buffer = self._buffer(tensor_bytes(checkpoint.like))
         checkpoint.copied = self.transport.download(
-            place, checkpoint.tensor, checkpoint.made, room.read
+            self._place(checkpoint), checkpoint.tensor, checkpoint.made
         )
 
     def _let_go(self, checkpoint: _Checkpoint) -> None:
@@ -101,31 +89,31 @@ class HostCheckpoints:
         checkpoint.tensor = None
 
     def _bring_up(self, checkpoint: _Checkpoint) -> None:
-        assert checkpoint.room is not None
         checkpoint.tensor = torch.empty(
             checkpoint.like.shape, dtype=checkpoint.like.dtype, device=self.transport.device
         )
-        with self.transport.hidden():
-            place = view_as(checkpoint.room.buffer, 0, checkpoint.like)
-        # the memory may be in use by the computation up to here
-        checkpoint.copied = checkpoint.room.read = self.transport.upload(
-            checkpoint.tensor, place, self.transport.mark(), checkpoint.copied
+        # The computation up to here may use the same memory; it has waited for the copy down as well.
+        checkpoint.copied = self.transport.upload(
+            checkpoint.tensor, self._place(checkpoint), self.transport.mark()
         )
 
-    def _give_back(self, checkpoint: _Checkpoint) -> None:
-        if checkpoint.room is not None:
-            self._free.append(checkpoint.room)
-            checkpoint.room = None
+    def _place(self, checkpoint: _Checkpoint) -> Tensor:
+        assert checkpoint.buffer is not None
+        with self.transport.hidden():
+            return view_as(checkpoint.buffer, 0, checkpoint.like)
 
-    def _room(self, count: int) -> _Room:
+    def _give_back(self, checkpoint: _Checkpoint) -> None:
+        if checkpoint.buffer is not None:
+            self._free.append(checkpoint.buffer)
+            checkpoint.buffer = None
+
+    def _buffer(self, count: int) -> Tensor:
         """A free buffer of at least `count` bytes; one that is too small is replaced."""
-        fitting = [room for room in self._free if room.buffer.numel() >= count]
-        if fitting:
-            room = min(fitting, key=lambda room: room.buffer.numel())
-            self._free.remove(room)
-            return room
-        if self._free:
-            self._free.remove(min(self._free, key=lambda room: room.buffer.numel()))
-        room = _Room(self.transport.reserve(count, PURPOSE))
+        self._free.sort(key=Tensor.numel)
+        for index, buffer in enumerate(self._free):
+            if buffer.numel() >= count:
+                return self._free.pop(index)
+        del self._free[:1]
+        buffer = self.transport.reserve(count, PURPOSE)
         self.transport.pin()
-        return room
+        return buffer
