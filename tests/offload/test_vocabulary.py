@@ -177,7 +177,9 @@ def test_rows_are_staged_and_sent_in_order() -> None:
     sent = []
     for number in range(5):
         transport.computes_on(torch.empty(5, HIDDEN), writes=True)
+        before = transport.mark()
         rows = embedding.rows([number] * 5)
+        assert before.items() <= embedding._sent[0].items()
         transport.computes_on(rows)
         sent.append(embedding._sent[0])
         assert finished == [None, None, *sent][: number + 1]

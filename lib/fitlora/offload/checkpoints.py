@@ -113,7 +113,9 @@ class HostCheckpoints:
         for index, buffer in enumerate(self._free):
             if buffer.numel() >= count:
                 return self._free.pop(index)
-        del self._free[:1]
+        if self._free:  # a copy may still read the one that goes
+            self.transport.drain()
+            del self._free[0]
         buffer = self.transport.reserve(count, PURPOSE)
         self.transport.pin()
         return buffer
