@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fitlora.quantization.layout import nested_code
-from fitlora.step import ops, pointwise  # noqa: F401  (define the operators)
+from fitlora.step import float8, ops, pointwise  # noqa: F401  (define the operators)
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -222,6 +222,80 @@ def test_dequantizing(
             torch.testing.assert_close(found, expected, rtol=near, atol=1e-9)
 
 
+# --- fp8 ----------------------------------------------------------------------------------------
+
+
+E4M3 = torch.float8_e4m3fn
+# The interpreter (3.7) loses the carry where rounding to fp8 reaches the exponent: 127.9 becomes 64.
+# So there the kernels leave float32 and PyTorch rounds it; on a GPU they round themselves.
+NOT_ROUNDED = torch.float32
+
+
+def float8_close(found: Tensor, expected: Tensor, share: float = 0.01) -> None:
+    """The same numbers but for neighbours here and there, where a quotient was rounded otherwise."""
+    found, expected = found.cpu().float(), expected.cpu().float()
+    assert bool(((found - expected).abs() <= expected.abs() * 2**-3 + 2**-9).all())
+    assert float((found != expected).float().mean()) <= share
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("n", [1, 100, 1024])
+def test_quantizing_rows(n: int, scaled: bool, dtype: torch.dtype) -> None:
+    from fitlora.step.float8_kernels import quantize_rows
+
+    x, factor = random((5, n), dtype) * 3, random((n,), torch.float32, 1) if scaled else None
+    x[2] = 0
+    results = []
+    for run, kind in ((quantize_rows, NOT_ROUNDED), (torch.ops.fitlora.quantize_rows, E4M3)):
+        out, scales = torch.empty((5, n), dtype=kind), torch.zeros(5, 1)
+        run(x, factor, out, scales)
+        results.append((out.to(E4M3), scales))
+    float8_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def weights_in_float8(
+    run: Callable[..., None],
+    weight: tuple[Tensor | None, ...],
+    shape: tuple[int, int],
+    *how: Any,
+    dtype: torch.dtype = E4M3,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both layouts, as (out, in), and the scales of the rows."""
+    assert weight[0] is not None
+    device = weight[0].device
+    straight = torch.empty(shape, dtype=dtype, device=device)
+    turned = torch.empty(shape[::-1], dtype=dtype, device=device)
+    row_scales = torch.zeros(shape[0], device=device)
+    run(*weight, row_scales, turned, True, *how)
+    row_scales.zero_()
+    run(*weight, row_scales, straight, False, *how)
+    return straight.to(E4M3), turned.t().to(E4M3), row_scales
+
+
+@interpreted
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "block_size", "quant_type"),
+    [((1, 64), 64, "nf4"), ((130, 96), 32, "fp4"), ((5, 1152), 128, "nf4")],
+)
+def test_dequantizing_to_float8(
+    shape: tuple[int, int], block_size: int, quant_type: str, double: bool
+) -> None:
+    from fitlora.step.float8_kernels import dequantize_float8
+
+    weight = packed_weight(shape[0] * shape[1], block_size, double)
+    twin = torch.ops.fitlora.dequantize_float8
+    expected = weights_in_float8(twin, weight, shape, block_size, quant_type)
+    how = (block_size, quant_type)
+    found = weights_in_float8(dequantize_float8, weight, shape, *how, dtype=NOT_ROUNDED)
+    float8_close(found[0], expected[0])
+    assert torch.equal(found[1].float(), found[0].float())
+    torch.testing.assert_close(found[2], expected[2])
+
+
 # --- compiled, without a GPU ---------------------------------------------------------------------
 
 TYPES = {
@@ -283,6 +357,7 @@ def test_they_compile(n: int, compiling: set[str]) -> None:
     """The interpreter takes what the compiler refuses, such as a loop that changes a type."""
     from fitlora.step.dequantize_kernel import dequantize_4bit
     from fitlora.step.dropout_kernel import dropout
+    from fitlora.step.float8_kernels import dequantize_float8, quantize_rows
 
     x = torch.zeros(3, n, dtype=torch.bfloat16)
     heads, weight, row = x.view(3, 1, n).expand(3, 7, n), x[0], torch.zeros(3)
@@ -308,7 +383,12 @@ def test_they_compile(n: int, compiling: set[str]) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             dequantized(dequantize_4bit, packed, x.to(dtype), 64, "nf4")
         dequantized(dequantize_4bit, packed, x, 64, "fp4", "select")
-    assert len(compiling) == 8, compiling
+        weights_in_float8(
+            dequantize_float8, packed_weight(192 * n, 64, double), (3, 64 * n), 64, "nf4"
+        )
+    for factor in (None, torch.ones(n)):
+        quantize_rows(x, factor, x.to(E4M3), row[:, None])
+    assert len(compiling) == 11, compiling
 
 
 # --- on a GPU ------------------------------------------------------------------------------------
@@ -470,3 +550,61 @@ def test_lookups_are_one_another() -> None:
 
 
 LOOKUPS = ("load", "select")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(512, 4096), (300, 14336), (7, 333), (1, 1)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_quantizing_rows_on_gpu(shape: tuple[int, int], scaled: bool, dtype: torch.dtype) -> None:
+    x = (random(shape, dtype) * 3).cuda()
+    factor = random(shape[1:], torch.float32, 1).cuda() if scaled else None
+    out = torch.empty(shape, dtype=E4M3, device="cuda")
+    scales = torch.zeros(shape[0], 1, device="cuda")
+    torch.ops.fitlora.quantize_rows(x, factor, out, scales)
+    expected, expected_scales = torch.empty(shape, dtype=out.dtype), torch.zeros(shape[0], 1)
+    factor = factor.cpu() if factor is not None else None
+    torch.ops.fitlora.quantize_rows(x.cpu(), factor, expected, expected_scales)
+    torch.testing.assert_close(scales.cpu(), expected_scales, rtol=1e-6, atol=0)
+    float8_close(out, expected, 1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "block_size"),
+    [((1024, 4096), 64), ((4096, 14336), 64), ((48, 4096), 4096), ((1, 32), 32)],
+)
+def test_dequantizing_to_float8_on_gpu(
+    shape: tuple[int, int], block_size: int, double: bool, quant_type: str
+) -> None:
+    weight = packed_weight(shape[0] * shape[1], block_size, double)
+    there = tuple(None if part is None else part.cuda() for part in weight)
+    run, how = torch.ops.fitlora.dequantize_float8, (block_size, quant_type)
+    expected = weights_in_float8(run, weight, shape, *how)
+    found = weights_in_float8(run, there, shape, *how)
+    float8_close(found[0], expected[0])
+    assert torch.equal(found[1].float(), found[0].float())
+    torch.testing.assert_close(found[2].cpu(), expected[2], rtol=1e-6, atol=0)
+
+
+@gpu
+@pytest.mark.parametrize("rows", [1, 7, 100, 2048])
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (4096, 4096), (1024, 14336), (4112, 208)])
+def test_scaled_products_on_gpu(rows: int, n: int, k: int) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("has no fp8")
+    run, parts = torch.ops.fitlora.scaled_product, []
+    for count, seed in ((rows, 0), (n, 1)):
+        out = torch.empty((count, k), dtype=E4M3, device="cuda")
+        scales = torch.empty(count, 1, device="cuda")
+        x = random((count, k), torch.float32, seed).cuda()
+        torch.ops.fitlora.quantize_rows(x, None, out, scales)
+        parts += [out, scales]
+    a, a_scales, b, b_scales = parts
+    found = torch.empty((rows, n), dtype=torch.bfloat16, device="cuda")
+    run(a, a_scales, b, b_scales[:, 0].contiguous(), found)
+    exact = (a.float() * a_scales) @ (b.float() * b_scales).t()
+    # rounded to bf16, and sums of fast accumulation have 14 bits or so
+    assert float((found.float() - exact).norm() / exact.norm()) < 5e-3
