@@ -50,13 +50,8 @@ NOT_LISTED: dict[str, dict[str, str]] = {
         for key in (*_OPTIMIZER, "max_gradient_norm", "seed")
     },
 }
-# Keys that are listed with their section though the code reads them elsewhere.
-ALSO_LISTED: dict[str, dict[str, str]] = {
-    "train_adapters": {
-        "train.effective_batch_size": "comes with the Plan, which changes with it",
-        "train.optimizer": "comes with the Plan, which changes with it",
-    },
-}
+# Keys that are listed with their section though the code reads them elsewhere: none now.
+ALSO_LISTED: dict[str, dict[str, str]] = {}
 
 # The whole of what a 70B model is quantized again for.
 QUANTIZE_CODE = {

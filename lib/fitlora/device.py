@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import pynvml
 import torch
 
@@ -120,11 +121,56 @@ def limit_memory(hardware: Hardware) -> None:
     torch.cuda.set_per_process_memory_fraction(hardware.allocator_bytes / total_bytes, device)
 
 
-def is_overflow(error: RuntimeError) -> bool:
-    """Whether the device ran out of memory, in PyTorch's allocator or in a library's own."""
+# What PyTorch's allocators, cuBLAS, the CUDA driver, Triton and bitsandbytes say when memory is short.
+_OVERFLOW = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "DefaultCPUAllocator: can't allocate memory",
+)
+# The CUDA runtime's words for a device that no later call will reach.
+_LOST = (
+    "busy or unavailable",
+    "device is lost",
+    "GPU is lost",
+    "hardware stack error",
+    "launch timed out",
+    "no CUDA-capable device",
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "unknown error",
+    "unspecified launch failure",
+)
+
+
+def is_overflow(error: BaseException) -> bool:
+    """Whether memory ran out: the device's, in PyTorch's allocator or a library's own, or the host's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OVERFLOW)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the GPU has vanished under the process, which no later call will mend."""
     text = str(error)
-    signs = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA_ERROR_OUT_OF_MEMORY")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs)
+    about_cuda = "CUDA" in text or "NVML" in text or "GPU" in text
+    return isinstance(error, RuntimeError) and about_cuda and any(sign in text for sign in _LOST)
+
+
+def memory_now(device: torch.device) -> str:
+    """What is free on the device, and who has the rest, in figures."""
+    if device.type == "cpu":
+        memory = psutil.virtual_memory()
+        return f"{format_bytes(memory.available)} of {format_bytes(memory.total)} are free"
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    ours = torch.cuda.memory_reserved(device)
+    others = total_bytes - free_bytes - ours
+    return (
+        f"{format_bytes(free_bytes)} of {format_bytes(total_bytes)} are free, this process has "
+        f"{format_bytes(ours)}, and other processes and the driver {format_bytes(others)}"
+    )
 
 
 def give_back_memory() -> None:

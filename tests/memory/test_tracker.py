@@ -65,7 +65,7 @@ def test_a_line_for_each_update(tmp_path: Path) -> None:
 def test_phases_and_peaks_of_each_update(tmp_path: Path) -> None:
     tracker = MemoryTracker(tmp_path, "cpu")
     model = torch.nn.Linear(512, 512, bias=False)  # 1 MiB
-    with tracker.watch(model):
+    with tracker.watch(model.parameters()):
         with tracker.phase("forward"):
             a = mb(4)
             del a
@@ -93,14 +93,14 @@ def test_phases_and_peaks_of_each_update(tmp_path: Path) -> None:
 def test_the_peak_of_a_run_is_kept_after_it(tmp_path: Path) -> None:
     tracker = MemoryTracker(tmp_path, "cpu")
     model = torch.nn.Linear(512, 512, bias=False)
-    with tracker.watch(model):
+    with tracker.watch(model.parameters()):
         a = mb(3)
         tracker.update(step=1)
         del a
         b = mb(1)  # the last one, before no update
     assert tracker.peak_allocated_bytes == 4 * MB
     assert tracker.update()["allocated_bytes"] is None
-    with tracker.watch(model):
+    with tracker.watch(model.parameters()):
         c = mb(7)
     assert tracker.peak_allocated_bytes == 8 * MB
     assert len(c) > len(b)
@@ -110,7 +110,7 @@ def test_an_error_inside_ends_the_watch(tmp_path: Path) -> None:
     tracker = MemoryTracker(tmp_path, "cpu")
 
     def fails() -> None:
-        with tracker.watch(torch.nn.Linear(2, 2)), tracker.phase("forward"):
+        with tracker.watch([]), tracker.phase("forward"):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -126,7 +126,7 @@ def test_it_measures_what_the_trace_counts(tmp_path: Path) -> None:
     with MemoryTrace():  # what was allocated before does not count
         step = steps.step(plan, settings)
     tracker = MemoryTracker(tmp_path, "cpu")
-    with tracker.watch(step.model):
+    with tracker.watch(step.tensors()):
         step.phase = tracker.phase
         rehearse(step, load)
         line = tracker.update(step=1)

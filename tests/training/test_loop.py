@@ -11,63 +11,19 @@ import torch
 from torch import Tensor
 
 from fitlora.errors import UserError
-from fitlora.memory.tracker import MemoryTracker
-from fitlora.params import TrainParams
-from fitlora.step.batch import TokenSequence
 from fitlora.step.training_step import TrainingStep
 from fitlora.training.batches import Batches
-from fitlora.training.loop import Outcome, Ranks, Run, RunLog
+from fitlora.training.log import RunLog
+from fitlora.training.loop import Outcome, Ranks
 from tests.step import steps
-
-ROOT = Path(__file__).parent.parent.parent
-Records = list[dict[str, Any]]
-
-
-class FakeStep:
-    """A step whose losses are a script: what the loop does with them is what is looked at."""
-
-    def __init__(self, validation: Sequence[float] = (), train: Sequence[float] = ()) -> None:
-        self.device = torch.device("cpu")
-        self.validation, self.train = list(validation), list(train)
-        self.done = 0
-        self.rates: list[float] = []
-        self.phase: Any = None
-
-    def run(self, sequences: Any, *, step: int, learning_rate: float, **options: Any) -> Any:
-        assert step == self.done
-        self.done += 1
-        self.rates.append(learning_rate)
-        loss = self.train[step] if self.train else 1.0 / self.done
-
-        class Result:
-            pass
-
-        result: Any = Result()
-        result.loss, result.gradient_norm = torch.tensor(loss), torch.tensor(0.5)
-        return result
-
-    def evaluate(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, int]:
-        loss = self.validation.pop(0)
-        return torch.tensor(loss * len(sequences), dtype=torch.float64), len(sequences)
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        return {"a": torch.tensor(self.done)}
+from tests.training.runs import FakeStep, Records, make_run
 
 
 def run_fake(
     folder: Path, step: FakeStep, *, rows: int = 4, **train: Any
 ) -> tuple[Outcome, Records]:
-    train = {"max_steps": 10, "evaluate_every": None, **train}
-    records: Records = []
-    run = Run(
-        step=step,  # type: ignore[arg-type]
-        batches=Batches(steps.sequences(4), 2, seed=0),
-        validation=steps.sequences(rows),
-        train=TrainParams.model_validate(train),
-        tracker=MemoryTracker(folder, "cpu"),
-        log=records.append,
-    )
-    return run(), records
+    run = make_run(folder, step, validation=steps.sequences(rows), **train)
+    return run(), run.log.records
 
 
 def validated(records: Records) -> list[int]:
@@ -190,17 +146,15 @@ def real_step(devices: int) -> TrainingStep:
 
 def run_real(folder: Path, step: TrainingStep, ranks: Ranks) -> tuple[Outcome, list[float]]:
     """Four steps of five sequences; training and validation losses, and the gradients' norms."""
-    records: Records = []
-    run = Run(
-        step=step,
+    run = make_run(
+        folder,
+        step,
         batches=Batches(steps.sequences(12), 5, seed=0),
         validation=steps.sequences(7, seed=1),
-        train=TrainParams.model_validate(TRAIN),
-        tracker=MemoryTracker(folder / str(ranks.rank), "cpu"),
-        log=records.append,
         ranks=ranks,
+        **TRAIN,
     )
-    outcome = run()
+    outcome, records = run(), run.log.records
     losses = [r.get("loss", r.get("validation_loss")) for r in records]
     norms = [r["gradient_norm"] for r in records if r["event"] == "step"]
     return outcome, [*losses, *norms]

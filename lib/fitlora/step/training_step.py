@@ -5,7 +5,7 @@ model's business and the Plan's.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,10 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fitlora.model import decoder_layers
 from fitlora.params import TrainParams
 from fitlora.plan import Plan
 from fitlora.step.batch import MicroBatch, StepContext, TokenSequence, make_micro_batch
 from fitlora.step.loss import chunked_cross_entropy
+from fitlora.step.optimizer_state import make_states, put_states, take_states
+from fitlora.step.recompute import arrange
 from fitlora.step.settings import StepSettings
 
 # Models whose logits are the head's product and nothing more, so that the loss may take the head by
@@ -24,6 +27,11 @@ from fitlora.step.settings import StepSettings
 PLAIN_HEAD = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "olmo2", "smollm3"}
 )
+
+# Decisions that a step is built with. The others say how the same work is cut up.
+_FIXED = (
+    "device", "devices", "effective_batch_size", "sequence_length", "compute_dtype", "optimizer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,9 @@ class TrainingStep:
 
     `phase` is entered with the name of each phase ("forward", "backward", "optimizer", "evaluation"):
     by a trace or a tracker to book memory, and by nobody otherwise.
+
+    A step that ran out of memory has changed nothing but gradients, which `abandon` drops, and may be
+    run again; unless `half_updated` says that it was stopped inside the update itself.
     """
 
     def __init__(
@@ -56,6 +67,26 @@ class TrainingStep:
         self.device = next(model.parameters()).device
         self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
         self.optimizer = optimizer
+        self.half_updated = False
+
+    def adopt(self, plan: Plan) -> None:
+        """Goes on as another Plan says. Between steps, and for what changes no result: the layout."""
+        for decision in _FIXED:
+            assert getattr(plan, decision) == getattr(self.plan, decision), decision
+        arrange(decoder_layers(self.model), plan.recompute_layers)
+        self.plan = plan
+
+    def abandon(self) -> None:
+        """Drops the gradients of a step that did not come to its update."""
+        for parameter in self.adapters.values():
+            parameter.grad = None
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds between two steps: weights, buffers, the optimizer's states."""
+        states = {} if self.optimizer is None else self.optimizer.state
+        held = [value for state in states.values() for value in state.values()]
+        found = [value for value in held if isinstance(value, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *found]
 
     def micro_batches(self, sequences: Sequence[TokenSequence]) -> list[Sequence[TokenSequence]]:
         """This device's share of an effective batch, cut as the Plan says; the last may be smaller."""
@@ -117,7 +148,10 @@ class TrainingStep:
         return StepResult(loss, norm, sum(len(s.tokens) for s in sequences), mine)
 
     def _update(self, learning_rate: float, also_reduced: list[Tensor], reduce: Any) -> Tensor:
-        """Sums over devices, clips, updates; returns the gradients' norm before clipping."""
+        """Sums over devices, clips, updates; returns the gradients' norm before clipping.
+
+        All that is allocated is so before the first weight changes.
+        """
         assert self.optimizer is not None
         for parameter in self.adapters.values():
             if parameter.grad is None:  # a device without a share of a small batch still takes part
@@ -131,10 +165,13 @@ class TrainingStep:
             torch.nn.utils.clip_grads_with_norm_(
                 list(self.adapters.values()), limit, norm, foreach=True
             )
+        make_states(self.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.half_updated = True
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.half_updated = False
+        self.abandon()
         return norm
 
     @torch.no_grad()
@@ -156,11 +193,28 @@ class TrainingStep:
             name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.adapters.items()
         }
 
-    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `adapter_state` gave."""
         with torch.no_grad():
             for name, parameter in self.adapters.items():
                 parameter.copy_(state[name])
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Copies of the optimizer's states on the CPU, tensors and plain numbers, by name."""
+        assert self.optimizer is not None
+        return take_states(self.optimizer, self.adapters)
+
+    def load_optimizer_state(
+        self, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]
+    ) -> None:
+        """Puts back what `optimizer_state` gave; raises ValueError where it is another one's.
+
+        With `load_adapter_state` before it, this undoes an update that was stopped half way.
+        """
+        assert self.optimizer is not None
+        with torch.no_grad():
+            put_states(self.optimizer, self.adapters, tensors, numbers)
+        self.half_updated = False
 
 
 def learning_rate(step: int, total_steps: int, train: TrainParams) -> float:

@@ -2,32 +2,46 @@
 
 The loop decides nothing about memory or speed; the Plan has, and the step follows it. Numbers are read
 from the device only when a line is written, so that the host runs ahead.
+
+Between two steps a run is a `Snapshot` and nothing else. It is saved now and then, and at the end of
+whatever ends a run early, so that a run goes on from it as if nothing had happened.
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fitlora.artifacts import dump_line
+from fitlora.console import say
+from fitlora.device import is_lost, memory_now
 from fitlora.errors import UserError
 from fitlora.memory.tracker import MemoryTracker
 from fitlora.params import TrainParams
 from fitlora.step.batch import TokenSequence
-from fitlora.step.training_step import TrainingStep, learning_rate
+from fitlora.step.training_step import StepResult, TrainingStep, learning_rate
 from fitlora.training.batches import Batches, share_of
+from fitlora.training.checkpoint import Checkpoints, Progress, Snapshot
+from fitlora.training.log import RunLog
+from fitlora.training.recovery import (
+    WAITS,
+    Done,
+    HalfUpdated,
+    NothingSmaller,
+    Overflow,
+    Recovery,
+    attempt,
+)
+from fitlora.training.stopping import Stop, StopAsked
 
 _DIVERGED = (
     "nothing was saved from there on. A lower train.learning_rate or a longer train.warmup_steps is "
     "the usual way out"
 )
-# What DVC plots; every point has every one, as its plots need.
-_CURVES = ("loss", "validation_loss", "learning_rate", "tokens_per_second", "allocated_bytes")
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,10 @@ class Outcome:
     best_loss: float | None
     best_step: int
     stopped_early: bool
+
+
+class _Elsewhere(torch.OutOfMemoryError):
+    """Another process ran out of memory, so that this step is not to be."""
 
 
 @dataclass
@@ -65,13 +83,22 @@ class Ranks:
 
         return cls(accelerator.process_index, accelerator.num_processes, reduce)
 
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is so on any of them. Each has to ask."""
+        if self.reduce is None:
+            return flag
+        count = torch.full((), float(flag), device=device)
+        self.reduce([count])
+        return bool(count > 0)
+
 
 @dataclass
 class Run:
     """One training run.
 
-    log: called with each record ("step", "evaluation"), on the first rank. validation may be empty:
-    then the last adapter is the best. Raises UserError when the loss is no longer a number.
+    record: takes each record for the log, and may show it. validation may be empty: then the last
+    adapter is the best. Raises UserError when the loss is no longer a number, the GPU is gone, or
+    nothing smaller is left; and what `stop.ending` says where it was asked to stop.
     """
 
     step: TrainingStep
@@ -79,8 +106,20 @@ class Run:
     validation: Sequence[TokenSequence]
     train: TrainParams
     tracker: MemoryTracker
-    log: Callable[[dict[str, Any]], None]
+    log: RunLog
+    record: Callable[[dict[str, Any]], None]
+    checkpoints: Checkpoints
+    recovery: Recovery
+    stop: Stop = field(default_factory=Stop)
     ranks: Ranks = field(default_factory=Ranks)
+    seconds: float = 0.0  # of earlier parts of the run
+
+    def __post_init__(self) -> None:
+        self.progress = Progress()
+        self._best: dict[str, Tensor] = {}
+        self._saved: Progress | None = None
+        self._setbacks: list[int] = []
+        self._start = time.perf_counter()
 
     @property
     def total_steps(self) -> int:
@@ -90,51 +129,117 @@ class Run:
         assert self.train.epochs is not None
         return self.batches.steps_of(self.train.epochs)
 
-    def __call__(self) -> Outcome:
-        total = self.total_steps
-        best_loss: float | None = None
-        best_step, without_better, done, stopped = total, 0, 0, False
-        best: dict[str, Tensor] | None = None
-        self.step.phase = self.tracker.phase
-        for index in range(total):
-            self._train_step(index, total)
-            done = index + 1
-            every = self.train.evaluate_every
-            if not (done == total or (every is not None and done % every == 0)):
-                continue
-            loss = self._validate(done)
-            if loss is None:
-                continue
-            if best_loss is None or loss < best_loss:
-                best_loss, best_step, without_better = loss, done, 0
-                best = self.step.adapter_state()
-            else:
-                without_better += 1
-            patience = self.train.early_stopping
-            if patience is not None and without_better >= patience and done < total:
-                stopped = True
-                break
-        last = self.step.adapter_state()
-        return Outcome(done, last, best or last, best_loss, best_step, stopped)
+    def resume(self) -> bool:
+        """Goes to the newest checkpoint of the same inputs, if there is one; raises ArtifactError."""
+        snapshot = self.checkpoints.newest()
+        if snapshot is not None:
+            self._restore(snapshot)
+            self.recovery.ladder.resume(snapshot.rung)
+            self.step.adopt(self.recovery.ladder.plan)
+            self.seconds = snapshot.seconds
+        return snapshot is not None
 
-    def _train_step(self, index: int, total: int) -> None:
-        start = time.perf_counter()
+    def __call__(self) -> Outcome:
+        self.step.phase = self._phase
+        if self._saved is None:
+            self._save()  # to go back to; and where it cannot be written, better now than in hours
+        try:
+            while self._go_on():
+                pass
+        except NothingSmaller:
+            self._save()
+            raise
+        except StopAsked:
+            self.step.abandon()
+            self._save()
+            assert self.stop.asked is not None
+            say(
+                f"stopped by {self.stop.asked.name} after step {self.progress.done} of "
+                f"{self.total_steps}, which is saved; the same command goes on from there"
+            )
+            raise self.stop.ending() from None
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise UserError(
+                f"the GPU was lost in step {self.progress.done + 1} ({str(error).splitlines()[0]}). "
+                "When nvidia-smi shows it again, run the same command; it goes on from step "
+                f"{self._saved_step}, which is saved"
+            ) from None
+        at = self.progress
+        last = self.recovery.insist(self.step.adapter_state, "a copy of the adapter on the host")
+        best_step = at.best_step if self._best else at.done
+        early = at.done < self.total_steps
+        return Outcome(at.done, last, self._best or last, at.best_loss, best_step, early)
+
+    def _go_on(self) -> bool:
+        """The next thing that is to be done, as a whole; False where nothing is."""
+        done = self.progress.done
+        self._check_stop()
+        try:
+            if self._is_due(self.train.evaluate_every) and self.progress.validated < done:
+                self._validate()
+            elif done == self.total_steps or self._out_of_patience():
+                return False
+            elif self._is_due(self.train.checkpoint_every) and self._saved_step != done:
+                self._save()
+            else:
+                self.recovery.climb(done)
+                self._train_step()
+        except HalfUpdated as cause:
+            self._go_back(str(cause))
+        return True
+
+    def _is_due(self, every: int | None) -> bool:
+        done = self.progress.done
+        return done > 0 and (done == self.total_steps or (every is not None and done % every == 0))
+
+    def _out_of_patience(self) -> bool:
+        patience = self.train.early_stopping
+        return patience is not None and self.progress.without_better >= patience
+
+    def _check_stop(self) -> None:
+        if self.ranks.any(self.stop.asked is not None, self.step.device):
+            raise StopAsked
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """A phase of the step: where an overflow happened, what it took, and a place to stop at."""
+        if self.ranks.devices == 1 and name in ("forward", "evaluation"):
+            self.stop.check()
+        self.recovery.phase = name
+        with self.tracker.phase(name):
+            yield
+
+    # --- a step ---------------------------------------------------------------------------------------
+
+    def _train_step(self) -> None:
+        index, total = self.progress.done, self.total_steps
         batch = self.batches.batch(index)
+        mine = share_of(batch, self.ranks.rank, self.ranks.devices)
         rate = learning_rate(index, total, self.train)
-        result = self.step.run(
-            share_of(batch, self.ranks.rank, self.ranks.devices),
-            step=index,
-            learning_rate=rate,
-            total_target_tokens=sum(s.target_tokens for s in batch),
-            reduce_gradients=self.ranks.reduce,
-        )
+        target_tokens = sum(s.target_tokens for s in batch)
+        start = time.perf_counter()
+
+        def work() -> StepResult:
+            return self.step.run(
+                mine,
+                step=index,
+                learning_rate=rate,
+                total_target_tokens=target_tokens,
+                reduce_gradients=None if self.ranks.reduce is None else self._reduce,
+            )
+
+        with self.tracker.measuring("step", self.step.tensors()):
+            result = self.recovery.carry_out(work, step=index + 1, attempt=self._together)
         loss, norm = float(result.loss), float(result.gradient_norm)
         seconds = time.perf_counter() - start
-        if not math.isfinite(loss):
-            raise UserError(f"the loss of step {index + 1} is {loss}; {_DIVERGED}")
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise UserError(self._diverged(f"the loss of step {index + 1} is {loss}", norm))
+        self.progress = self.progress.model_copy(update={"done": index + 1})
         tokens = sum(len(s.tokens) for s in batch)
         memory = self.tracker.update(step=index + 1)
-        self.log(
+        self.record(
             {
                 "event": "step",
                 "step": index + 1,
@@ -145,23 +250,84 @@ class Run:
                 "tokens_per_second": round(tokens / seconds, 1),
                 "allocated_bytes": memory["peak_allocated_bytes"],
                 "reserved_bytes": memory["reserved_bytes"],
+                "phase_bytes": memory["phases"],
             }
         )
 
-    def _validate(self, done: int) -> float | None:
-        """Mean loss over the validation rows' target tokens, over all ranks; None without rows."""
-        if not self.validation:
-            return None
+    def _reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Sums over the processes, if all of them have come so far."""
+        assert self.ranks.reduce is not None
+        if self.ranks.any(False, self.step.device):
+            raise _Elsewhere("another process ran out of memory")
+        self._summed = True
+        self.ranks.reduce(tensors)
+
+    def _together(self, work: Callable[[], StepResult]) -> Done[StepResult] | Overflow:
+        """The attempt of all processes: it is done by all of them, or by none."""
+        self._summed = False
+        if self.ranks.reduce is None:
+            return attempt(work)
+        told = False
+
+        def told_of() -> StepResult:
+            nonlocal told
+            try:
+                return work()
+            except _Elsewhere:
+                told = True
+                raise
+
+        found = attempt(told_of)
+        if self._summed:  # one that failed later leaves the others updated
+            failed = self.ranks.any(isinstance(found, Overflow), self.step.device)
+            self.step.half_updated = failed
+            if failed and isinstance(found, Done):
+                return Overflow("another process ran out of memory in its update")
+        elif not told:
+            self.ranks.any(True, self.step.device)
+        return found
+
+    # --- validation -----------------------------------------------------------------------------------
+
+    def _validate(self) -> None:
+        """Measures the loss on the validation rows, and keeps the adapter if it is the best so far."""
+        done = self.progress.done
+        changes: dict[str, Any] = {"validated": done}
+        if self.validation:
+            loss = self._validation_loss(done)
+            better = self.progress.best_loss is None or loss < self.progress.best_loss
+            changes["without_better"] = 0 if better else self.progress.without_better + 1
+            if better:
+                changes |= {"best_loss": loss, "best_step": done}
+                self._best = self.recovery.insist(
+                    self.step.adapter_state, "a copy of the best adapter on the host"
+                )
+        self.progress = self.progress.model_copy(update=changes)
+
+    def _validation_loss(self, done: int) -> float:
+        """Mean loss over the validation rows' target tokens, over all ranks."""
         start = time.perf_counter()
         mine = share_of(self.validation, self.ranks.rank, self.ranks.devices)
-        summed, count = self.step.evaluate(mine)
-        totals = torch.stack([summed, torch.full_like(summed, count)])
+        summed = torch.zeros((), dtype=torch.float64, device=self.step.device)
+        count = 0
+        with self.tracker.measuring("evaluation", self.step.tensors()):
+            while count < len(mine):
+                part = mine[count : count + self.step.plan.evaluation_batch_size]
+
+                def work(part: Sequence[TokenSequence] = part) -> tuple[Tensor, int]:
+                    return self.step.evaluate(part)
+
+                found, _ = self.recovery.carry_out(work, step=done, evaluation=True)
+                summed.add_(found)
+                count += len(part)
+        tokens = sum(sequence.target_tokens for sequence in mine)
+        totals = torch.stack([summed, torch.full_like(summed, tokens)])
         if self.ranks.reduce is not None:
             self.ranks.reduce([totals])
         loss = float(totals[0] / totals[1])
         if not math.isfinite(loss):
-            raise UserError(f"the validation loss after step {done} is {loss}; {_DIVERGED}")
-        self.log(
+            raise UserError(self._diverged(f"the validation loss after step {done} is {loss}"))
+        self.record(
             {
                 "event": "evaluation",
                 "step": done,
@@ -171,39 +337,69 @@ class Run:
         )
         return loss
 
+    def _diverged(self, what: str, norm: float = 0.0) -> str:
+        norm_too = "" if math.isfinite(norm) else f", the gradients' norm {norm}"
+        return f"{what}{norm_too}; {_DIVERGED} (the last checkpoint is of step {self._saved_step})"
 
-class RunLog:
-    """artifacts/training.jsonl as it grows, and the curves that DVC plots, written at the end.
-
-    path: None keeps the points and writes nothing, for the ranks beside the first.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self._file = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
-        self._points: dict[int, dict[str, Any]] = {}
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Appends a line, at once."""
-        if self._file is not None:
-            self._file.write(dump_line(record))
-            self._file.flush()
-        if "step" in record:
-            empty = {"step": record["step"], **dict.fromkeys(_CURVES)}
-            point = self._points.setdefault(record["step"], empty)
-            point.update({key: record[key] for key in _CURVES if record.get(key) is not None})
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._file is not None:
-            self._file.close()
+    # --- snapshots ------------------------------------------------------------------------------------
 
     @property
-    def curves(self) -> list[dict[str, Any]]:
-        """One point for each step, for plots."""
-        return [self._points[step] for step in sorted(self._points)]
+    def _saved_step(self) -> int | None:
+        return None if self._saved is None else self._saved.done
+
+    def _save(self) -> None:
+        """Keeps the run as it is now, if that is not done; on the first rank, which is enough."""
+        if self.ranks.rank == 0 and self._saved != self.progress:
+            with self._phase("save"):
+                snapshot = self.recovery.insist(self._snapshot, "a checkpoint")
+                self.recovery.insist(lambda: self.checkpoints.save(snapshot), "a checkpoint")
+        self._saved = self.progress
+
+    def _snapshot(self) -> Snapshot:
+        tensors, numbers = self.step.optimizer_state()
+        return Snapshot(
+            progress=self.progress,
+            rung=self.recovery.ladder.rung,
+            seconds=self.elapsed(),
+            log=list(self.log.lines),
+            adapter=self.step.adapter_state(),
+            best=self._best,
+            optimizer=tensors,
+            numbers=numbers,
+        )
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        """Makes the run what it was, but for its Plan."""
+        self.step.load_adapter_state(snapshot.adapter)
+        self.step.load_optimizer_state(snapshot.optimizer, snapshot.numbers)
+        self.progress = self._saved = snapshot.progress
+        self._best = dict(snapshot.best)
+        self.log.restore(snapshot.log)
+
+    def _go_back(self, cause: str) -> None:
+        """To the newest checkpoint, after an update for which memory did not suffice.
+
+        Raises UserError where the same update has failed too often.
+        """
+        failed = self.progress.done + 1
+        self._setbacks.append(failed)
+        if self._setbacks.count(failed) > len(WAITS):
+            raise UserError(
+                f"out of memory in the update of step {failed}, again and again ({cause}): "
+                f"{memory_now(self.step.device)}. When there is more, the same command goes on from "
+                f"step {self._saved_step}, which is saved"
+            )
+        snapshot = self.checkpoints.newest()
+        if snapshot is None:
+            raise UserError(f"{self.checkpoints.folder} is gone under the run; begin it anew")
+        self._restore(snapshot)
+        self.recovery.tell(
+            failed,
+            f"out of memory in the update of step {failed} ({cause}), so back to step "
+            f"{self.progress.done}, which is saved",
+            snapshot.rung.plan,
+        )
+
+    def elapsed(self) -> float:
+        """Seconds that the run has taken, in all of its parts."""
+        return self.seconds + time.perf_counter() - self._start

@@ -7,6 +7,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fitlora.console import say
+from fitlora.plan import Plan
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -14,8 +15,9 @@ _SECONDS_BETWEEN_LINES = 10.0
 class TrainingProgress:
     """Shows a run's records; use as a context manager around it."""
 
-    def __init__(self, total_steps: int) -> None:
-        self.total_steps = total_steps
+    def __init__(self, total_steps: int, done: int = 0) -> None:
+        """done: steps of an earlier part of the run."""
+        self.total_steps, self._first = total_steps, done
         self._bar: Progress | None = None
         if sys.stdout.isatty():
             self._bar = Progress(
@@ -25,7 +27,7 @@ class TrainingProgress:
                 TextColumn("{task.description}"),
                 TimeRemainingColumn(),
             )
-            self._task = self._bar.add_task("", total=total_steps)
+            self._task = self._bar.add_task("", total=total_steps, completed=done)
         self._start = time.perf_counter()
         self._last_line = 0.0
 
@@ -44,15 +46,20 @@ class TrainingProgress:
         if record["event"] == "evaluation":
             self._say(f"step {done}: validation loss {record['validation_loss']:.4f}")
             return
+        if record["event"] == "plan":
+            after = Plan.model_validate(record["after"])
+            self._say(f"step {done}: {record['cause']}; going on with {after.describe()}")
+            return
         speed = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=speed)
             return
         now = time.perf_counter()
-        if done > 1 and now - self._last_line < _SECONDS_BETWEEN_LINES:
+        if done > self._first + 1 and now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
-        left = (now - self._start) / done * (self.total_steps - done)
+        here = max(1, done - self._first)
+        left = (now - self._start) / here * (self.total_steps - done)
         self._say(f"step {done}/{self.total_steps}: {speed}, {left:.0f} s left")
 
     def _say(self, text: str) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,24 @@ from fitlora.adapter import adapter_config, save_adapter
 from fitlora.artifacts import Hardware, write_text_atomically
 from fitlora.console import say
 from fitlora.device import limit_memory, torch_device
-from fitlora.memory.estimate import Load, estimate
+from fitlora.memory.advice import Edge
+from fitlora.memory.estimate import Estimator, Load
 from fitlora.memory.tracker import MemoryTracker
+from fitlora.model import decoder_layers
 from fitlora.params import Params
 from fitlora.plan import Plan
+from fitlora.planner.ladder import Ladder
 from fitlora.step.build import lora_targets, step_skeleton
 from fitlora.step.settings import StepSettings
-from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import CheckpointWeights
 from fitlora.training.batches import Batches
+from fitlora.training.checkpoint import Checkpoints
 from fitlora.training.data import TokenizedSplit, longest, sizes
-from fitlora.training.loop import Outcome, Ranks, Run, RunLog
+from fitlora.training.identity import identity_of
+from fitlora.training.log import RunLog
+from fitlora.training.loop import Outcome, Ranks, Run
 from fitlora.training.progress import TrainingProgress
+from fitlora.training.recovery import Recovery, predictor
 from fitlora.training.start import check_start, read_start
 from fitlora.training.trackers import start_accelerator
 
@@ -63,7 +68,8 @@ def train(
         sizes(longest(rows.sequences, plan.sequences_per_device)),
         sizes(longest(validation.sequences, plan.evaluation_batch_size)),
     )
-    predicted = estimate(config, plan, settings, load, hardware)
+    estimator = Estimator(config, settings, load, hardware)
+    predicted = estimator(plan)
 
     limit_memory(hardware)
     device = torch_device(hardware)
@@ -79,22 +85,57 @@ def train(
     weights = CheckpointWeights(checkpoint, device, adapter=start_from, seed=params.train.seed)
     if settings.spec is not None:
         weights.check(settings.spec)
+    identity = identity_of(params, plan, checkpoint, rows, validation)
+    checkpoints = Checkpoints(places.scratch, identity, say)
     step = skeleton.fill(weights)
     first = accelerator.is_main_process  # the others would write over its files
     memory = places.scratch / "memory"
     tracker = MemoryTracker(
-        memory if first else memory / f"rank{accelerator.process_index}", device
+        memory if first else memory / f"rank{accelerator.process_index}",
+        device,
+        edge=Edge(
+            predicted.peak_allocated_bytes,
+            hardware.allocator_bytes if device.type == "cuda" else None,
+        ),
     )
-    if first:
-        places.log.unlink(missing_ok=True)  # it may be a link into a cache, never to be written
-    start = time.perf_counter()
-    with RunLog(places.log if first else None) as log, tracker.watch(step.model):
-        speed = _probed_speed(places.probe_log, plan)
-        outcome = _run(step, batches, validation, params, tracker, log, accelerator, speed)
+    log = RunLog(places.log if first else None)
+    predict = predictor(estimator, hardware)
+    progress: TrainingProgress | None = None
+
+    def record(content: dict[str, Any]) -> None:
+        log.write(content)
+        if progress is not None:
+            progress.show(content)
+        accelerator.log(_numbers(content), step=content["step"])
+
+    run = Run(
+        step=step,
+        batches=batches,
+        validation=validation.sequences,
+        train=params.train,
+        tracker=tracker,
+        log=log,
+        record=record,
+        checkpoints=checkpoints,
+        recovery=Recovery(step, Ladder(plan, len(decoder_layers(step.model)), predict), record),
+        ranks=Ranks.of(accelerator),
+    )
+    with log, run.stop:
+        if run.resume():
+            say(f"going on after step {run.progress.done} of {run.total_steps}, which was saved")
+        elif first:
+            for other in checkpoints.others():
+                say(f"not going on from {other}")
+        _announce(run, _probed_speed(places.probe_log, plan))
+        with TrainingProgress(run.total_steps, run.progress.done) as bar:
+            progress = bar if first else None
+            outcome = run()
+            progress = None
+        accelerator.end_training()
         end = {
             "event": "end",
             "steps": outcome.steps,
-            "seconds": round(time.perf_counter() - start, 3),
+            "seconds": round(run.elapsed(), 3),
             "best_step": outcome.best_step,
             "best_validation_loss": outcome.best_loss,
             "stopped_early": outcome.stopped_early,
@@ -106,46 +147,31 @@ def train(
     if first:
         write_text_atomically(places.curves, json.dumps(log.curves, indent=1) + "\n")
         _save(outcome, step.model, params, places.adapter)
+        checkpoints.clear()
     return end
 
 
-def _run(
-    step: TrainingStep,
-    batches: Batches,
-    validation: TokenizedSplit,
-    params: Params,
-    tracker: MemoryTracker,
-    log: RunLog,
-    accelerator: Any,
-    probed_tokens_per_second: float | None,
-) -> Outcome:
-    def record(content: dict[str, Any]) -> None:
-        if accelerator.is_main_process:
-            log.write(content)
-            progress.show(content)
-        numbers = {k: v for k, v in content.items() if k not in ("event", "step") and v is not None}
-        accelerator.log(numbers, step=content["step"])
-
-    run = Run(
-        step=step,
-        batches=batches,
-        validation=validation.sequences,
-        train=params.train,
-        tracker=tracker,
-        log=record,
-        ranks=Ranks.of(accelerator),
-    )
-    say(f"training {run.total_steps} steps: {step.plan.describe()}")
+def _announce(run: Run, probed_tokens_per_second: float | None) -> None:
+    left = run.total_steps - run.progress.done
+    say(f"training {left} steps: {run.step.plan.describe()}")
     if probed_tokens_per_second is None:
         say("expected time: told after the first step, as no probe has measured this plan's speed")
-    else:
-        tokens = sum(len(s.tokens) for s in batches.sequences) / len(batches.sequences)
-        seconds = tokens * batches.size * run.total_steps / probed_tokens_per_second
-        say(f"expected time: {_duration(seconds)}, validation aside, by the probe's speed")
-    with TrainingProgress(run.total_steps) as progress:
-        outcome = run()
-    accelerator.end_training()
-    return outcome
+        return
+    sequences = run.batches.sequences
+    tokens = sum(len(s.tokens) for s in sequences) / len(sequences)
+    seconds = tokens * run.batches.size * left / probed_tokens_per_second
+    say(f"expected time: {_duration(seconds)}, validation aside, by the probe's speed")
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, float]:
+    """What of a record a tracker can draw, by name; peaks of phases among it."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if key == "phase_bytes":
+            found |= {f"memory/{phase}_bytes": count for phase, count in value.items()}
+        elif isinstance(value, int | float) and key != "step":
+            found[key] = value
+    return found
 
 
 def _probed_speed(probe_log: Path | None, plan: Plan) -> float | None:

@@ -1,0 +1,134 @@
+"""What tests of the loop and of recovery share: a step that follows a script, and runs around it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fitlora.memory.tracker import MemoryTracker
+from fitlora.params import TrainParams
+from fitlora.plan import Plan
+from fitlora.planner.ladder import Ladder
+from fitlora.step.batch import TokenSequence
+from fitlora.training.batches import Batches
+from fitlora.training.checkpoint import Checkpoints
+from fitlora.training.identity import Identity
+from fitlora.training.log import RunLog
+from fitlora.training.loop import Ranks, Run
+from fitlora.training.recovery import Recovery
+from tests.step import steps
+
+Records = list[dict[str, Any]]
+
+
+class FakeStep:
+    """A step whose losses are a script: what the loop does with them is what is looked at.
+
+    overflows: called at each attempt with the optimizer step and the plan; an error that it gives is
+    raised.
+    """
+
+    def __init__(
+        self,
+        validation: Sequence[float] = (),
+        train: Sequence[float] = (),
+        overflows: Callable[[int, Plan], BaseException | None] = lambda step, plan: None,
+        plan: Plan | None = None,
+    ) -> None:
+        self.device = torch.device("cpu")
+        self.plan = plan or steps.plan()
+        self.validation, self.train, self.overflows = list(validation), list(train), overflows
+        self.done = 0
+        self.rates: list[float] = []
+        self.seen: list[tuple[int, ...]] = []  # samples of each step that came to its end
+        self.half_updated = False
+        self.abandoned = 0
+        self.phase: Any = None
+
+    def run(self, sequences: Any, *, step: int, learning_rate: float, **options: Any) -> Any:
+        assert step == self.done
+        for name in ("forward", "backward", "optimizer"):
+            with self.phase(name):
+                error = self.overflows(step, self.plan) if name == "backward" else None
+                if error is not None:
+                    raise error
+        self.done += 1
+        self.rates.append(learning_rate)
+        self.seen.append(tuple(sequence.sample for sequence in sequences))
+        loss = self.train[step] if self.train else 1.0 / self.done
+
+        class Result:
+            pass
+
+        result: Any = Result()
+        result.loss, result.gradient_norm = torch.tensor(loss), torch.tensor(0.5)
+        return result
+
+    def evaluate(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, int]:
+        """The next of the script's losses for each of the sequences, of which all are in one batch."""
+        loss = self.validation.pop(0)
+        tokens = sum(sequence.target_tokens for sequence in sequences)
+        return torch.tensor(loss * tokens, dtype=torch.float64), tokens
+
+    def adopt(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def abandon(self) -> None:
+        self.abandoned += 1
+
+    def tensors(self) -> Iterable[Tensor]:
+        return []
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        return {"a": torch.tensor(self.done)}
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        self.done = int(state["a"])
+        del self.seen[self.done :], self.rates[self.done :]
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        return {"a/exp_avg": torch.ones(3)}, {"a/step": self.done}
+
+    def load_optimizer_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        assert numbers["a/step"] == self.done
+        self.half_updated = False
+
+
+def make_run(
+    folder: Path,
+    step: Any,
+    *,
+    batches: Batches | None = None,
+    validation: Sequence[TokenSequence] | None = None,
+    ranks: Ranks | None = None,
+    identity: str = "test",
+    predict: Callable[[Plan, bool], int] | None = None,
+    wait: Callable[[float], None] = lambda seconds: None,
+    **train: Any,
+) -> Run:
+    """A run whose checkpoints are below `folder`. predict: by default less for a smaller plan."""
+    log = RunLog()
+    ranks = ranks or Ranks()
+    ladder = Ladder(step.plan, 2, predict or size)
+    return Run(
+        step=step,
+        batches=batches or Batches(steps.sequences(4), 2, seed=0),
+        validation=steps.sequences(4) if validation is None else validation,
+        train=TrainParams.model_validate({"max_steps": 10, "evaluate_every": None, **train}),
+        tracker=MemoryTracker(folder / f"memory{ranks.rank}", "cpu"),
+        log=log,
+        record=log.write,
+        checkpoints=Checkpoints(folder, Identity({"run": identity}), say=lambda text: None),
+        recovery=Recovery(step, ladder, log.write, wait=wait),
+        ranks=ranks,
+    )
+
+
+def size(plan: Plan, evaluation: bool) -> int:
+    """A plan's predicted bytes for tests: any smaller decision takes less."""
+    if evaluation:
+        return 1000 * plan.evaluation_batch_size + plan.loss_chunk_tokens
+    rest = 100 * (8 - len(plan.recompute_layers)) + plan.loss_chunk_tokens // 100
+    return 1000 * plan.micro_batch_size + rest
