@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.common import SHAPES, write_result
 from fitlora.quantization.layout import nested_code
-from fitlora.step import ops, pointwise  # noqa: F401  (define the operators)
+from fitlora.step import float8, ops, pointwise  # noqa: F401  (define the operators)
 
 _8B = SHAPES["llama-3-8b"]
 TOKENS, HIDDEN, MIDDLE = 8192, _8B["hidden_size"], _8B["intermediate_size"]
@@ -186,6 +186,45 @@ def bitsandbytes_dequantize() -> Case:
     return Case(run, size(packed, absmax, out))
 
 
+# --- fp8 -----------------------------------------------------------------------------------------
+
+E4M3 = torch.float8_e4m3fn
+
+
+def _quantize_rows(features: int, scaled: bool) -> Case:
+    x, factor = random(TOKENS, features), random(features, dtype=torch.float32)
+    out = torch.empty(TOKENS, features, device="cuda", dtype=E4M3)
+    scales = torch.empty(TOKENS, 1, device="cuda")
+    column_scale = factor if scaled else None
+    return Case(lambda: fitlora.quantize_rows(x, column_scale, out, scales), size(x, out))
+
+
+def quantize_rows() -> Case:
+    return _quantize_rows(HIDDEN, False)
+
+
+def quantize_rows_scaled() -> Case:
+    return _quantize_rows(MIDDLE, True)
+
+
+def _dequantize_float8(transposed: bool) -> Case:
+    *weight, _ = packed_weight()
+    shape = (HIDDEN, MIDDLE) if transposed else (MIDDLE, HIDDEN)
+    out, scales = torch.empty(shape, device="cuda", dtype=E4M3), torch.empty(MIDDLE, device="cuda")
+    run = fitlora.dequantize_float8
+    return Case(
+        lambda: run(*weight, scales, out, transposed, BLOCK_SIZE, "nf4"), size(*weight[:2], out)
+    )
+
+
+def dequantize_float8() -> Case:
+    return _dequantize_float8(False)
+
+
+def dequantize_float8_transposed() -> Case:
+    return _dequantize_float8(True)
+
+
 # --- products ------------------------------------------------------------------------------------
 
 
@@ -195,11 +234,20 @@ def product_bf16() -> Case:
     return Case(lambda: torch.mm(a, b.t(), out=out), flop=2 * TOKENS * HIDDEN * MIDDLE)
 
 
+def product_float8() -> Case:
+    a, b = random(TOKENS, HIDDEN).to(E4M3), random(MIDDLE, HIDDEN).to(E4M3)
+    a_scales, b_scales = torch.rand(TOKENS, 1, device="cuda"), torch.rand(MIDDLE, device="cuda")
+    out = torch.empty(TOKENS, MIDDLE, device="cuda", dtype=torch.bfloat16)
+    run = fitlora.scaled_product
+    return Case(lambda: run(a, a_scales, b, b_scales, out), flop=2 * TOKENS * HIDDEN * MIDDLE)
+
+
 CASES: tuple[Callable[[], Case], ...] = (
     rms_norm, torch_rms_norm, add_rms_norm, rms_norm_backward, head_norm, head_norm_backward, rope,
     glu, glu_backward, gelu_backward, cross_entropy, cross_entropy_softcap, dropout,
     dequantize, dequantize_select, bitsandbytes_dequantize,
-    product_bf16,
+    quantize_rows, quantize_rows_scaled, dequantize_float8, dequantize_float8_transposed,
+    product_bf16, product_float8,
 )  # fmt: skip
 
 
