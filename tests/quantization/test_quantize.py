@@ -20,6 +20,7 @@ from fitlora.checkpoint import Checkpoint
 from fitlora.errors import ArtifactError, UserError
 from fitlora.model import load_config
 from fitlora.quantization import quantize as module
+from fitlora.quantization import reading
 from fitlora.quantization.codes import quantize_4bit
 from fitlora.quantization.layout import QuantSpec, part_names
 from fitlora.quantization.quantize import quantize_checkpoint
@@ -157,6 +158,19 @@ def test_the_default_s_bytes_are_those_that_a_gpu_made(tmp_path: Path) -> None:
                 assert {k[7:]: v for k, v in row.items() if k.startswith("sha256 ")} == found
                 compared.append(row["device"])
     assert sorted(compared) == ["NVIDIA H200", "cpu", "cpu"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("spec", [NF4, QuantSpec("fp4", 128, double=False)], ids=str)
+def test_a_gpu_makes_the_same_bytes(
+    spec: QuantSpec, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 4096)  # many pieces, each in a used buffer
+    for name, folder in (("odd", source("llama_odd")), ("even", source("llama", shards=4))):
+        expected = hashes(quantize(folder, tmp_path / f"{name} on the CPU", spec))
+        quantize_checkpoint(folder, tmp_path / name, spec=spec, device=torch.device("cuda"))
+        assert hashes(tmp_path / name) == expected
 
 
 def test_a_killed_run_goes_on_after_its_last_shard(
@@ -505,6 +519,27 @@ def test_refusals_name_the_thing_and_leave_nothing(
     with pytest.raises(UserError, match=message):
         quantize(folder, tmp_path / "out" / "q")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_is_refused_late_stops_the_rest(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy(source("llama", shards=4), tmp_path / "s")
+    read: list[str] = []
+
+    def read_ahead(checkpoint: Checkpoint, name: str, *args: Any, **options: Any) -> Any:
+        read.append(name)
+        if len(read) == 2:
+            raise UserError("the disk is tired")
+        return reading.read_ahead(checkpoint, name, *args, **options)
+
+    monkeypatch.setattr(module, "read_ahead", read_ahead)
+    monkeypatch.setattr(module, "SHARDS", 1)
+    with pytest.raises(UserError, match="the disk is tired"):
+        quantize(folder, tmp_path / "q")
+    shards = list(Checkpoint(folder).files().values())
+    assert len(read) <= len(shards[0]) + 1  # one may have begun
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
 
 
 def test_a_wide_value_that_bfloat16_cannot_hold_is_named(source: Source, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from fitlora.quantization.writer import (
 from fitlora.units import format_bytes
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-SHARDS = 3  # whose weights are quantized and wait in memory to be written, at once
+SHARDS = 4  # that are quantized, and wait in memory to be written, at once
 # Weights that are quantized at once. On a GPU a thread waits for the disk, the link and the kernels in
 # turn; on the CPU PyTorch splits the work of one weight.
 WORKERS = {"cuda": 4, "cpu": 1}
@@ -67,8 +67,8 @@ def quantize_checkpoint(
 
     Everything that stays is stored in bfloat16; integers as they are. A source that bitsandbytes
     quantized in the same way goes through as it is. `target` is replaced at the end, when all is
-    written; a run that was killed goes on after its last shard. Host memory: three shards of 4-bit
-    weights, which are less than one of the source, and a few pieces. GPU memory: four pieces, each
+    written; a run that was killed goes on after its last shard. Host memory: four shards of 4-bit
+    weights, which are about one of the source, and a few pieces. GPU memory: four pieces, each
     with about 12 bytes a weight of CHUNK_ELEMENTS.
 
     Raises UserError, with the name of the tensor, layer or file, for what cannot be quantized, and
