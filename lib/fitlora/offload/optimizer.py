@@ -1,0 +1,329 @@
+"""An optimizer whose work and state are on the host.
+
+The device keeps the parameters, in fp32 or bf16. On the host lie fp32 masters of them and all that the
+wrapped optimizer keeps; it steps there, on gradients that came down, and the parameters go up again.
+What it saves is the state (8 bytes a parameter with AdamW) and, under bf16, the masters; with
+`offload_gradients` the gradients as well, which then leave the device as backward makes them.
+
+A step is cut into buckets of parameters: while one is updated, the next one's gradients come down and
+the last one's parameters go up. Only PyTorch's own optimizers are cut, whose update of a parameter
+depends on no other; a foreign one may count steps or measure distances over all of them.
+
+Masters follow their parameters: what was written to a parameter since the last step is seen by its
+version and taken over, but for values that are the master's own, rounded. (Writing through `.data`
+leaves no trace, and is seen only before the first step.)
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fitlora.errors import UserError
+from fitlora.offload.transport import (
+    Mark,
+    Transport,
+    aligned,
+    make_transport,
+    tensor_bytes,
+    view_as,
+)
+
+BUCKET_BYTES = 32 * 2**20
+_IN_FLIGHT = 16  # gradients on their way down that backward leaves alive on the device
+PURPOSE, STATE_PURPOSE = "optimizer masters and gradients", "optimizer state"
+
+
+@dataclass
+class _Master:
+    """One parameter's host side. The wires are pinned and have the parameter's dtype."""
+
+    parameter: Tensor
+    master: nn.Parameter  # fp32
+    gradient: Tensor  # fp32
+    up: Tensor  # wire; under fp32 the master itself
+    down: Tensor  # wire; under fp32 and gradients that stay on the device, the gradient itself
+    version: int | None = None  # of the parameter, when the master was last like it
+    coming: Mark = None  # the gradient's copy down that has not been added yet
+    is_coming: bool = False
+    has_gradient: bool = False
+
+
+class CPUOffloadOptimizer(torch.optim.Optimizer):
+    """`optimizer`, made on the device's parameters, with its work and state on the host.
+
+    It is used as the one that it wraps: learning rates in `param_groups`, `zero_grad`, `state_dict`
+    (which either of them loads; under bf16 with the masters in it). On the CPU in fp32 its results are
+    the plain optimizer's to the bit.
+
+    transport: None makes one for the parameters' device. offload_gradients: gradients leave the device
+    while backward runs; `.grad` is then None after it, and `clip_grad_norm_` here takes the place of
+    `torch.nn.utils.clip_grad_norm_`. Raises UserError where the host's memory budget is too small, and
+    for LBFGS.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        transport: Transport | None = None,
+        offload_gradients: bool = False,
+    ) -> None:
+        self._inner = optimizer
+        device = next(p for group in optimizer.param_groups for p in group["params"]).device
+        self.transport = transport or make_transport(device)
+        self._offload_gradients = offload_gradients
+        self._masters: dict[Tensor, _Master] = {}
+        self._leaving: deque[tuple[Tensor, Mark]] = deque()
+        self._state_bytes = 0
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise UserError(
+                "LBFGS asks for the loss several times in a step, which an optimizer on the host does "
+                "not do; use AdamW"
+            )
+        self._divisible = type(optimizer).__module__.startswith("torch.optim.")
+        given = {p: optimizer.state.pop(p) for p in list(optimizer.state)}
+        groups = [dict(group) for group in optimizer.param_groups]
+        super().__init__(groups, optimizer.defaults)
+        for parameter, state in given.items():
+            optimizer.state[self._masters[parameter].master] = {
+                key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
+        self._share_state()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        number = len(self.param_groups) - 1
+        group = self.param_groups[number]
+        masters = self._make_masters(group["params"])
+        if number < len(self._inner.param_groups):
+            self._inner.param_groups[number]["params"] = masters
+        else:
+            self._inner.add_param_group({**group, "params": masters})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns what `closure` gives."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            inner.update({key: value for key, value in outer.items() if key != "params"})
+        self._follow_parameters()
+        for one in self._masters.values():
+            if one.parameter.grad is not None:
+                self._send_down(one)
+        last = None
+        for bucket in self._buckets():
+            for one in bucket:
+                self._take_in(one)
+            self._step_inner(bucket)
+            for one in bucket:
+                if one.has_gradient:
+                    last = self._send_up(one)
+                    # one that the device still has comes down again, and one that it has not is kept
+                    one.has_gradient = self._offload_gradients
+        self.transport.wait(last)
+        self._leaving.clear()
+        for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            outer.update({key: value for key, value in inner.items() if key != "params"})
+        self._share_state()
+        self._count_state()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients, those on the host as well."""
+        super().zero_grad(set_to_none)
+        for one in self._masters.values():
+            one.has_gradient = one.is_coming = False
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
+        """Scales gradients that are on the host to a total norm of `max_norm`; returns the norm before.
+
+        max_norm: None only measures. The norm is float32 () on the CPU.
+        """
+        for one in self._masters.values():
+            self._take_in(one)
+        gradients = [one.gradient for one in self._masters.values() if one.has_gradient]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if max_norm is not None:
+            scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+            for gradient in gradients:
+                gradient.mul_(scale)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the wrapped optimizer's; the state of bf16 parameters has their fp32 `master` as well."""
+        self._follow_parameters()
+        packed = super().state_dict()
+        for number, one in enumerate(self._ordered()):
+            if one.parameter.dtype != torch.float32:
+                state = packed["state"].get(number, {})
+                packed["state"][number] = {**state, "master": one.master.detach()}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave here or from a plain optimizer of the same kind."""
+        states, masters = {}, {}
+        for number, state in state_dict["state"].items():
+            rest = dict(state)
+            if "master" in rest:
+                masters[number] = rest.pop("master")
+            if rest:
+                states[number] = rest
+        self._inner.load_state_dict({**state_dict, "state": states})
+        for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            outer.update({key: value for key, value in inner.items() if key != "params"})
+        for number, one in enumerate(self._ordered()):
+            if number in masters:
+                one.master.data.copy_(masters[number])
+            one.version = None  # what the parameter is by now decides
+        self.state.clear()
+        self._share_state()
+        self._count_state()
+
+    def _make_masters(self, parameters: Sequence[Tensor]) -> list[nn.Parameter]:
+        """The host sides of a group, in one buffer."""
+        needed = [self._parts(parameter) for parameter in parameters]
+        size = sum(aligned(tensor_bytes(part)) for parts in needed for part in parts)
+        buffer = self.transport.reserve(size, PURPOSE)
+        found, offset = [], 0
+        for parameter, parts in zip(parameters, needed, strict=True):
+            views = []
+            with self.transport.hidden():
+                for part in parts:
+                    views.append(view_as(buffer, offset, part))
+                    offset += aligned(tensor_bytes(part))
+                master = nn.Parameter(views[0])
+            up = views[0] if parameter.dtype == torch.float32 else views[2]
+            down = views[1] if len(views) == 2 else views[-1]
+            one = _Master(parameter, master, gradient=views[1], up=up, down=down)
+            if self._offload_gradients and parameter.requires_grad:
+                self._send_down_when_finished(one)
+            self._masters[parameter] = one
+            found.append(master)
+        self.transport.pin()
+        return found
+
+    def _parts(self, parameter: Tensor) -> list[Tensor]:
+        """On meta: master, gradient, and the wires up and down where they are not the same memory."""
+        fp32, wire = (
+            torch.empty(parameter.shape, dtype=dtype, device="meta")
+            for dtype in (torch.float32, parameter.dtype)
+        )
+        if parameter.dtype != torch.float32:
+            return [fp32, fp32, wire, wire]
+        # what comes down is added to a sum where backward runs more than once
+        return [fp32, fp32, wire] if self._offload_gradients else [fp32, fp32]
+
+    def _send_down_when_finished(self, one: _Master) -> None:
+        hook = cast(Any, one.parameter).register_post_accumulate_grad_hook
+        hook(lambda _: self._send_down(one))
+
+    def _ordered(self) -> Iterator[_Master]:
+        return (self._masters[p] for group in self.param_groups for p in group["params"])
+
+    def _follow_parameters(self) -> None:
+        """Makes masters of parameters that were written to since the last step."""
+        changed = [one for one in self._ordered() if one.version != one.parameter._version]
+        marks = [
+            self.transport.download(one.up, one.parameter.detach(), self.transport.mark())
+            for one in changed
+        ]
+        for one, mark in zip(changed, marks, strict=True):
+            self.transport.finish(mark)
+            if self.transport.computes and one.up.dtype != torch.float32:
+                with self.transport.hidden(), torch.no_grad():
+                    own = one.master.to(one.up.dtype) == one.up
+                    one.master.copy_(torch.where(own, one.master, one.up.float()))
+            one.version = one.parameter._version
+
+    def _send_down(self, one: _Master) -> None:
+        """A gradient that backward has finished, to the host."""
+        self._take_in(one)  # the wire is free then
+        gradient = cast(Tensor, one.parameter.grad).detach()
+        one.coming = self.transport.download(one.down, gradient, self.transport.mark())
+        one.is_coming = True
+        if self._offload_gradients:
+            one.parameter.grad = None
+            self._leaving.append((gradient, one.coming))
+            if len(self._leaving) > _IN_FLIGHT:
+                self.transport.wait(self._leaving.popleft()[1])
+
+    def _take_in(self, one: _Master) -> None:
+        """Adds the gradient that has come down, if one has, to what is there."""
+        if not one.is_coming:
+            return
+        self.transport.finish(one.coming)
+        if self.transport.computes:
+            with self.transport.hidden():
+                if one.has_gradient:
+                    one.gradient.add_(one.down)
+                elif one.down is not one.gradient:
+                    one.gradient.copy_(one.down)
+        one.is_coming, one.coming, one.has_gradient = False, None, True
+
+    def _send_up(self, one: _Master) -> Mark:
+        if self.transport.computes and one.up.dtype != torch.float32:
+            with self.transport.hidden():
+                one.up.copy_(one.master)
+        mark = self.transport.upload(one.parameter.detach(), one.up, self.transport.mark())
+        one.version = one.parameter._version
+        return mark
+
+    def _buckets(self) -> Iterator[list[_Master]]:
+        bucket: list[_Master] = []
+        size = 0
+        for one in self._ordered():
+            bucket.append(one)
+            size += tensor_bytes(one.master)
+            if size >= BUCKET_BYTES and self._divisible:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket
+
+    def _step_inner(self, bucket: list[_Master]) -> None:
+        """The wrapped optimizer's step on these parameters alone."""
+        if not self.transport.computes:
+            return
+        for one in bucket:
+            one.master.grad = one.gradient if one.has_gradient else None
+        whole = self._inner.param_groups
+        chosen = {id(one.master) for one in bucket}
+        if self._divisible:
+            self._inner.param_groups = [
+                {**group, "params": [p for p in group["params"] if id(p) in chosen]}
+                for group in whole
+            ]
+        try:
+            with self.transport.hidden():
+                self._inner.step()
+        finally:
+            self._inner.param_groups = whole
+            for one in bucket:
+                one.master.grad = None
+
+    def _share_state(self) -> None:
+        """Shows the wrapped optimizer's state under the device's parameters."""
+        for parameter, one in self._masters.items():
+            if one.master in self._inner.state:
+                self.state[parameter] = self._inner.state[one.master]
+
+    def _count_state(self) -> None:
+        """Counts the state against the host's budget, once it is there."""
+        size = sum(
+            tensor_bytes(value)
+            for state in self._inner.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+        if size > self._state_bytes:
+            self.transport.memory.take(size - self._state_bytes, STATE_PURPOSE)
+            self._state_bytes = size
