@@ -26,7 +26,7 @@ from fitlora.step.weights import RandomWeights
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe measured. `peak_reserved_bytes` and the rates are None on the CPU."""
+    """What a probe measured. Rates are None where it did not fit, reserved bytes on the CPU too."""
 
     plan: Plan
     fits: bool
@@ -46,10 +46,12 @@ def probe(
     limit_memory(hardware)
     device = torch_device(hardware)
     if device.type == "cpu":
-        found = trace_step(config, plan, settings, load, RandomWeights(device))
-        return ProbeResult(
-            plan, found.peak_bytes <= hardware.budget_bytes, found.peak_bytes, None, None, None
-        )
+        peak = trace_step(config, plan, settings, load, RandomWeights(device)).peak_bytes
+        if peak > hardware.budget_bytes:
+            return ProbeResult(plan, False, peak, None, None, None)
+        # once more without the trace, which takes longer than a small model's operators
+        seconds, tokens = time_step(build_step(config, plan, settings, RandomWeights(device)), load)
+        return ProbeResult(plan, True, peak, None, seconds, tokens / seconds)
     try:
         return _probe_cuda(config, plan, settings, load, device)
     except RuntimeError as error:
@@ -76,13 +78,19 @@ def _probe_cuda(
 
 
 def time_step(step: TrainingStep, load: Load) -> tuple[float, int]:
-    """Seconds and tokens of one micro-batch's optimizer step, after the rehearsal has warmed it up."""
+    """Seconds and tokens of one micro-batch's optimizer step; on a GPU the rehearsal warmed it up."""
     batch = sequences_of(load.train[: step.plan.micro_batch_size])
-    torch.cuda.synchronize(step.device)
+    _wait_for(step.device)
     start = time.perf_counter()
     step.run(batch, step=2, learning_rate=0.0)
-    torch.cuda.synchronize(step.device)
+    _wait_for(step.device)
     return time.perf_counter() - start, sum(len(s.tokens) for s in batch)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Lets a GPU finish what it was given; the CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def write_log(path: Path, predicted: Estimate, probes: Sequence[ProbeResult]) -> None:
