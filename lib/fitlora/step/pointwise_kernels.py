@@ -130,11 +130,13 @@ def rms_norm_backward(
 
 
 @triton.jit
-def _turn(x, cos, sin, heads, head_stride, half, HEADS: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+def _turn(  # type: ignore[no-untyped-def]
+    x, cos, sin, head_stride, half, ALL: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
+):
     column = tl.arange(0, HALF)[None, :]
-    for start in range(0, heads, HEADS):
+    for start in range(0, ALL, HEADS):
         head = (start + tl.arange(0, HEADS))[:, None]
-        inside = (head < heads) & (column < half)
+        inside = (head < ALL) & (column < half)
         first = x + head * head_stride + column
         a = tl.load(first, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(first + half, mask=inside, other=0.0).to(tl.float32)
@@ -144,9 +146,9 @@ def _turn(x, cos, sin, heads, head_stride, half, HEADS: tl.constexpr, HALF: tl.c
 
 @triton.jit
 def _rope(  # type: ignore[no-untyped-def]
-    q, k, cos, sin, q_heads, k_heads, half,
-    q_token, q_head, k_token, k_head, cos_token, sin_token,
-    BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    q, k, cos, sin, half, q_token, q_head, k_token, k_head, cos_token, sin_token,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, BACKWARD: tl.constexpr, HEADS: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, HALF)[None, :]
@@ -154,8 +156,8 @@ def _rope(  # type: ignore[no-untyped-def]
     s = tl.load(sin + token * sin_token + column, mask=column < half, other=0.0)
     if BACKWARD:
         s = -s
-    _turn(q + token * q_token, c, s, q_heads, q_head, half, HEADS, HALF)
-    _turn(k + token * k_token, c, s, k_heads, k_head, half, HEADS, HALF)
+    _turn(q + token * q_token, c, s, q_head, half, Q_HEADS, HEADS, HALF)
+    _turn(k + token * k_token, c, s, k_head, half, K_HEADS, HEADS, HALF)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> None:
@@ -165,8 +167,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> None
     block = triton.next_power_of_2(half)
     heads = max(1, min(triton.next_power_of_2(q.shape[1]), 2048 // block))
     _rope[(tokens,)](
-        q, k, cos, sin, q.shape[1], k.shape[1], half, *_row_strides(q), *_row_strides(k),
-        cos.stride(0), sin.stride(0), BACKWARD=backward, HEADS=heads, HALF=block, num_warps=4,
+        q, k, cos, sin, half, *_row_strides(q), *_row_strides(k), cos.stride(0), sin.stride(0),
+        Q_HEADS=q.shape[1], K_HEADS=k.shape[1], BACKWARD=backward, HEADS=heads, HALF=block,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -257,7 +260,7 @@ def _capped(x, softcap, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _cross_entropy(  # type: ignore[no-untyped-def]
-    logits, targets, losses, vocabulary, logits_row, scale, softcap,
+    logits, targets, losses, logits_row, scale, softcap, VOCABULARY: tl.constexpr,
     CAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -266,9 +269,9 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
     chosen = _capped(tl.load(logits + target).to(tl.float32), softcap, CAP)
     largest = -3.0e38
     sums = tl.zeros((BLOCK,), tl.float32)  # of exp(logit - largest), lane by lane
-    for start in range(0, vocabulary, BLOCK):
+    for start in range(0, VOCABULARY, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < vocabulary
+        inside = column < VOCABULARY
         x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(inside, _capped(x, softcap, CAP), -float("inf"))
         above = tl.maximum(largest, tl.max(x, axis=0))
@@ -277,9 +280,9 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
     total = tl.sum(sums, axis=0)
     tl.store(losses + row, tl.log(total) - (chosen - largest))
     if GRADIENT:
-        for start in range(0, vocabulary, BLOCK):
+        for start in range(0, VOCABULARY, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            inside = column < vocabulary
+            inside = column < VOCABULARY
             x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
             x = _capped(x, softcap, CAP)
             grad = tl.exp(x - largest) * (scale / total) - tl.where(column == target, scale, 0.0)
@@ -298,6 +301,6 @@ def cross_entropy(
     assert losses.is_contiguous()
     block = min(_VOCABULARY_BLOCK, triton.next_power_of_2(vocabulary))
     _cross_entropy[(rows,)](
-        logits, targets, losses, vocabulary, logits.stride(0), scale, softcap,
+        logits, targets, losses, logits.stride(0), scale, softcap, VOCABULARY=vocabulary,
         CAP=softcap > 0, GRADIENT=gradient, BLOCK=block, num_warps=16 if block > 2048 else 4,
     )  # fmt: skip
