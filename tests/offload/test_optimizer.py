@@ -14,6 +14,7 @@ from fitlora.offload import optimizer as module
 from fitlora.offload.host_memory import HostMemory, anonymous_bytes
 from fitlora.offload.optimizer import CPUOffloadOptimizer
 from fitlora.offload.transport import HostTransport, TracedTransport
+from fitlora.step.optimizer_state import make_states
 from tests.offload.transports import DelayedTransport
 
 CPU = torch.device("cpu")
@@ -234,6 +235,31 @@ def test_the_device_has_the_parameters_and_nothing_more(fake: bool) -> None:
             assert trace.live_bytes == before
             assert trace.peak.bytes == before + 4 * rounded(4 * size)
     assert transport.pinned_bytes >= 4 * 3 * 4 * size
+
+
+def test_states_may_be_made_ahead_and_taken_away() -> None:
+    params = parameters()
+    optimizer = CPUOffloadOptimizer(OPTIMIZERS["adamw"](params))
+    make_states(optimizer.inner)
+    assert set(optimizer.state) == set(params)
+    made = optimizer.state[params[0]]["exp_avg"]
+    train(params, optimizer, range(1))
+    assert optimizer.state[params[0]]["exp_avg"] is made
+    assert made.abs().sum() > 0
+    optimizer.state.clear()
+    assert len(optimizer.inner.state) == 0
+
+
+def test_a_backward_without_autograd_sends_its_gradients() -> None:
+    params = parameters()
+    optimizer = CPUOffloadOptimizer(OPTIMIZERS["sgd"](params), offload_gradients=True)
+    before = params[0].detach().clone()
+    for _ in range(2):
+        params[0].grad = torch.ones_like(params[0])
+        optimizer.send_down(params)
+        assert params[0].grad is None
+    optimizer.step()
+    torch.testing.assert_close(params[0].detach(), before - 0.05 * 2)
 
 
 def test_lbfgs_is_refused() -> None:

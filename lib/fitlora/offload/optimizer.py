@@ -15,7 +15,7 @@ leaves no trace, and is seen only before the first step.)
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -52,6 +52,34 @@ class _Master:
     has_gradient: bool = False
 
 
+class _StateByMaster(MutableMapping[Tensor, dict[str, Any]]):
+    """`states`, by the device's parameters, for who knows their masters; made when asked for."""
+
+    def __init__(
+        self, states: dict[Tensor, dict[str, Any]], parameters: dict[nn.Parameter, Tensor]
+    ) -> None:
+        self._states, self._parameters = states, parameters
+        self._masters = {parameter: master for master, parameter in parameters.items()}
+
+    def __getitem__(self, master: Tensor) -> dict[str, Any]:
+        return self._states.setdefault(self._parameters[cast(nn.Parameter, master)], {})
+
+    def __setitem__(self, master: Tensor, state: dict[str, Any]) -> None:
+        self._states[self._parameters[cast(nn.Parameter, master)]] = state
+
+    def __delitem__(self, master: Tensor) -> None:
+        del self._states[self._parameters[cast(nn.Parameter, master)]]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self._masters[parameter] for parameter in self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __contains__(self, master: object) -> bool:
+        return self._parameters.get(cast(nn.Parameter, master)) in self._states
+
+
 class CPUOffloadOptimizer(torch.optim.Optimizer):
     """`optimizer`, made on the device's parameters, with its work and state on the host.
 
@@ -59,6 +87,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
     (which either of them loads; under bf16 with the masters in it). On the CPU in fp32 its results are
     the plain optimizer's to the bit.
 
+    inner: the wrapped optimizer, on the masters. state: by the device's parameters, on the host.
     transport: None makes one for the parameters' device. offload_gradients: gradients leave the device
     while backward runs; `.grad` is then None after it, and `clip_grad_norm_` here takes the place of
     `torch.nn.utils.clip_grad_norm_`. Raises UserError where the host's memory budget is too small, and
@@ -72,7 +101,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         transport: Transport | None = None,
         offload_gradients: bool = False,
     ) -> None:
-        self._inner = optimizer
+        self.inner = optimizer
         device = next(p for group in optimizer.param_groups for p in group["params"]).device
         self.transport = transport or make_transport(device)
         self._offload_gradients = offload_gradients
@@ -85,25 +114,26 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
                 "not do; use AdamW"
             )
         self._divisible = type(optimizer).__module__.startswith("torch.optim.")
-        given = {p: optimizer.state.pop(p) for p in list(optimizer.state)}
+        given = dict(optimizer.state)
         groups = [dict(group) for group in optimizer.param_groups]
         super().__init__(groups, optimizer.defaults)
         for parameter, state in given.items():
-            optimizer.state[self._masters[parameter].master] = {
+            self.state[parameter] = {
                 key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
                 for key, value in state.items()
             }
-        self._share_state()
+        self._show_state()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         number = len(self.param_groups) - 1
         group = self.param_groups[number]
         masters = self._make_masters(group["params"])
-        if number < len(self._inner.param_groups):
-            self._inner.param_groups[number]["params"] = masters
+        if number < len(self.inner.param_groups):
+            self.inner.param_groups[number]["params"] = masters
         else:
-            self._inner.add_param_group({**group, "params": masters})
+            self._show_state()
+            self.inner.add_param_group({**group, "params": masters})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -112,12 +142,10 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+        for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({key: value for key, value in outer.items() if key != "params"})
         self._follow_parameters()
-        for one in self._masters.values():
-            if one.parameter.grad is not None:
-                self._send_down(one)
+        self.send_down(self._masters)
         last = None
         for bucket in self._buckets():
             for one in bucket:
@@ -130,11 +158,19 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
                     one.has_gradient = self._offload_gradients
         self.transport.wait(last)
         self._leaving.clear()
-        for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+        for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             outer.update({key: value for key, value in inner.items() if key != "params"})
-        self._share_state()
         self._count_state()
         return loss
+
+    def send_down(self, parameters: Iterable[Tensor]) -> None:
+        """Sends down the gradients of `parameters`; where they leave the device, `.grad` is then None.
+
+        Hooks do that when autograd has finished one; a backward of another kind does it by itself.
+        """
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self._send_down(self._masters[parameter])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, those on the host as well."""
@@ -177,15 +213,18 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
                 masters[number] = rest.pop("master")
             if rest:
                 states[number] = rest
-        self._inner.load_state_dict({**state_dict, "state": states})
-        for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+        self.inner.load_state_dict({**state_dict, "state": states})
+        for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             outer.update({key: value for key, value in inner.items() if key != "params"})
         for number, one in enumerate(self._ordered()):
             if number in masters:
                 one.master.data.copy_(masters[number])
             one.version = None  # what the parameter is by now decides
         self.state.clear()
-        self._share_state()
+        for parameter, one in self._masters.items():
+            if one.master in self.inner.state:
+                self.state[parameter] = self.inner.state[one.master]
+        self._show_state()
         self._count_state()
 
     def _make_masters(self, parameters: Sequence[Tensor]) -> list[nn.Parameter]:
@@ -295,32 +334,31 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             return
         for one in bucket:
             one.master.grad = one.gradient if one.has_gradient else None
-        whole = self._inner.param_groups
+        whole = self.inner.param_groups
         chosen = {id(one.master) for one in bucket}
         if self._divisible:
-            self._inner.param_groups = [
+            self.inner.param_groups = [
                 {**group, "params": [p for p in group["params"] if id(p) in chosen]}
                 for group in whole
             ]
         try:
             with self.transport.hidden():
-                self._inner.step()
+                self.inner.step()
         finally:
-            self._inner.param_groups = whole
+            self.inner.param_groups = whole
             for one in bucket:
                 one.master.grad = None
 
-    def _share_state(self) -> None:
-        """Shows the wrapped optimizer's state under the device's parameters."""
-        for parameter, one in self._masters.items():
-            if one.master in self._inner.state:
-                self.state[parameter] = self._inner.state[one.master]
+    def _show_state(self) -> None:
+        """The wrapped optimizer's states are ours, under its own parameters."""
+        parameters = {one.master: parameter for parameter, one in self._masters.items()}
+        cast(Any, self.inner).state = _StateByMaster(self.state, parameters)
 
     def _count_state(self) -> None:
         """Counts the state against the host's budget, once it is there."""
         size = sum(
             tensor_bytes(value)
-            for state in self._inner.state.values()
+            for state in self.state.values()
             for value in state.values()
             if isinstance(value, Tensor)
         )
