@@ -1,5 +1,7 @@
-"""The documents: docs/params.md is what `make docs` writes, and every command in them exists."""
+"""The documents: docs/params.md is what `make docs` writes, every command in them exists, and the rows
+of data that they show are read as they say."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 from fitlora import params
 from fitlora.cli import main
+from fitlora.data.formats import FORMATS, format_of, make_row
 from scripts import make_docs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,3 +66,20 @@ def test_keys_in_documents_exist(document: str) -> None:
     named = re.findall(rf"`((?:{sections})\.[\w.]+?)(?:: [^`]*)?`", text)
     assert named
     assert set(named) <= set(params._every_path())
+
+
+def test_rows_in_the_readme_are_what_it_says() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("### The forms of data")[2].partition("## The command line")[0]
+    shown = re.findall(r"^\| (?:`([\w-]+)`)? ?\| `(\{.*\})` \|$", section, re.MULTILINE)
+    kinds = []
+    for name, row in shown:
+        kinds.append(name or kinds[-1])
+        content = json.loads(row)
+        assert format_of(content) == kinds[-1]
+        make_row(content, format_of(content))
+    assert set(kinds) == set(FORMATS)
+    (block,) = re.findall(r"^```\n(\{.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    row = make_row(json.loads(block), "messages")
+    assert row.tools is not None
+    assert [m["role"] for m in row.messages] == ["user", "assistant", "tool", "assistant"]

@@ -109,7 +109,10 @@ def profile(project: Project) -> Any:
 @answers()
 @project_options
 def estimate(project: Project) -> Any:
-    """Predict the memory of a training step, by component, before anything runs. Needs profile."""
+    """Predict the memory of a training step, part by part.
+
+    Nothing runs but the tokenizer: the step is traced on tensors without content. Needs profile.
+    """
     from fitlora.pipeline.estimate_memory import estimate_memory
 
     return estimate_memory(project.params, project.root)
@@ -119,9 +122,9 @@ def estimate(project: Project) -> Any:
 @answers()
 @project_options
 def plan(project: Project) -> Any:
-    """Find how a training step is split up to fit, and prove it by running that step.
+    """Find how a training step is split up to fit, and prove it.
 
-    Needs estimate.
+    The step that is found runs once on the device, with noise for weights. Needs estimate.
     """
     from fitlora.pipeline.find_batch_size import find_batch_size
 
@@ -263,7 +266,7 @@ def chat(
 @root_option
 @debug_option
 def summary(root: Path | None) -> Any:
-    """Show what the last run came to: metrics, memory, and where everything is."""
+    """Show what the last run came to, and where everything is."""
     from fitlora.report.summary import summarize
 
     return summarize(open_root(root))

@@ -46,7 +46,10 @@ class Project:
 
 
 class Commands(click.Group):
-    """A group whose commands end in the project's way."""
+    """A group whose commands end in the project's way, and are listed in the order of their use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         # bitsandbytes says at import that an optional kernel is missing, which is never used here
