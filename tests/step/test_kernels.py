@@ -86,9 +86,8 @@ def kernels() -> Any:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 1.0), (torch.bfloat16, 0.0)])
 @pytest.mark.parametrize("shape", [(1, 2), (3, 100), (2, 1024), (5, 3, 16), (11, 2, 20)])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_norms(shape: tuple[int, ...], dtype: torch.dtype, offset: float) -> None:
     x, y, z = (random(shape, dtype, seed) for seed in range(3))
     weight, out = random(shape[-1:], dtype, 3), random(shape, dtype, 4)
@@ -200,8 +199,8 @@ def dequantized(
     [
         ((1, 1), 64, "nf4", "load"),
         ((3, 13), 32, "fp4", "select"),
-        ((70, 300), 64, "nf4", "load"),
-        ((5, 4096), 4096, "nf4", "load"),
+        ((15, 300), 64, "nf4", "load"),
+        ((2, 4096), 4096, "nf4", "load"),
     ],
 )
 def test_dequantizing(
@@ -279,7 +278,7 @@ def weights_in_float8(
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize(
     ("shape", "block_size", "quant_type"),
-    [((1, 64), 64, "nf4"), ((130, 96), 32, "fp4"), ((5, 1152), 128, "nf4")],
+    [((1, 64), 64, "nf4"), ((130, 32), 32, "fp4"), ((5, 1152), 128, "nf4")],
 )
 def test_dequantizing_to_float8(
     shape: tuple[int, int], block_size: int, quant_type: str, double: bool
@@ -395,7 +394,8 @@ def test_they_compile(n: int, compiling: set[str]) -> None:
 
 
 def gpu(test: Callable[..., None]) -> Callable[..., None]:
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    usable = torch.cuda.is_available() and not INTERPRETED
+    skip = pytest.mark.skipif(not usable, reason="needs a CUDA device")
     marked: Callable[..., None] = pytest.mark.gpu(skip(test))
     return marked
 

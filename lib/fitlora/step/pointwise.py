@@ -11,7 +11,6 @@ once, at the end. Here are the operators and their twins in plain PyTorch, which
 `fitlora.step.pointwise_kernels` has them in Triton.
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +33,9 @@ def _on_cuda(name: str) -> Callable[..., None]:
     """The kernel of that name; Triton is imported when it first runs."""
 
     def run(*arguments: Any) -> None:
-        getattr(importlib.import_module("fitlora.step.pointwise_kernels"), name)(*arguments)
+        from fitlora.step import pointwise_kernels
+
+        getattr(pointwise_kernels, name)(*arguments)
 
     return run
 
