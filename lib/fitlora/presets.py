@@ -49,6 +49,7 @@ _NO_8B = (
     "A Llama 3.3 of 8B was never released; of that size the newest is 3.1",
     "and of 70B, 3.3 exists as Instruct only.",
 )
+_AUTO = "Say auto for lora.r, lora.alpha and data.max_length to have them found from rows and budget."
 
 PRESETS = {
     "8gb": Preset(
@@ -59,19 +60,20 @@ PRESETS = {
             _GATED,
             "CPU offloading is not part of FitLoRA yet, and is not needed here: layers recompute",
             "their activations as far as the budget asks (plan.recompute: auto).",
+            _AUTO,
         ),
         notes={"hardware.memory_budget": "8 GiB less the driver's and a desktop's; null: all"},
     ),
     "16gb": Preset(
         "16 GB GPU, like an RTX 4060 Ti or 4080",
         {**_LLAMA_8B, **_RUN, "hardware.memory_budget": "15GiB", "data.max_length": 1024},
-        head=(*_NO_8B, _GATED, "An RTX 4090 has 24 GB: for it take --preset 24gb."),
+        head=(*_NO_8B, _GATED, "An RTX 4090 has 24 GB: for it take --preset 24gb.", _AUTO),
         notes={"hardware.memory_budget": "16 GiB less the driver's and a desktop's; null: all"},
     ),
     "24gb": Preset(
         "24 GB GPU, like an RTX 3090 or 4090",
         {**_LLAMA_8B, **_RUN, "hardware.memory_budget": "23GiB", "data.max_length": 2048},
-        head=(*_NO_8B, _GATED),
+        head=(*_NO_8B, _GATED, _AUTO),
         notes={"hardware.memory_budget": "24 GiB less the driver's and a desktop's; null: all"},
     ),
     "multi-gpu": Preset(
@@ -89,6 +91,7 @@ PRESETS = {
             _GATED,
             "Sharing one model among several GPUs is not part of FitLoRA yet: the first GPU is",
             "used, and 70B in 4 bits wants one of 48 GiB or more. `fitlora plan` says if it fits.",
+            _AUTO,
         ),
     ),
 }
