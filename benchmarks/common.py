@@ -27,6 +27,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_LLAMA_3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32,
     },
+    "llama-3-70b": {
+        **_LLAMA_3, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "llama-2-13b": {
+        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+        "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000,
+    },
 }  # fmt: skip
 
 
