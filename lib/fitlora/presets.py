@@ -49,7 +49,9 @@ _NO_8B = (
     "A Llama 3.3 of 8B was never released; of that size the newest is 3.1",
     "and of 70B, 3.3 exists as Instruct only.",
 )
-_AUTO = "Say auto for lora.r, lora.alpha and data.max_length to have them found from rows and budget."
+_AUTO = (
+    "Say auto for lora.r, lora.alpha and data.max_length to have them found from rows and budget."
+)
 
 PRESETS = {
     "8gb": Preset(
