@@ -347,6 +347,11 @@ CASES = (
         model_without("tokenizer*", "*.jinja"),
     ),
     Case(
+        "auto where the estimate was made for numbers",
+        "plan --set data.max_length=auto",
+        ("artifacts/memory_estimate.json was made for numbers", "fitlora estimate"),
+    ),
+    Case(
         "auto where the plan was made for numbers",
         "train --set lora.r=auto",
         ("params say auto", "artifacts/plan.json was made for numbers", "fitlora plan"),

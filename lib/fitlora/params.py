@@ -350,11 +350,13 @@ class Params(Section):
         return self
 
 
-def with_found(params: Params, found: Found | None, source: str) -> Params:
+def with_found(
+    params: Params, found: Found | None, source: str, stage: str = "find_batch_size"
+) -> Params:
     """Params with the numbers that an earlier stage found in place of `auto`.
 
-    source: the artifact that `found` comes from. Raises UserError where it has none, because params
-    said no `auto` when it was made.
+    source: the artifact that `found` comes from, which `stage` makes. Raises UserError where it has
+    none, because params said no `auto` when it was made.
     """
     lora, data = params.lora, params.data
     if "auto" not in (lora.r, lora.alpha, data.max_length):
@@ -362,7 +364,7 @@ def with_found(params: Params, found: Found | None, source: str) -> Params:
     if found is None:
         raise UserError(
             f"params say auto for lora or data.max_length, and {source} was made for numbers; "
-            "make it again with: dvc repro find_batch_size"
+            f"make it again with: dvc repro {stage}"
         )
     in_lora = {"r": found.lora_r, "alpha": found.lora_alpha}
     changes = {key: value for key, value in in_lora.items() if getattr(lora, key) == "auto"}

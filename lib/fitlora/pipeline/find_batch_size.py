@@ -27,7 +27,7 @@ def find_batch_size(params: Params, root: Path = Path()) -> PlanArtifact:
     """Searches for the preferred plan that fits, and proves it on the device."""
     hardware = Hardware.read(root / HARDWARE)
     known = MemoryEstimate.read(root / MEMORY_ESTIMATE)
-    params = with_found(params, known.found, str(root / MEMORY_ESTIMATE))
+    params = with_found(params, known.found, str(root / MEMORY_ESTIMATE), known.STAGE)
     load = Load.of(Dataset.read(root / DATASET))
     folder = resolve_model(params.model.id, params.model.revision, weights=False)
     config = load_config(folder, trust_remote_code=params.model.trust_remote_code)
