@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fitlora import step
 from fitlora.quantization.layout import nested_code
 from fitlora.step import float8, ops, pointwise  # noqa: F401  (define the operators)
 
@@ -333,11 +334,19 @@ def compile_launch(function: Any, arguments: tuple[Any, ...], keywords: dict[str
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
+def forget_kernels() -> None:
+    """Whether a kernel is interpreted is settled when its module is imported: let it be again."""
+    for name in ("pointwise_kernels", "float8_kernels", "dequantize_kernel", "dropout_kernel"):
+        sys.modules.pop(f"fitlora.step.{name}", None)
+        vars(step).pop(name, None)
+
+
 @pytest.fixture
-def compiling(monkeypatch: pytest.MonkeyPatch) -> Any:
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """Launches only compile; gives the names of the kernels that were."""
     from triton.runtime.jit import JITFunction
 
+    forget_kernels()
     compiled: set[str] = set()
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -345,7 +354,8 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Any:
         compiled.add(self.fn.__name__)
 
     monkeypatch.setattr(JITFunction, "run", run)
-    return compiled
+    yield compiled
+    forget_kernels()
 
 
 @pytest.mark.slow
