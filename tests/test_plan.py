@@ -15,6 +15,7 @@ BASE: dict[str, Any] = {
     "evaluation_batch_size": 4,
     "sequence_length": 512,
     "recompute_layers": (0, 1),
+    "recompute_keeps": (),
     "compute_dtype": "bfloat16",
     "optimizer": "adamw",
     "loss_chunk_tokens": 1024,
@@ -27,6 +28,7 @@ OTHER: dict[str, Any] = {
     "evaluation_batch_size": 5,
     "sequence_length": 513,
     "recompute_layers": (0, 2),
+    "recompute_keeps": ("attention",),
     "compute_dtype": "float32",
     "optimizer": "adamw_8bit",
     "loss_chunk_tokens": 1023,
@@ -51,6 +53,10 @@ def plan(**changes: Any) -> Plan:
         {"devices": 0},
         {"recompute_layers": (1, 0)},
         {"recompute_layers": (0, 0)},
+        {"recompute_keeps": ("hidden",)},
+        {"recompute_keeps": ("mlp", "qkv")},
+        {"recompute_keeps": ("qkv", "qkv")},
+        {"recompute_keeps": ("qkv", "attention", "middle", "mlp")},
         {"device": "cpu", "optimizer": "paged_adamw"},
         {"device": "cpu", "optimizer": "paged_adamw_8bit"},
         {"device": "tpu"},
@@ -113,7 +119,7 @@ def test_the_fingerprint_is_the_decisions_alone() -> None:
     assert plan().fingerprint() == plan(recompute_layers=[0, 1]).fingerprint()
     assert plan().replace(micro_batch_size=8).replace(micro_batch_size=4) == plan()
     # written down, so that a change of the form is noticed: DVC would see other bytes everywhere
-    assert plan().fingerprint() == "ecfc7083ab4f"
+    assert plan().fingerprint() == "6a5821a29a1d"
     assert len(plan().fingerprint()) == 12
 
 

@@ -10,13 +10,17 @@ This module imports no torch: a Plan is compared, listed and tested in microseco
 
 import hashlib
 import json
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # float16 would need its gradients scaled, which the step does not do.
 ComputeDtype = Literal["bfloat16", "float32"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+# What a layer that recomputes may keep beside its input: the projected queries, keys and values; what
+# attention made of them; the residual stream behind it; the gate and up projections.
+Kept = Literal["qkv", "attention", "middle", "mlp"]
+KEPT: tuple[Kept, ...] = get_args(Kept)
 
 PAGED_OPTIMIZERS: tuple[Optimizer, ...] = ("paged_adamw", "paged_adamw_8bit")
 
@@ -39,6 +43,9 @@ class Plan(BaseModel):
     recompute_layers: tuple[int, ...] = Field(
         (), strict=False, description="decoder layers whose activations are recomputed in backward"
     )
+    recompute_keeps: tuple[Kept, ...] = Field(
+        (), strict=False, description="what layers that recompute keep all the same"
+    )
     compute_dtype: ComputeDtype
     optimizer: Optimizer
     loss_chunk_tokens: int = Field(ge=1, description="rows of logits that exist at one time")
@@ -53,9 +60,17 @@ class Plan(BaseModel):
         layers = list(self.recompute_layers)
         if layers != sorted(set(layers)) or (layers and layers[0] < 0):
             raise ValueError("recompute_layers must be ascending, from 0, free of duplicates")
+        if list(self.recompute_keeps) != [kind for kind in KEPT if kind in self.recompute_keeps]:
+            raise ValueError(f"recompute_keeps must be some of {', '.join(KEPT)}, in this order")
+        if set(self.recompute_keeps) == set(KEPT):
+            raise ValueError("recompute_keeps everything: name no layers to recompute instead")
         if self.device == "cpu" and self.optimizer in PAGED_OPTIMIZERS:
             raise ValueError(f"{self.optimizer} needs a CUDA device; on the CPU nothing is paged")
         return self
+
+    def keeps(self, layer: int) -> tuple[Kept, ...]:
+        """What decoder layer `layer` keeps for its backward."""
+        return self.recompute_keeps if layer in self.recompute_layers else KEPT
 
     @property
     def sequences_per_device(self) -> int:

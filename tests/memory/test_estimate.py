@@ -138,7 +138,7 @@ def test_it_shrinks_with_recomputation() -> None:
     none, one, two = (
         traced(steps.plan(recompute_layers=layers)).peak_bytes for layers in ((), (0,), (0, 1))
     )
-    assert none - one > 1_000_000
+    assert none - one > 700_000
     assert two == pytest.approx(one, rel=0.02)
 
 
@@ -153,13 +153,12 @@ def test_a_change_of_the_loss_chunk_shows() -> None:
     assert whole - small > targets * 4096 * 4 // 2  # two thirds of the logits
 
 
-def test_accumulation_finds_gradients_there() -> None:
-    """Two micro-batches of three take more than one: the first one's gradients."""
+def test_gradients_are_there_from_the_first_micro_batch_on() -> None:
+    """They are one buffer, kept: accumulating takes no more than one micro-batch does."""
     once = traced(steps.plan(effective_batch_size=3, micro_batch_size=3, evaluation_batch_size=1))
     twice = traced(steps.plan(effective_batch_size=6, micro_batch_size=3, evaluation_batch_size=1))
-    often = traced(steps.plan(effective_batch_size=7, micro_batch_size=3, evaluation_batch_size=1))
-    assert twice.phase_peak_bytes["forward"] > once.phase_peak_bytes["forward"]
-    assert often == twice
+    assert once.components["gradients"] > 0
+    assert twice == once
 
 
 def test_evaluation_is_traced() -> None:

@@ -1,5 +1,6 @@
 """Frozen and LoRA layers, one by one, against autograd on plain products."""
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -72,14 +73,19 @@ def test_lora_is_two_products_beside_a_frozen_one(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_each_layer_has_a_stream_of_its_own() -> None:
+def test_each_input_has_a_stream_of_its_own() -> None:
+    """Layers that share an input share its mask: it is dropped once for all of them."""
     step = made(4, 0.2)
-    layers = [m for m in step.model.modules() if isinstance(m, LoraLinear)]
-    assert [m.stream for m in layers] == list(range(14))
+    layers = {n: m for n, m in step.model.named_modules() if isinstance(m, LoraLinear)}
+    inputs = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
+    for name, layer in layers.items():
+        number, part = int(name.split(".")[2]), name.rpartition(".")[2].removesuffix("_proj")
+        assert layer.stream == 4 * number + inputs[part]
     x = torch.ones(TOKENS, 64)
-    masks = [m.dropped(x) for m in layers if m.in_features == 64]
-    for i, mask in enumerate(masks):
-        assert not any(torch.equal(mask, other) for other in masks[:i])
+    masks = {m.stream: m.dropped(x) for m in layers.values() if m.in_features == 64}
+    assert len(masks) == 6
+    for one, other in combinations(masks.values(), 2):
+        assert not torch.equal(one, other)
 
 
 def test_no_dropout_in_evaluation() -> None:

@@ -105,26 +105,12 @@ class _Booking:
             self.steps, self.micro_batches = self.steps + 1, 0
             self.trace.enter(step=self.steps, micro_batch=0)
 
-    def watch_layers(self) -> list[Any]:
-        """Hooks that tell the trace which stack of layers is at work, forward and backward."""
-        hooks = []
-        recomputed = set(self.step.plan.recompute_layers)
-        layers = decoder_layers(self.step.model)
-        for index, layer in enumerate(layers):
-            part = RECOMPUTED if index in recomputed else KEPT
-
-            def before(*_: Any, part: str = part) -> None:
-                self.trace.enter(part=part)
-
-            def after(_: Any, __: Any, out: Any, index: int = index, part: str = part) -> None:
-                hidden = out[0] if isinstance(out, tuple) else out
-                if hidden.requires_grad:
-                    hidden.register_hook(lambda grad: self.trace.enter(part=part))
-                if index == len(layers) - 1:
-                    self.trace.enter(part="")
-
-            hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-        return hooks
+    def watch(self, layer: int | None) -> None:
+        """Told by the step which decoder layer is at work: the trace learns which stack it is of."""
+        part = ""
+        if layer is not None:
+            part = RECOMPUTED if layer in self.step.plan.recompute_layers else KEPT
+        self.trace.enter(part=part)
 
     def purposes(self) -> dict[str, set[int]]:
         """Numbers of the timeline's blocks by what they are for, the more particular first."""
@@ -190,10 +176,8 @@ def trace_levels(
         trace.watch([*step.model.parameters(), *step.model.buffers()])
         booking = _Booking(trace, step)
         step.phase = booking.phase
-        hooks = booking.watch_layers()
+        step.network.watch = booking.watch
         rehearse(step, load)
-        for hook in hooks:
-            hook.remove()
         return levels(timeline, booking.purposes(), rest="temporary_buffers")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fitlora.step.batch import StepContext
+from fitlora.step.batch import MicroBatch, StepContext
 
 NAME = "fitlora"
 _FLASH_HEAD_SIZE = 256  # the largest that FlashAttention 2 has kernels for
@@ -74,6 +74,58 @@ def _plain_attention(
     return torch.cat(parts)
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: MicroBatch,
+    scale: float,
+    window: int,
+    softcap: float | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Attention inside each sequence, without autograd.
+
+    q: (tokens, heads, d), k and v: (tokens, kv heads, d). Returns (tokens, heads, d) and what
+    `attend_backward` needs beside its arguments.
+    """
+    if not _has_kernel(q, v, softcap):
+        with torch.no_grad():
+            return _plain_attention(q, k, v, batch.lengths, scale, window, softcap), ()
+    out, *rest = torch.ops.fitlora.attention(q, k, v, batch.starts, batch.lengths, scale, window)
+    return out, tuple(rest)
+
+
+def attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    rest: tuple[Tensor, ...] | None,
+    batch: MicroBatch,
+    scale: float,
+    window: int,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; grad and out: (tokens, heads, d)."""
+    if rest:
+        dq, dk, dv = torch.ops.fitlora.attention_backward(
+            grad, q, k, v, out, *rest, batch.starts, batch.lengths, scale, window
+        )
+        return dq, dk, dv
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        again = _plain_attention(q, k, v, batch.lengths, scale, window, softcap)
+        dq, dk, dv = torch.autograd.grad(again, (q, k, v), grad)
+    return dq, dk, dv
+
+
+def _has_kernel(q: Tensor, v: Tensor, softcap: float | None) -> bool:
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    fits = q.shape[-1] <= _FLASH_HEAD_SIZE and q.shape[-1] == v.shape[-1]
+    return softcap is None and fits and (half or q.device.type == "cpu")
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -99,9 +151,7 @@ def attention_forward(
     window = -1 if sliding_window is None else sliding_window - 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    fits = q.shape[-1] <= _FLASH_HEAD_SIZE and q.shape[-1] == v.shape[-1]
-    if softcap is None and fits and (half or q.device.type == "cpu"):
+    if _has_kernel(q, v, softcap):
         out = _Attention.apply(q, k, v, context.starts, context.lengths, scale, window)
     else:
         out = _plain_attention(q, k, v, context.lengths, scale, window, softcap)

@@ -6,6 +6,7 @@ in here asks which of them it has.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +20,10 @@ from fitlora.params import LoraParams, TrainParams
 from fitlora.plan import Optimizer, Plan
 from fitlora.step import attention
 from fitlora.step.batch import StepContext
+from fitlora.step.families import recognise
+from fitlora.step.layer import DecoderLayer
 from fitlora.step.linear import FrozenLinear, Linear4bit, LoraLinear
+from fitlora.step.network import AutogradNetwork, HandNetwork, Network
 from fitlora.step.recompute import arrange
 from fitlora.step.settings import StepSettings
 from fitlora.step.skeleton import skeleton
@@ -29,12 +33,17 @@ from fitlora.step.weights import Weights, fill
 
 @dataclass(frozen=True)
 class StepSkeleton:
-    """The whole step but for its tensors. It is filled once."""
+    """The whole step but for its tensors. It is filled once.
+
+    layers: the decoder layers that are done by hand, none where autograd does them; and the reason.
+    """
 
     model: nn.Module
     plan: Plan
     settings: StepSettings
     context: StepContext
+    layers: Sequence[DecoderLayer]
+    reason: str
 
     def fill(self, weights: Weights) -> TrainingStep:
         """Puts every tensor in its place and makes the optimizer."""
@@ -46,13 +55,19 @@ class StepSkeleton:
                 f"the Plan recomputes layer {beyond[0]}, and the model has {len(layers)}"
             )
         arrange(layers, self.plan.recompute_layers)
+        network: Network
+        if self.layers:
+            dtype = getattr(torch, self.plan.compute_dtype)
+            network = HandNetwork(self.model, self.layers, self.plan, dtype)
+        else:
+            network = AutogradNetwork(self.model, self.context, self.plan)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = (
             make_optimizer(trained, self.plan.optimizer, self.settings.train, weights)
             if trained
             else None
         )
-        return TrainingStep(self.model, self.plan, self.settings, self.context, optimizer)
+        return TrainingStep(self.model, self.plan, self.settings, self.context, network, optimizer)
 
 
 def step_skeleton(config: Any, plan: Plan, settings: StepSettings) -> StepSkeleton:
@@ -74,10 +89,14 @@ def step_skeleton(config: Any, plan: Plan, settings: StepSettings) -> StepSkelet
         add_adapters(model, settings.lora)
     for stream, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLinear)):
         layer.stream, layer.context = stream, context
+    layers, reason = recognise(model)
+    for stream, group in enumerate(group for layer in layers for group in layer.groups):
+        for adapter in group.adapters:
+            adapter.stream = stream
     for module in model.modules():
         # transformers hands its attention function the module, so the context rides on that
         module.fitlora_context = context  # type: ignore[assignment]
-    return StepSkeleton(model, plan, settings, context)
+    return StepSkeleton(model, plan, settings, context, layers, reason)
 
 
 def build_step(config: Any, plan: Plan, settings: StepSettings, weights: Weights) -> TrainingStep:

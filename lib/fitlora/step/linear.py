@@ -30,6 +30,10 @@ class FrozenLinear(nn.Linear):
         """(out, in) in `dtype`."""
         return self.weight.to(dtype)
 
+    def write_weight(self, out: Tensor) -> None:
+        """Copies it into `out` (out, in)."""
+        out.copy_(self.weight)
+
     def forward(self, input: Tensor) -> Tensor:
         return cast(Tensor, _FrozenProduct.apply(input, self))
 
@@ -78,9 +82,13 @@ class Linear4bit(nn.Module):
 
     def compute_weight(self, dtype: torch.dtype) -> Tensor:
         """(out, in) in `dtype`, dequantized into a new buffer."""
-        out = torch.empty(
-            (self.out_features, self.in_features), dtype=dtype, device=self.weight.device
-        )
+        shape = (self.out_features, self.in_features)
+        out = torch.empty(shape, dtype=dtype, device=self.weight.device)
+        self.write_weight(out)
+        return out
+
+    def write_weight(self, out: Tensor) -> None:
+        """Dequantizes into `out` (out, in), contiguous."""
         nested = self.nested_absmax is not None
         scales = torch.empty(
             self.absmax.shape if nested else (0,), dtype=torch.float32, device=out.device
@@ -96,7 +104,6 @@ class Linear4bit(nn.Module):
             self.spec.block_size,
             self.spec.type,
         )
-        return out
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, _FrozenProduct.apply(x, self))
@@ -174,8 +181,8 @@ class _LoraProduct(torch.autograd.Function):
 class LoraLinear(nn.Module, LoraLayer):
     """peft's LoRA layer on a frozen linear of ours; peft makes it, saves it and loads it.
 
-    `stream` numbers the layer for its dropout masks, `context` has the keys of the tokens in flight;
-    both are set by the builder.
+    `stream` numbers the dropout masks, one for all layers that share an input; `context` has the keys
+    of the tokens in flight; both are set by the builder.
     """
 
     adapter = "default"
@@ -206,9 +213,15 @@ class LoraLinear(nn.Module, LoraLayer):
         return self.scaling[self.adapter]
 
     @property
-    def dropout(self) -> float:
+    def rate(self) -> float:
+        """The dropout that it trains with."""
         layer = self.lora_dropout[self.adapter]
-        return float(layer.p) if self.training and isinstance(layer, nn.Dropout) else 0.0
+        return float(layer.p) if isinstance(layer, nn.Dropout) else 0.0
+
+    @property
+    def dropout(self) -> float:
+        """The dropout that applies now."""
+        return self.rate if self.training else 0.0
 
     def dropped(self, x: Tensor) -> Tensor:
         """x: (tokens, in), masked; x itself where there is no dropout."""

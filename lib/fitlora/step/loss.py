@@ -3,13 +3,47 @@
 Logits of a 128k vocabulary are the largest tensor of a step: 2,048 tokens take 1 GiB in fp32, and
 autograd would keep them. Here a chunk of rows goes through the head, gives its loss and the gradient
 of its hidden states, and its buffer is used again. The idea is that of Liger's fused linear
-cross-entropy; this is the plain PyTorch form.
+cross-entropy; a chunk's logits are turned into their gradient where they lie.
 """
 
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from fitlora.step import pointwise  # noqa: F401  (defines the operator that is called below)
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    scale: float,
+    chunk: int,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    gradient: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`scale` times the summed cross-entropy of `targets` under the head, and the gradient of hidden.
+
+    hidden: (rows, hidden), weight: (vocabulary, hidden), targets: int64 (rows,). softcap: above 0,
+    logits are softcap * tanh(logits / softcap). Returns float32 () and, with `gradient`, (rows, hidden).
+    """
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    grad = torch.empty_like(hidden) if gradient else None
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        logits = torch.mm(hidden[part], weight.t())
+        if bias is not None:
+            logits.add_(bias)
+        torch.ops.fitlora.cross_entropy(
+            logits, targets[part], scale, softcap, losses[part], gradient
+        )
+        if grad is not None:
+            torch.mm(logits, weight, out=grad[part])
+        del logits
+    return losses.sum().mul_(scale), grad
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -22,29 +56,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         scale: float,
         chunk: int,
-        need_grad: bool,
+        gradient: bool,
     ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad = torch.empty_like(hidden) if need_grad else None
-        for start in range(0, len(hidden), chunk):
-            rows = hidden[start : start + chunk]
-            target = targets[start : start + chunk, None]
-            logits = torch.mm(rows, weight.t())
-            if bias is not None:
-                logits.add_(bias)
-            p = logits.to(torch.float32)
-            del logits
-            p.sub_(p.amax(1, keepdim=True))
-            chosen = p.gather(1, target)
-            p.exp_()
-            norm = p.sum(1, keepdim=True)
-            total.add_((norm.log() - chosen).sum(), alpha=scale)
-            if grad is not None:
-                p.div_(norm)
-                p.scatter_add_(1, target, torch.full_like(chosen, -1.0))
-                p.mul_(scale)
-                torch.mm(p.to(weight.dtype), weight, out=grad[start : start + chunk])
-            del p
+        total, grad = head_loss(
+            hidden, weight, targets, scale=scale, chunk=chunk, bias=bias, gradient=gradient
+        )
         if grad is not None:
             ctx.save_for_backward(grad)
         return total

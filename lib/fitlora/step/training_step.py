@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,11 @@ from torch import Tensor, nn
 from fitlora.model import decoder_layers
 from fitlora.params import TrainParams
 from fitlora.plan import Plan
-from fitlora.step.batch import MicroBatch, StepContext, TokenSequence, make_micro_batch
-from fitlora.step.loss import chunked_cross_entropy
+from fitlora.step.batch import StepContext, TokenSequence, make_micro_batch
+from fitlora.step.network import Network
 from fitlora.step.optimizer_state import make_states, put_states, take_states
 from fitlora.step.recompute import arrange
 from fitlora.step.settings import StepSettings
-
-# Models whose logits are the head's product and nothing more, so that the loss may take the head by
-# itself. Others go through their own forward, logits and all.
-PLAIN_HEAD = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "olmo2", "smollm3"}
-)
 
 # Decisions that a step is built with. The others say how the same work is cut up.
 _FIXED = (
@@ -60,9 +54,11 @@ class TrainingStep:
         plan: Plan,
         settings: StepSettings,
         context: StepContext,
+        network: Network,
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
-        self.model, self.plan, self.settings, self.context = model, plan, settings, context
+        self.model, self.plan, self.settings = model, plan, settings
+        self.context, self.network = context, network
         self.adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.device = next(model.parameters()).device
         self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
@@ -93,26 +89,6 @@ class TrainingStep:
         size = self.plan.micro_batch_size
         return [sequences[i : i + size] for i in range(0, len(sequences), size)]
 
-    def loss(self, batch: MicroBatch, *, scale: float) -> Tensor:
-        """`scale` times the cross-entropy summed over the micro-batch's targets, float32 ()."""
-        self.context.enter(batch)
-        model = cast(Any, self.model)
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        if model.config.model_type in PLAIN_HEAD:
-            hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
-            head = model.get_output_embeddings()
-            return chunked_cross_entropy(
-                hidden.index_select(0, batch.target_rows),
-                head.weight,
-                batch.targets,
-                scale=scale,
-                chunk=self.plan.loss_chunk_tokens,
-                bias=head.bias,
-            )
-        logits = model(**inputs, use_cache=False).logits[0].index_select(0, batch.target_rows)
-        loss = nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
-        return loss * scale
-
     def run(
         self,
         sequences: Sequence[TokenSequence],
@@ -133,16 +109,13 @@ class TrainingStep:
         mine = sum(s.target_tokens for s in sequences)
         total = mine if total_target_tokens is None else total_target_tokens
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.network.begin(self.plan)
         for part in self.micro_batches(sequences):
             batch = make_micro_batch(
                 part, seed=self.settings.train.seed, step=step, device=self.device
             )
-            with self.phase("forward"):
-                part_loss = self.loss(batch, scale=1.0 / total)
-            with self.phase("backward"):
-                part_loss.backward()
-            loss.add_(part_loss.detach())
-            del part_loss, batch
+            loss.add_(self.network.train(batch, scale=1.0 / total, phase=self.phase))
+            del batch
         with self.phase("optimizer"):
             norm = self._update(learning_rate, [loss], reduce_gradients)
         return StepResult(loss, norm, sum(len(s.tokens) for s in sequences), mine)
@@ -184,7 +157,7 @@ class TrainingStep:
             part = sequences[start : start + size]
             batch = make_micro_batch(part, seed=0, step=0, device=self.device)
             with self.phase("evaluation"):
-                total.add_(self.loss(batch, scale=1.0))
+                total.add_(self.network.loss(batch, scale=1.0))
         return total, sum(s.target_tokens for s in sequences)
 
     def adapter_state(self) -> dict[str, Tensor]:

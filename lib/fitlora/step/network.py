@@ -1,0 +1,216 @@
+"""A micro-batch through the model and back: by hand where the family is known, else by autograd.
+
+Both have the same face: `begin` an optimizer step, `train` on a micro-batch (the adapters' gradients
+are added up), and the `loss` of one without gradients.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from fitlora.model import decoder_layers
+from fitlora.plan import Plan
+from fitlora.step.bank import AdapterBank
+from fitlora.step.batch import MicroBatch, StepContext
+from fitlora.step.layer import DecoderLayer, Norm, Positions, Saved
+from fitlora.step.loss import chunked_cross_entropy, head_loss
+
+Phase = Callable[[str], AbstractContextManager[Any]]
+# Told which decoder layer is at work, None outside of them: a trace books memory by it.
+Watch = Callable[[int | None], None]
+
+
+class Network(Protocol):
+    """What a training step runs."""
+
+    watch: Watch
+
+    def begin(self, plan: Plan) -> None:
+        """Begins an optimizer step."""
+
+    def train(self, batch: MicroBatch, *, scale: float, phase: Phase) -> Tensor:
+        """Adds the gradients of `scale` times the summed loss; returns that loss, float32 ()."""
+
+    def loss(self, batch: MicroBatch, *, scale: float) -> Tensor:
+        """The same loss without dropout and without gradients."""
+
+
+def _nobody(layer: int | None) -> None:
+    pass
+
+
+class HandNetwork:
+    """Layers with a backward of their own. model: a causal model of a known family."""
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[DecoderLayer], plan: Plan, dtype: torch.dtype
+    ) -> None:
+        self.model, self.layers, self.plan = cast(Any, model), layers, plan
+        self.bank = AdapterBank([group for layer in layers for group in layer.groups], dtype)
+        self.decoder = self.model.get_decoder()
+        self.head = self.model.get_output_embeddings()
+        self.watch: Watch = _nobody
+        config = self.model.config
+        self.softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+        self.norm = Norm.of(self.decoder.norm, layers[0].input_norm.offset)
+        # below the lowest adapter there is nothing to learn, so backward ends there
+        self.lowest = next((i for i, layer in enumerate(layers) if layer.has_adapters), len(layers))
+        adapters = [lora for layer in layers for group in layer.groups for lora in group.adapters]
+        self.dropout = adapters[0].rate if adapters else 0.0
+
+    def begin(self, plan: Plan) -> None:
+        self.plan = plan
+        self.bank.begin()
+
+    @torch.no_grad()
+    def train(self, batch: MicroBatch, *, scale: float, phase: Phase) -> Tensor:
+        keys = batch.row_keys if self.dropout > 0 else None
+        with phase("forward"):
+            positions = self._positions(batch)
+            hidden = self._embed(batch)
+            saved: list[Saved | None] = []
+            for index, layer in enumerate(self.layers):
+                self.watch(index)
+                keep = self.plan.keeps(index) if index >= self.lowest else None
+                hidden, kept = layer.forward(hidden, batch, positions[layer.kind], keys, keep)
+                saved.append(kept)
+                del kept
+            self.watch(None)
+            tokens = hidden.shape
+            hidden = hidden.index_select(0, batch.target_rows)
+            loss, grad = self._loss(hidden, batch, scale, gradient=True)
+        with phase("backward"):
+            assert grad is not None
+            grad = self.norm.backward(grad, hidden, None, grad)
+            dtype, device = hidden.dtype, hidden.device
+            del hidden
+            whole: Tensor | None = torch.zeros(tokens, dtype=dtype, device=device).index_copy_(
+                0, batch.target_rows, grad
+            )
+            del grad
+            for index in range(len(self.layers) - 1, self.lowest - 1, -1):
+                self.watch(index)
+                layer, kept = self.layers[index], saved.pop()
+                assert kept is not None
+                assert whole is not None
+                whole = layer.backward(
+                    whole, kept, batch, positions[layer.kind], keys, wanted=index > self.lowest
+                )
+                del kept
+            self.watch(None)
+        return loss
+
+    @torch.no_grad()
+    def loss(self, batch: MicroBatch, *, scale: float) -> Tensor:
+        self.bank.refresh()
+        positions = self._positions(batch)
+        hidden = self._embed(batch)
+        for index, layer in enumerate(self.layers):
+            self.watch(index)
+            hidden, _ = layer.forward(hidden, batch, positions[layer.kind], None, None)
+        self.watch(None)
+        loss, _ = self._loss(
+            hidden.index_select(0, batch.target_rows), batch, scale, gradient=False
+        )
+        return loss
+
+    def _embed(self, batch: MicroBatch) -> Tensor:
+        return cast(Tensor, self.decoder.embed_tokens(batch.input_ids)[0])
+
+    def _positions(self, batch: MicroBatch) -> dict[str, Positions]:
+        """Angles by kind of layer: some models turn their windowed layers at another rate."""
+        rotary = self.decoder.rotary_emb
+        like = torch.empty(0, dtype=torch.float32, device=batch.input_ids.device)
+        by_kind = self.model.config.model_type == "gemma3_text"
+        found: dict[str, Positions] = {}
+        for kind in dict.fromkeys(layer.kind for layer in self.layers):
+            if found and not by_kind:
+                found[kind] = next(iter(found.values()))
+                continue
+            cos, sin = rotary(like, batch.position_ids, *([kind] if by_kind else []))
+            half = cos.shape[-1] // 2  # transformers has every angle twice
+            found[kind] = Positions(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+        return found
+
+    def _loss(
+        self, hidden: Tensor, batch: MicroBatch, scale: float, *, gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return head_loss(
+            self.norm(hidden),
+            self.head.weight,
+            batch.targets,
+            bias=self.head.bias,
+            scale=scale,
+            softcap=self.softcap,
+            chunk=self.plan.loss_chunk_tokens,
+            gradient=gradient,
+        )
+
+
+# Models whose logits are the head's product and nothing more, so that the loss may take the head by
+# itself. Others go through their own forward, logits and all.
+PLAIN_HEAD = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "olmo2", "smollm3"}
+)
+
+
+class AutogradNetwork:
+    """transformers' own forward, and autograd: any causal model."""
+
+    def __init__(self, model: nn.Module, context: StepContext, plan: Plan) -> None:
+        self.model, self.context, self.plan = cast(Any, model), context, plan
+        self.watch: Watch = _nobody
+        for index, layer in enumerate(decoder_layers(model)):
+            self._announce(index, layer, last=index == len(decoder_layers(model)) - 1)
+
+    def _announce(self, index: int, layer: nn.Module, *, last: bool) -> None:
+        """Has the layer say when it is at work, forward and backward."""
+
+        def before(*_: Any) -> None:
+            self.watch(index)
+
+        def after(_: Any, __: Any, out: Any) -> None:
+            hidden = out[0] if isinstance(out, tuple) else out
+            if self.watch is not _nobody and hidden.requires_grad:
+                hidden.register_hook(lambda grad: self.watch(index))
+            if last:
+                self.watch(None)
+
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
+
+    def begin(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def train(self, batch: MicroBatch, *, scale: float, phase: Phase) -> Tensor:
+        with phase("forward"):
+            loss = self._loss(batch, scale)
+        with phase("backward"):
+            loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def loss(self, batch: MicroBatch, *, scale: float) -> Tensor:
+        return self._loss(batch, scale)
+
+    def _loss(self, batch: MicroBatch, scale: float) -> Tensor:
+        self.context.enter(batch)
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        if self.model.config.model_type in PLAIN_HEAD:
+            hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
+            head = self.model.get_output_embeddings()
+            return chunked_cross_entropy(
+                hidden.index_select(0, batch.target_rows),
+                head.weight,
+                batch.targets,
+                scale=scale,
+                chunk=self.plan.loss_chunk_tokens,
+                bias=head.bias,
+            )
+        logits = self.model(**inputs, use_cache=False).logits[0]
+        logits = logits.index_select(0, batch.target_rows)
+        loss = nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
+        return loss * scale

@@ -1,0 +1,185 @@
+"""Layers done by hand against transformers' own forward and autograd, in every family."""
+
+import statistics
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from fitlora.params import LoraParams, QuantizationParams, TrainParams
+from fitlora.plan import KEPT
+from fitlora.step.build import build_step
+from fitlora.step.families import FAMILIES, recognise
+from fitlora.step.network import AutogradNetwork, HandNetwork
+from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
+from fitlora.step.weights import RandomWeights
+from tests.step import steps
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": steps.VOCABULARY, "head_dim": 16, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_WINDOWED = {
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama with long positions": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+        },
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 6},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3"},
+    "qwen3 with windows": {"model_type": "qwen3", "use_sliding_window": True, **_WINDOWED},
+    "phi3": {"model_type": "phi3"},
+    "phi4": {
+        "model_type": "phi3",
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5
+        },
+    },
+    "gemma": {"model_type": "gemma"},
+    "gemma2": {"model_type": "gemma2", "query_pre_attn_scalar": 24, **_WINDOWED},
+    "gemma3": {"model_type": "gemma3_text", "query_pre_attn_scalar": 24, **_WINDOWED},
+}  # fmt: skip
+
+
+def make(
+    case: str,
+    *,
+    dropout: float = 0.0,
+    targets: Any = "all-linear",
+    bits: int = 4,
+    dtype: str = "float32",
+    seed: int = 0,
+    **plan: Any,
+) -> TrainingStep:
+    config = AutoConfig.for_model(**{**_SHAPE, **CASES[case]})
+    settings = StepSettings(
+        QuantizationParams.model_validate({"bits": bits}),
+        LoraParams(dropout=dropout, r=4, target_modules=targets),
+        TrainParams(),
+    )
+    made = build_step(
+        config,
+        steps.plan(compute_dtype=dtype, **plan),
+        settings,
+        RandomWeights(torch.device("cpu"), seed),
+    )
+    make = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in made.model.named_parameters():
+            if "lora_B" in name or name.endswith(("norm.weight", "bias")):
+                noise = torch.empty(parameter.shape).normal_(0.0, 0.05, generator=make)
+                parameter.add_(noise.to(parameter.dtype))
+    return made
+
+
+def both_ways(made: TrainingStep) -> tuple[tuple[float, dict[str, Any]], ...]:
+    """Loss and gradients by hand, and by transformers and autograd on the same weights."""
+    batch = steps.sequences(5)
+    found = []
+    assert isinstance(made.network, HandNetwork)
+    for network in (made.network, AutogradNetwork(made.model, made.context, made.plan)):
+        made.network = network
+        losses = []
+
+        def update(rate: float, also: Any, reduce: Any, losses: Any = losses) -> torch.Tensor:
+            losses.append(float(also[0]))
+            losses.append({n: p.grad.clone() for n, p in made.adapters.items()})
+            made.abandon()
+            return torch.zeros(())
+
+        made._update = update  # type: ignore[method-assign]
+        made.run(batch, step=3, learning_rate=0.0)
+        found.append((losses[0], losses[1]))
+    return tuple(found)
+
+
+def assert_alike(made: TrainingStep) -> None:
+    """To fp32's rounding; behind a softmax gradients nearly cancel, and rounding weighs more."""
+    (loss, gradients), (expected_loss, expected) = both_ways(made)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, value in expected.items():
+        assert float(value.abs().max()) > 0, name
+    assert steps.distance(gradients, expected) < 3e-4
+
+
+def test_every_family_is_tested() -> None:
+    assert {case["model_type"] for case in CASES.values()} == FAMILIES
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_family_by_hand_is_the_family(case: str) -> None:
+    assert_alike(make(case, dropout=0.2, micro_batch_size=3))
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3", "phi3"])
+def test_what_is_recomputed_changes_nothing(case: str) -> None:
+    choices = [c for count in range(len(KEPT)) for c in combinations(KEPT, count)]
+    whole = both_ways(make(case, dropout=0.2))[0]
+    for keeps in choices:
+        loss, gradients = both_ways(
+            make(case, dropout=0.2, recompute_layers=(0, 2), recompute_keeps=keeps)
+        )[0]
+        assert loss == whole[0]
+        assert steps.distance(gradients, whole[1]) < 1e-6, keeps
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj"], ["k_proj", "v_proj"], ["o_proj"], ["up_proj"], ["gate_proj", "down_proj"]],
+    ids="+".join,
+)
+def test_adapters_on_some_layers(targets: list[str]) -> None:
+    assert_alike(make("qwen2", dropout=0.1, targets=targets))
+
+
+def test_sixteen_bits_are_not_dequantized() -> None:
+    assert_alike(make("llama", bits=16))
+
+
+def test_evaluation_is_the_same() -> None:
+    made = make("gemma2", dropout=0.5)
+    batch = steps.sequences(5)
+    loss, count = made.evaluate(batch)
+    made.network = AutogradNetwork(made.model, made.context, made.plan)
+    expected, _ = made.evaluate(batch)
+    assert count > 0
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_in_bf16_the_error_is_that_of_autograd() -> None:
+    """Against fp32 on the same dequantized weights; of many gradients, as one is mostly chance."""
+    ratios = []
+    for seed in range(6):
+        (_, exact), _ = both_ways(make("llama", seed=seed))
+        (_, by_hand), (_, by_autograd) = both_ways(make("llama", seed=seed, dtype="bfloat16"))
+        for name, value in exact.items():
+            errors = [(found[name] - value).norm() for found in (by_hand, by_autograd)]
+            assert 1e-3 < errors[0] / value.norm() < 0.2
+            ratios.append(float(errors[0] / errors[1]))
+    assert statistics.median(ratios) <= 1.1
+
+
+def test_an_unknown_family_goes_the_general_way() -> None:
+    config = AutoConfig.for_model("olmo2", **_SHAPE)
+    made = build_step(config, steps.plan(), steps.settings(), RandomWeights(torch.device("cpu")))
+    layers, reason = recognise(made.model)
+    assert not layers
+    assert "olmo2" in reason
+    assert isinstance(made.network, AutogradNetwork)
+    before = float(made.run(steps.sequences(7), step=0, learning_rate=1e-2).loss)
+    for index in range(1, 6):
+        after = float(made.run(steps.sequences(7), step=index, learning_rate=1e-2).loss)
+    assert after < before
