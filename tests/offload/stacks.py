@@ -44,11 +44,11 @@ def resident(count: int) -> list[Layer]:
 
 
 def streamed(
-    count: int, which: tuple[int, ...], transport: Transport, slots: int
+    count: int, which: tuple[int, ...], transport: Transport, slots: int, **disk: Any
 ) -> tuple[list[Layer], Residency]:
     """The same with the weights of the layers `which` on the host."""
     stack = make_stack(count)
-    residency = Residency(stack, which, transport, slots=slots)
+    residency = Residency(stack, which, transport, slots=slots, **disk)
     for number, (layer, tensors) in enumerate(zip(stack, values(stack), strict=True)):
         if number in which:
             for parameter, tensor in zip(layer.weights(), tensors, strict=True):

@@ -15,13 +15,16 @@ are of a kind that raises when it is computed with, so that no layer ever works 
 Autograd must therefore save handles of the layers and never their tensors (`fitlora.step.linear`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fitlora.offload.disk import DiskRing
 from fitlora.offload.transport import Mark, Transport, aligned, tensor_bytes, untraced, view_as
 from fitlora.step.linear import FrozenLinear, Linear4bit
 
@@ -110,7 +113,7 @@ class _Slot:
     def __init__(self, flat: Tensor) -> None:
         self.flat = flat
         self.holds: int | None = None  # place in the order of visits
-        self.filled: Mark = None  # the copy that fills it
+        self.filled: Mark | Future[Mark] = None  # the copy that fills it
         self.read: Mark = None  # the computation that last read it
         self._views: dict[_Layout, list[nn.Parameter]] = {}
 
@@ -128,10 +131,12 @@ class Residency:
     """Where the weights of a stack of layers are, and when they move.
 
     layers: the decoder layers, bottom up, on meta. streamed: the numbers of those whose weights are
-    on the host, ascending. slots: the most of them that are on the device at one time.
+    on the host, ascending. slots: the most of them that are on the device at one time. on_disk: which of
+    the streamed ones are in a file below `folder` instead of pinned memory, `disk_buffers` of them on
+    the host at one time (`fitlora.offload.disk`).
 
     To fill it: `places` maps the id of each streamed parameter to its tensor on the host; when all are
-    filled, `start`. Raises UserError where the host's memory budget is too small.
+    filled, `start`. Raises UserError where the host's memory budget, or the disk, is too small.
     """
 
     def __init__(
@@ -141,6 +146,9 @@ class Residency:
         transport: Transport,
         *,
         slots: int = 2,
+        on_disk: Collection[int] = (),
+        folder: Path | None = None,
+        disk_buffers: int = 3,
     ) -> None:
         assert list(streamed) == sorted(set(streamed)), "streamed layers must be ascending"
         assert slots >= 1
@@ -150,13 +158,22 @@ class Residency:
         assert all(self._layers), "a streamed layer has no frozen weights"
         self._layouts = [_layout(places) for places in self._layers]
         self._count = min(slots, len(streamed))
-        self._host = [transport.reserve(_size(places), PURPOSE) for places in self._layers]
-        with transport.hidden():
-            self.places = {
-                id(place.parameter): view_as(flat, place.offset, place.parameter)
-                for places, flat in zip(self._layers, self._host, strict=True)
-                for place in places
-            }
+        sizes = {self._numbers[index]: _size(_places(layers[index])) for index in on_disk}
+        self._disk = None
+        if sizes:
+            assert folder is not None, "layers on disk want a folder"
+            self._disk = DiskRing(sizes, transport, folder, buffers=disk_buffers)
+        self._host: dict[int, Tensor] = {}  # the pinned ones
+        self.places: dict[int, Tensor] = {}
+        for number, places in enumerate(self._layers):
+            if self._disk is not None and number in self._disk:
+                flat = self._disk.image(number)
+            else:
+                flat = self._host[number] = transport.reserve(_size(places), PURPOSE)
+            with transport.hidden():
+                for place in places:
+                    view = view_as(flat, place.offset, place.parameter)
+                    self.places[id(place.parameter)] = view
         self._slots: list[_Slot] = []
         self._entered: dict[int, tuple[_Slot, bool]] = {}
         self._turns = False
@@ -201,7 +218,8 @@ class Residency:
             slot = self._spare(range(len(self._layers)))
             self._fill(slot, number)
         self._entered[number] = (slot, backward)
-        self.transport.wait(slot.filled)
+        filled = slot.filled
+        self.transport.wait(filled.result() if isinstance(filled, Future) else filled)
         places = self._layers[number]
         for place, view in zip(places, slot.views(self._layouts[number], places), strict=True):
             place.module._parameters[place.leaf] = view
@@ -216,6 +234,8 @@ class Residency:
 
     def reset(self) -> None:
         """Waits for what is under way and forgets the pass: after an exception or an interruption."""
+        if self._disk is not None:
+            self._disk.reset()
         self.transport.drain()
         for number in list(self._entered):
             self._leave(number)
@@ -241,6 +261,8 @@ class Residency:
         for number in wanted[: self._count]:
             if self._find(number) is None:
                 self._fill(self._spare(wanted), number)
+        if self._disk is not None:
+            self._disk.expect([number for number in wanted if self._find(number) is None])
 
     def _find(self, number: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.holds == number), None)
@@ -255,8 +277,11 @@ class Residency:
 
     def _fill(self, slot: _Slot, number: int) -> None:
         slot.holds = None  # an interruption in between leaves it unknown
-        source = self._host[number]
-        slot.filled = self.transport.upload(slot.flat[: source.numel()], source, slot.read)
+        place = slot.flat[: _size(self._layers[number])]
+        if self._disk is not None and number in self._disk:
+            slot.filled = self._disk.upload(number, place, slot.read)
+        else:
+            slot.filled = self.transport.upload(place, self._host[number], slot.read)
         slot.holds = number
 
     @staticmethod

@@ -11,6 +11,7 @@ return one of the copy, and a copy begins after the marks that it is given. Who 
 alive until a wait for it, which is what bounds memory without asking the device anything.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,7 @@ class Transport(ABC):
         self.device = device
         self.memory = memory or HostMemory()
         self.uploaded_bytes = self.downloaded_bytes = self.pinned_bytes = 0
+        self._counting = threading.Lock()
         self._unpinned: list[tuple[Tensor, Pages | None]] = []
 
     def reserve(self, count: int, purpose: str) -> Tensor:
@@ -91,7 +93,8 @@ class Transport(ABC):
 
     def upload(self, destination: Tensor, source: Tensor, *after: Mark) -> Mark:
         """Copies from the host to the device after all marks; returns the copy's own."""
-        self.uploaded_bytes += tensor_bytes(source)
+        with self._counting:  # a reader of disks uploads from a thread of its own
+            self.uploaded_bytes += tensor_bytes(source)
         return self._upload(destination, source, after)
 
     def download(self, destination: Tensor, source: Tensor, *after: Mark) -> Mark:
