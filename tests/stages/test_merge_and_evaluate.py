@@ -9,7 +9,7 @@ import torch
 
 from fitlora import artifacts
 from fitlora.adapter import WEIGHTS, adapter_config, save_adapter
-from fitlora.artifacts import Evaluation, Hardware, PlanArtifact, Rates
+from fitlora.artifacts import Evaluation, PlanArtifact
 from fitlora.errors import ArtifactError
 from fitlora.evaluation import merge as merging
 from fitlora.evaluation.gate import MergeRejected
@@ -18,6 +18,7 @@ from fitlora.plan import Plan
 from fitlora.quantization.layout import QuantSpec
 from fitlora.quantization.quantize import quantize_checkpoint
 from stages import merge_and_evaluate
+from tests.report.runs import write_facts, write_log
 from tests.tiny_models import make_checkpoint
 
 PARAMS = """\
@@ -54,26 +55,9 @@ def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         optimizer="adamw",
         loss_chunk_tokens=64,
     )
+    write_facts(Path())
+    write_log(Path())
     PlanArtifact(plan=plan, reasons={}).write(artifacts.PLAN)
-    Hardware(
-        device="cpu",
-        gpus=(),
-        cpu_name="any",
-        cpu_cores=1,
-        host_memory_bytes=2**30,
-        host_budget_bytes=2**30,
-        budget_bytes=2**30,
-        context_bytes=0,
-        workspace_bytes=0,
-        rates=Rates(
-            host_to_device_bytes_per_second=None,
-            device_to_host_bytes_per_second=None,
-            device_copy_bytes_per_second=None,
-            disk_read_bytes_per_second=None,
-            product_flops_per_second={},
-        ),
-        target=None,
-    ).write(artifacts.HARDWARE)
     lines = []
     for prompt in ("one", "two", "three"):
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "yes"}]
@@ -92,7 +76,9 @@ def test_merges_and_evaluates(project: Path, capsys: pytest.CaptureFixture[str])
     assert found.adapter.loss != found.quantized_base.loss
     assert (artifacts.MERGED_MODEL / "model.safetensors").is_file()
     said = capsys.readouterr().out
-    lines = [line[:10] for line in said.splitlines()[-5:]]
+    assert artifacts.REPORT.read_text().startswith("<!doctype html>")
+    assert said.splitlines()[-1] == f"report: {artifacts.REPORT}"
+    lines = [line[:10] for line in said.splitlines()[-6:-1]]
     assert lines == ["adapter   ", "merged    ", "base      ", "4-bit base", "on 16-bit "]
 
 
@@ -105,7 +91,7 @@ def test_a_merge_that_fails_the_gate_leaves_the_adapter_alone(
     plain = merging.read_adapter
     spoiled = {n: replace(u, scale=50 * u.scale) for n, u in plain(artifacts.ADAPTER).items()}
     monkeypatch.setattr(merging, "read_adapter", lambda folder: spoiled)
-    with pytest.raises(MergeRejected, match=r"mean KL divergence .* nats a token, above the limit"):
+    with pytest.raises(MergeRejected, match=r"agrees at 25.00% of the tokens, under the"):
         merge_and_evaluate.main()
     assert not artifacts.MERGED_MODEL.exists()  # not even the one that was there
     left = {p.name for p in artifacts.MERGED_MODEL.parent.iterdir()}
@@ -128,9 +114,9 @@ def test_merges_into_4_bits(project: Path) -> None:
 
 def test_same_inputs_give_the_same_bytes(project: Path) -> None:
     merge_and_evaluate.main()
-    first = artifacts.EVALUATION.read_bytes()
+    first = [path.read_bytes() for path in (artifacts.EVALUATION, artifacts.REPORT)]
     merge_and_evaluate.main()
-    assert artifacts.EVALUATION.read_bytes() == first
+    assert [path.read_bytes() for path in (artifacts.EVALUATION, artifacts.REPORT)] == first
 
 
 @pytest.mark.parametrize(
@@ -138,6 +124,7 @@ def test_same_inputs_give_the_same_bytes(project: Path) -> None:
     [
         (artifacts.PLAN, "find_batch_size"),
         (artifacts.HARDWARE, "profile_hardware"),
+        (artifacts.DATASET, "estimate_memory"),
         (artifacts.QUANTIZED_MODEL / "config.json", "quantize_model"),
         (artifacts.ADAPTER / WEIGHTS, "train_adapters"),
     ],
@@ -150,3 +137,4 @@ def test_missing_input_names_its_stage_before_anything_is_written(
         merge_and_evaluate.main()
     assert not artifacts.MERGED_MODEL.exists()
     assert not artifacts.EVALUATION.exists()
+    assert not artifacts.REPORT.exists()

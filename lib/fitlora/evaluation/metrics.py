@@ -3,6 +3,9 @@
 The rows are a sample, so each figure comes with an interval: the percentile bootstrap over rows (Efron
 and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13), drawn from a fixed seed. The same
 draws serve every model, so that what differs between two intervals is the models.
+
+Rows that all came out alike give such a draw nothing to tell: of a share of 0 or 1, the other end is
+the exact binomial's, below which n rows in a row would be a surprise (Clopper and Pearson, 1934).
 """
 
 import functools
@@ -41,8 +44,18 @@ def metrics_of(scores: Sequence[RowScore], matches: Sequence[bool]) -> Metrics:
         exact_match=sum(matches) / len(matches),
         loss_interval=(low, high),
         perplexity_interval=(perplexity(low), perplexity(high)),
-        exact_match_interval=interval(matches, [1] * len(matches)),
+        exact_match_interval=share_interval(matches),
     )
+
+
+def share_interval(matches: Sequence[bool]) -> Interval:
+    """The interval of the share of rows that match."""
+    surprise = ((1 - CONFIDENCE) / 2) ** (1 / len(matches))
+    if all(matches):
+        return surprise, 1.0
+    if not any(matches):
+        return 0.0, 1 - surprise
+    return interval(matches, [1] * len(matches))
 
 
 def interval(parts: Sequence[float], weights: Sequence[float]) -> Interval:

@@ -1,4 +1,7 @@
-"""The merged model, and four models on the held-out rows -> merged_model/, evaluation.json."""
+"""The merged model, four models on the held-out rows, and the report.
+
+-> merged_model/, evaluation.json, reports/report.html
+"""
 
 import os
 import shutil
@@ -18,12 +21,15 @@ from fitlora.artifacts import (
     PlanArtifact,
     names_remedy,
 )
+from fitlora.console import say
 from fitlora.device import give_back_memory, limit_memory, torch_device
 from fitlora.evaluation.compare import compare, read_held_out
 from fitlora.evaluation.merge import merge_checkpoint
 from fitlora.evaluation.models import Memory, check_adapter, check_folder, contenders
 from fitlora.model import resolve_model
 from fitlora.params import Params, with_found
+from fitlora.report.page import write_report
+from fitlora.report.sections import Trained
 
 
 @names_remedy
@@ -34,6 +40,7 @@ def merge_and_evaluate(params: Params, root: Path = Path()) -> Evaluation:
     hardware = Hardware.read(root / HARDWARE)
     original = resolve_model(params.model.id, params.model.revision, weights=True)
     # All that can be wrong with the inputs is found before the first byte is written.
+    trained = Trained.read(params, root)
     check_folder(root / QUANTIZED_MODEL, "quantize_model")
     check_adapter(root / ADAPTER, params.lora)
     held_out = read_held_out(
@@ -75,4 +82,5 @@ def merge_and_evaluate(params: Params, root: Path = Path()) -> Evaluation:
     finally:
         shutil.rmtree(candidate, ignore_errors=True)
     evaluation.write(root / EVALUATION)
+    say(f"report: {write_report(trained, evaluation, root)}")
     return evaluation

@@ -1,0 +1,325 @@
+"""The charts of the report as Vega-Lite specifications: pure functions of what the artifacts say.
+
+Colours and fonts are the page's business, which knows whether it is light or dark.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fitlora.artifacts import Estimate, Evaluation, MemoryEstimate
+from fitlora.report.log import TrainingLog
+from fitlora.units import GIB, MIB
+
+Spec = dict[str, Any]
+
+MODELS = {
+    "base": "base",
+    "quantized_base": "4-bit base",
+    "adapter": "adapter",
+    "merged": "merged",
+}
+COMPONENTS = {
+    "weights": "weights",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer_states": "optimizer states",
+    "activations": "activations",
+    "temporary_buffers": "temporary buffers",
+    "library_workspaces": "library workspaces",
+}
+PHASES = ("load", "build", "forward", "backward", "optimizer", "evaluation")
+_WIDE = 30.0  # largest over smallest, from which on a scale is logarithmic
+
+
+def of(
+    evaluation: Evaluation, estimate: MemoryEstimate, log: TrainingLog
+) -> Iterator[tuple[str, Spec]]:
+    """Each chart with its name."""
+    yield "exact-match", exact_match(evaluation)
+    yield "loss-by-model", loss_by_model(evaluation)
+    yield "loss", loss(log)
+    yield "speed", speed(log)
+    yield "components", components(estimate)
+    yield "phases", phases(estimate.default, log)
+    yield "memory", memory(log)
+
+
+def exact_match(evaluation: Evaluation) -> Spec:
+    """Share of exact answers of each model, with its interval."""
+    rows = [
+        _with_interval(title, m.exact_match, m.exact_match_interval)
+        for title, m in _metrics(evaluation)
+    ]
+    axis = {"format": ".0%", "values": [0, 0.25, 0.5, 0.75, 1]}
+    return _bars(rows, {"axis": axis, "scale": {"domain": [0, 1.2], "nice": False}}, ".1%")
+
+
+def loss_by_model(evaluation: Evaluation) -> Spec:
+    """Loss of each model, with its interval."""
+    rows = [_with_interval(title, m.loss, m.loss_interval) for title, m in _metrics(evaluation)]
+    top = 1.25 * max(row["high"] for row in rows)  # room for the figure behind the bar
+    return _bars(rows, {"axis": {"tickCount": 5}, "scale": {"domain": [0, top]}}, ".4f")
+
+
+def _metrics(evaluation: Evaluation) -> Iterator[tuple[str, Any]]:
+    for name, title in MODELS.items():
+        yield title, getattr(evaluation, name)
+
+
+def _with_interval(title: str, value: float, interval: tuple[float, float]) -> dict[str, Any]:
+    return {"model": title, "value": value, "low": interval[0], "high": interval[1]}
+
+
+def _bars(rows: Sequence[Mapping[str, Any]], x: Spec, number: str) -> Spec:
+    y = {"field": "model", "type": "nominal", "sort": None, "title": None}
+    tooltip = [
+        {"field": "model", "type": "nominal"},
+        {"field": "value", "type": "quantitative", "format": number},
+        {"field": "low", "type": "quantitative", "format": number, "title": "95% from"},
+        {"field": "high", "type": "quantitative", "format": number, "title": "95% to"},
+    ]
+    bars = {
+        "mark": {"type": "bar", "height": {"band": 0.62}, "cornerRadiusEnd": 3},
+        "encoding": {
+            "x": {"field": "value", "type": "quantitative", "title": None, **x},
+            "color": _color("model", list(MODELS.values()), legend=False),
+            "tooltip": tooltip,
+        },
+    }
+    whiskers = {
+        "mark": {"type": "rule", "strokeWidth": 1.5, "style": "whisker"},
+        "encoding": {"x": {"field": "low", "type": "quantitative"}, "x2": {"field": "high"}},
+    }
+    figures = {
+        "mark": {"type": "text", "align": "left", "dx": 8, "style": "figure"},
+        "encoding": {
+            "x": {"field": "high", "type": "quantitative"},
+            "text": {"field": "value", "type": "quantitative", "format": number},
+        },
+    }
+    return _layers(rows, [bars, whiskers, figures], y=y, height=36 * len(rows))
+
+
+def loss(log: TrainingLog) -> Spec:
+    """Training and validation loss over the steps."""
+    rows = [_point(entry, "training", entry["loss"]) for entry in log.steps]
+    rows += [_point(entry, "validation", entry["validation_loss"]) for entry in log.evaluations]
+    encoding = {
+        "y": {
+            "field": "value",
+            "type": "quantitative",
+            "title": "loss (nats a token)",
+            "scale": _scale([row["value"] for row in rows]),
+            "axis": {"tickCount": 5},
+        },
+        "color": _color("what", ["training", "validation"]),
+    }
+    return _over_steps(rows, encoding, ".4f", points={"what": "validation"})
+
+
+def speed(log: TrainingLog) -> Spec:
+    """Tokens per second of each step, and the forecast."""
+    rows = [_point(entry, "measured", entry["tokens_per_second"]) for entry in log.steps]
+    lines = [
+        (what, value) for what, value in [("forecast", log.forecast_tokens_per_second)] if value
+    ]
+    encoding = {
+        "y": {
+            "field": "value",
+            "type": "quantitative",
+            "title": "tokens per second",
+            "axis": {"tickCount": 5},
+        },
+        "color": _color("what", ["measured", "forecast"], legend=bool(lines)),
+    }
+    return _over_steps(rows, encoding, ",.0f", lines=lines)
+
+
+def memory(log: TrainingLog) -> Spec:
+    """The peak of each step that was measured, and the predicted peak."""
+    predicted = int(log.end["predicted_peak_bytes"])
+    measured = [entry for entry in log.steps if entry["allocated_bytes"] is not None]
+    reserved = [entry for entry in log.steps if entry["reserved_bytes"] is not None]
+    name, unit = _unit([predicted, *(entry["allocated_bytes"] for entry in measured)])
+    rows = [_point(entry, "allocated", entry["allocated_bytes"] / unit) for entry in measured]
+    rows += [_point(entry, "reserved", entry["reserved_bytes"] / unit) for entry in reserved]
+    encoding = {
+        "y": {
+            "field": "value",
+            "type": "quantitative",
+            "title": f"peak of the step ({name})",
+            "axis": {"tickCount": 5},
+            "scale": {"zero": True},
+        },
+        "color": _color("what", ["allocated", "predicted peak", *["reserved"] * bool(reserved)]),
+    }
+    lines = [("predicted peak", predicted / unit)]
+    few = {"what": "allocated"} if len(measured) < 50 else None
+    return _over_steps(rows, encoding, ",.2f", lines=lines, points=few)
+
+
+def components(estimate: MemoryEstimate) -> Spec:
+    """What the peak is made of, in the default plan and its neighbours."""
+    plans = {"default plan": estimate.default, **estimate.neighbours}
+    name, unit = _unit([found.peak_allocated_bytes for found in plans.values()])
+    rows = [
+        {
+            "plan": title,
+            "component": COMPONENTS[key],
+            "order": position,
+            "value": count / unit,
+        }
+        for title, found in plans.items()
+        for position, (key, count) in enumerate(found.components.model_dump().items())
+        if count
+    ]
+    used = [title for title in COMPONENTS.values() if any(r["component"] == title for r in rows)]
+    bars = {
+        "mark": {"type": "bar", "height": {"band": 0.62}},
+        "encoding": {
+            "x": {
+                "field": "value",
+                "type": "quantitative",
+                "title": f"predicted peak ({name})",
+                "axis": {"tickCount": 5},
+            },
+            "color": _color("component", used),
+            "order": {"field": "order"},
+            "tooltip": [
+                {"field": "plan", "type": "nominal"},
+                {"field": "component", "type": "nominal"},
+                {"field": "value", "type": "quantitative", "format": ",.2f", "title": name},
+            ],
+        },
+    }
+    y: Spec = {"field": "plan", "type": "nominal", "sort": None, "title": None}
+    y["axis"] = {"labelLimit": 150}
+    return _layers(rows, [bars], y=y, height=38 * len(plans))
+
+
+def phases(default: Estimate, log: TrainingLog) -> Spec:
+    """The peak of each phase of a step: predicted, and measured where it was."""
+    measured = log.phase_bytes
+    name, unit = _unit(list(default.phase_peak_bytes.values()))
+    predicted = [(phase, "predicted", default.phase_peak_bytes.get(phase)) for phase in PHASES]
+    found = [(phase, "measured", measured.get(phase)) for phase in PHASES]
+    rows = [
+        {"phase": phase, "what": what, "value": count / unit}
+        for phase, what, count in [*predicted, *found]
+        if count is not None
+    ]
+    bars = {
+        "mark": {"type": "bar", "cornerRadiusEnd": 2},
+        "encoding": {
+            "y": {
+                "field": "value",
+                "type": "quantitative",
+                "title": f"peak ({name})",
+                "axis": {"tickCount": 5},
+            },
+            "xOffset": {"field": "what", "sort": ["predicted", "measured"]},
+            "color": _color("what", ["predicted", *["measured"] * bool(measured)]),
+            "tooltip": [
+                {"field": "phase", "type": "nominal"},
+                {"field": "what", "type": "nominal"},
+                {"field": "value", "type": "quantitative", "format": ",.2f", "title": name},
+            ],
+        },
+    }
+    x: Spec = {"field": "phase", "type": "nominal", "sort": list(PHASES), "title": None}
+    x["axis"] = {"labelAngle": 0, "labelOverlap": False, "labelLimit": 70}
+    return _layers(rows, [bars], x=x, height=220)
+
+
+# --- what they have in common ---------------------------------------------------------------------
+
+
+def _point(entry: Mapping[str, Any], what: str, value: float) -> dict[str, Any]:
+    return {"step": entry["step"], "what": what, "value": value}
+
+
+def _over_steps(
+    rows: Sequence[Mapping[str, Any]],
+    encoding: Spec,
+    number: str,
+    *,
+    lines: Sequence[tuple[str, float]] = (),
+    points: Mapping[str, str] | None = None,
+) -> Spec:
+    """A line over the optimizer steps. points: a series whose points are drawn; lines: across all."""
+    tooltip = [
+        {"field": "step", "type": "quantitative"},
+        {"field": "what", "type": "nominal"},
+        {"field": "value", "type": "quantitative", "format": number},
+    ]
+    layers: list[Spec] = [
+        {
+            "mark": {"type": "line", "strokeWidth": 1.75, "interpolate": "linear"},
+            "encoding": {**encoding, "tooltip": tooltip},
+        }
+    ]
+    if points is not None:
+        chosen = {"filter": {"field": "what", "equal": points["what"]}}
+        layers.append(
+            {
+                "transform": [chosen],
+                "mark": {"type": "point", "filled": True, "size": 45, "opacity": 1},
+                "encoding": {**encoding, "tooltip": tooltip},
+            }
+        )
+    for what, value in lines:
+        layers.append(
+            {
+                "data": {"values": [{"what": what, "value": value}]},
+                "mark": {"type": "rule", "strokeDash": [6, 4], "strokeWidth": 1.75},
+                "encoding": {
+                    "y": {"field": "value", "type": "quantitative"},
+                    "color": encoding["color"],
+                    "tooltip": tooltip[1:],
+                },
+            }
+        )
+    x = {
+        "field": "step",
+        "type": "quantitative",
+        "title": "optimizer step",
+        "axis": {"tickCount": 6, "format": "d", "grid": False},
+        "scale": {"nice": False},
+    }
+    layers[0]["encoding"]["x"] = x
+    if points is not None:
+        layers[1]["encoding"]["x"] = x
+    return _layers(rows, layers, height=230)
+
+
+def _layers(
+    rows: Sequence[Mapping[str, Any]], layers: Sequence[Spec], *, height: Any, **encoding: Spec
+) -> Spec:
+    return {
+        "data": {"values": list(rows)},
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "encoding": encoding,
+        "layer": list(layers),
+    }
+
+
+def _color(field: str, domain: Sequence[str], *, legend: bool = True) -> Spec:
+    found: Spec = {
+        "field": field,
+        "type": "nominal",
+        "sort": None,
+        "scale": {"domain": list(domain)},
+    }
+    found["legend"] = {"title": None} if legend else None
+    return found
+
+
+def _scale(values: Sequence[float]) -> Spec:
+    low, high = min(values), max(values)
+    return {"type": "log"} if low > 0 and high / low > _WIDE else {"zero": True}
+
+
+def _unit(counts: Sequence[int]) -> tuple[str, int]:
+    return ("GiB", GIB) if max(counts) >= GIB else ("MiB", MIB)

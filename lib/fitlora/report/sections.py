@@ -1,0 +1,489 @@
+"""What the report says, part by part, each a pure function of the run's artifacts."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fitlora.artifacts import (
+    DATASET,
+    HARDWARE,
+    MEMORY_ESTIMATE,
+    MODEL,
+    PLAN,
+    TRAINING_LOG,
+    Dataset,
+    Estimate,
+    Evaluation,
+    Hardware,
+    MemoryEstimate,
+    Metrics,
+    ModelFacts,
+    PlanArtifact,
+    Split,
+)
+from fitlora.params import (
+    DataParams,
+    EvaluateParams,
+    LoraParams,
+    MergeParams,
+    ModelParams,
+    Params,
+    QuantizationParams,
+)
+from fitlora.plan import Plan
+from fitlora.report.charts import MODELS
+from fitlora.report.html import Content, Html, chart, escaped, facts, section, table, tag
+from fitlora.report.log import TrainingLog
+from fitlora.units import format_bytes
+
+_ON_ORIGINAL = "adapter_on_original"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run has left when it is trained."""
+
+    params: Params
+    model: ModelFacts
+    hardware: Hardware
+    dataset: Dataset
+    estimate: MemoryEstimate
+    plan: PlanArtifact
+    log: TrainingLog
+
+    @classmethod
+    def read(cls, params: Params, root: Path) -> "Trained":
+        """Raises ArtifactError that names the stage where an artifact is missing or damaged."""
+        return cls(
+            params=params,
+            model=ModelFacts.read(root / MODEL),
+            hardware=Hardware.read(root / HARDWARE),
+            dataset=Dataset.read(root / DATASET),
+            estimate=MemoryEstimate.read(root / MEMORY_ESTIMATE),
+            plan=PlanArtifact.read(root / PLAN),
+            log=TrainingLog.read(root / TRAINING_LOG),
+        )
+
+
+@dataclass(frozen=True)
+class Run(Trained):
+    """Everything that the report is made from."""
+
+    evaluation: Evaluation
+
+
+def head(run: Run) -> Html:
+    """What it is about, and how it came out, in five figures."""
+    found, end = run.evaluation, run.log.end
+    predicted, measured = end["predicted_peak_bytes"], end["measured_peak_bytes"]
+    forecast = run.log.forecast_tokens_per_second
+    tiles = (
+        _tile(
+            "exact match",
+            f"{found.adapter.exact_match:.1%}",
+            f"of {found.rows:,} held-out rows; the base had {found.base.exact_match:.1%}",
+        ),
+        _tile(
+            "perplexity",
+            f"{found.adapter.perplexity:.3f}",
+            f"of their answers; the base had {found.base.perplexity:,.2f}",
+        ),
+        _tile(
+            "peak memory",
+            format_bytes(measured),
+            f"predicted {format_bytes(predicted)}: off by {predicted / measured - 1:+.1%}",
+        ),
+        _tile(
+            "speed",
+            f"{run.log.tokens_per_second:,.0f}",
+            "tokens a second, the median step"
+            + ("" if forecast is None else f"; forecast {forecast:,.0f}"),
+        ),
+        _tile(
+            "training",
+            _duration(end["seconds"]),
+            f"{end['steps']:,} steps"
+            + (", stopped early" if end["stopped_early"] else "")
+            + f"; best validation at step {end['best_step']:,}",
+        ),
+    )
+    return tag(
+        "header",
+        tag("p", "FitLoRA run", class_="eyebrow"),
+        tag("h1", run.params.model.id),
+        tag("p", run.plan.plan.describe(), class_="note"),
+        tag("div", *tiles, class_="tiles"),
+    )
+
+
+def _tile(name: str, figure: str, words: str) -> Html:
+    return tag(
+        "div",
+        tag("p", name, class_="name"),
+        tag("p", figure, class_="figure"),
+        tag("p", words, class_="words"),
+        class_="tile",
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+# --- quality --------------------------------------------------------------------------------------
+
+
+def quality(run: Run) -> Html:
+    """Four models side by side, by group, and how true the merge is."""
+    found = run.evaluation
+    pictures = tag(
+        "div",
+        chart("exact-match", "Answers that equal the expected one, with 95% intervals"),
+        chart("loss-by-model", "Loss on the answers (nats a token), with 95% intervals"),
+        class_="pair",
+    )
+    models = table(
+        ("model", "exact match", "95% interval", "loss", "95% interval", "perplexity", "where"),
+        (_model_row(found, name) for name in MODELS),
+        numbers=(1, 2, 3, 4, 5),
+    )
+    parts = [pictures, models]
+    if found.groups:
+        parts += [tag("h3", "By length and source"), _groups(found)]
+    parts += [tag("h3", "Is the merged model the one that was trained?"), *_gate(found)]
+    return section(
+        "Quality",
+        *parts,
+        note=f"The same {found.rows:,} held-out rows for all, answered greedily. Intervals are "
+        "bootstrapped over rows, with the same draws for every model.",
+    )
+
+
+def _model_row(found: Evaluation, name: str) -> tuple[Content, ...]:
+    metrics: Metrics = getattr(found, name)
+    low, high = metrics.loss_interval
+    return (
+        tag("strong", MODELS[name]),
+        f"{metrics.exact_match:.1%}",
+        _shares(metrics),
+        f"{metrics.loss:.4f}",
+        f"{low:.4f} – {high:.4f}",
+        f"{metrics.perplexity:,.3f}",
+        found.devices[name],
+    )
+
+
+def _shares(metrics: Metrics) -> str:
+    low, high = metrics.exact_match_interval
+    return f"{low:.1%} – {high:.1%}"
+
+
+def _groups(found: Evaluation) -> Html:
+    shown = ("base", "adapter", "merged")
+    head = ["held-out rows", "count"]
+    for name in shown:
+        head += [f"{MODELS[name]}: exact", "loss"]
+    rows = []
+    for group in found.groups:
+        row: list[Content] = [group.name, f"{group.rows:,}"]
+        for name in shown:
+            metrics = group.models[name]
+            row += [f"{metrics.exact_match:.1%}", f"{metrics.loss:.4f}"]
+        rows.append(row)
+    return table(head, rows, numbers=range(1, len(head)))
+
+
+def _gate(found: Evaluation) -> Iterator[Html]:
+    gate, merged = found.gate, found.fidelity["merged"]
+    lost = found.adapter.exact_match - found.merged.exact_match
+    yield tag(
+        "p",
+        f"It was merged into the {gate.base} weights and stored in {gate.bits} bits. What it predicts "
+        f"was compared with what the adapter on the 4-bit base predicts, at {merged.tokens:,} tokens "
+        "of held-out answers, and was within every limit.",
+    )
+    rows: list[tuple[Content, ...]] = [
+        (
+            "mean KL divergence (nats a token)",
+            f"{merged.kl_divergence:.2g}",
+            f"at most {gate.max_kl_divergence:g}",
+        ),
+        (
+            "same likeliest next token",
+            f"{merged.top1_agreement:.2%}",
+            f"at least {gate.min_top1_agreement:.0%}",
+        ),
+        (
+            "exact answers lost",
+            f"{lost:.1%}",
+            f"at most {gate.max_exact_match_drop:.0%}, rounded up to a row",
+        ),
+    ]
+    yield table(("measure", "merged", "limit"), rows, numbers=(1,))
+    other = found.fidelity.get(_ON_ORIGINAL)
+    if other is not None:
+        yield tag(
+            "p",
+            "What the other base would change: the adapter on the original 16-bit weights is "
+            f"{other.kl_divergence:.2g} nats a token away, and ranks the same token first at "
+            f"{other.top1_agreement:.2%}.",
+            class_="note",
+        )
+
+
+def samples(run: Run) -> Html:
+    """Answers before and after, side by side."""
+    cards = []
+    for sample in run.evaluation.samples:
+        answers = []
+        for name, title in MODELS.items():
+            answer = sample.answers[name]
+            right = answer.strip() == sample.expected.strip()
+            mark = tag("span", "✓" if right else "✗", class_="right" if right else "wrong")
+            answers.append(
+                tag(
+                    "div", tag("dt", title, " ", mark), tag("dd", tag("pre", answer or "(nothing)"))
+                )
+            )
+        cards.append(
+            tag(
+                "article",
+                tag("pre", sample.prompt, class_="prompt"),
+                tag("p", "expected", class_="name"),
+                tag("pre", sample.expected),
+                tag("dl", *answers, class_="answers"),
+            )
+        )
+    if not cards:
+        return escaped("")
+    return section("Before and after", *cards, note="The first held-out rows, as they came.")
+
+
+# --- training and memory --------------------------------------------------------------------------
+
+
+def training(run: Run) -> Html:
+    """Curves, what happened on the way, and what the run recommends."""
+    log = run.log
+    parts = [
+        tag(
+            "div",
+            chart("loss", "Training and validation loss"),
+            chart("speed", "Tokens per second, step by step"),
+            class_="pair",
+        ),
+        tag("h3", "Fallbacks"),
+    ]
+    if log.plans:
+        rows = [(f"{p['step']:,}", str(p["cause"]), _changes(p)) for p in log.plans]
+        parts.append(table(("step", "cause", "what changed of the plan"), rows, numbers=(0,)))
+    else:
+        parts.append(tag("p", "None was taken: the plan held from the first step to the last."))
+    advice = log.end.get("recommendations") or []
+    if advice:
+        parts += [
+            tag("h3", "Recommendations"),
+            tag("ul", *(tag("li", str(words)) for words in advice)),
+        ]
+    return section("Training", *parts)
+
+
+def _changes(record: Mapping[str, Any]) -> str:
+    before, after = record["before"], record["after"]
+    return "; ".join(
+        f"{key.replace('_', ' ')} {_brief(before[key])} → {_brief(after[key])}"
+        for key in before
+        if before[key] != after.get(key)
+    )
+
+
+def _brief(value: object) -> str:
+    return f"{len(value)} layers" if isinstance(value, list | tuple) else str(value)
+
+
+def memory(run: Run) -> Html:
+    """Predicted and measured, over one step and over the run, and which plans fit."""
+    default, end = run.estimate.default, run.log.end
+    note = (
+        f"The highest instant of a step was predicted at {default.instant}. Over the run "
+        f"{format_bytes(end['measured_peak_bytes'])} were measured ("
+        + ("the allocator's" if run.plan.plan.device == "cuda" else "live tensors")
+        + f"), against {format_bytes(end['predicted_peak_bytes'])} predicted."
+    )
+    return section(
+        "Memory",
+        tag(
+            "div",
+            chart("phases", "One step, phase by phase"),
+            chart("memory", "The run: each measured step's peak, and the predicted peak"),
+            class_="pair",
+        ),
+        chart("components", "What the predicted peak is made of, by plan"),
+        tag("h3", "Will it fit?"),
+        _fits(run.estimate),
+        note=note,
+    )
+
+
+def _fits(estimate: MemoryEstimate) -> Html:
+    def row(name: str, found: Estimate) -> tuple[Content, ...]:
+        verdict = tag("span", "fits", class_="right")
+        if not found.fits:
+            verdict = tag("span", "does not fit", class_="wrong")
+        return (
+            tag("strong", name),
+            found.plan.describe(),
+            format_bytes(found.peak_allocated_bytes),
+            format_bytes(found.process_bytes),
+            verdict,
+        )
+
+    plans = {"default plan": estimate.default, **estimate.neighbours}
+    return table(
+        ("", "plan", "peak", "whole process", f"in {format_bytes(estimate.budget_bytes)}"),
+        [row(name, found) for name, found in plans.items()],
+        numbers=(2, 3),
+    )
+
+
+# --- what went in ---------------------------------------------------------------------------------
+
+
+def plan(run: Run) -> Html:
+    """Each decision and its reason."""
+    decisions = Plan.model_dump(run.plan.plan)
+    rows = [
+        (tag("strong", name.replace("_", " ")), _decision(decisions[name]), reason)
+        for name, reason in run.plan.reasons.items()
+    ]
+    return section(
+        "Plan",
+        table(("decision", "value", "why"), rows),
+        note=f"How a training step was laid out; fingerprint {run.plan.plan.fingerprint()}.",
+    )
+
+
+def _decision(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"{len(value)} layers" if value else "none"
+    return str(value)
+
+
+def ingredients(run: Run) -> Html:
+    """Model, data and machine."""
+    return section(
+        "What went in",
+        tag(
+            "div",
+            tag("div", tag("h3", "Model"), facts(_model(run))),
+            tag("div", tag("h3", "Data"), facts(_data(run.dataset))),
+            tag("div", tag("h3", "Machine"), facts(_machine(run.hardware))),
+            class_="three",
+        ),
+    )
+
+
+def _model(run: Run) -> Iterator[tuple[str, Content]]:
+    yield "source", run.params.model.id
+    if run.params.model.revision is not None:
+        yield "revision", run.params.model.revision
+    yield "parameters", f"{run.estimate.parameters:,}"
+    yield "trained", f"{run.estimate.trainable_parameters:,} of the adapter"
+    stored: QuantizationParams = run.params.quantization
+    if stored.bits == 4:
+        double = ", double quantization" if stored.double else ""
+        yield "base stored as", f"{stored.type}, blocks of {stored.block_size}{double}"
+    else:
+        yield "base stored in", "16 bits"
+    lora: LoraParams = run.params.lora
+    targets = lora.target_modules
+    layers = targets if isinstance(targets, str) else ", ".join(targets)
+    yield "LoRA", f"r {lora.r}, alpha {float(lora.alpha):g}, dropout {lora.dropout:g} on {layers}"
+
+
+def _data(dataset: Dataset) -> Iterator[tuple[str, Content]]:
+    for name, split in (("train", dataset.train), ("held out", dataset.validation)):
+        if split is not None:
+            yield from _split(name, split)
+
+
+def _split(name: str, split: Split) -> Iterator[tuple[str, Content]]:
+    yield name, split.source
+    yield (
+        "rows",
+        f"{split.rows:,}" + (f", {split.skipped_rows:,} skipped" * bool(split.skipped_rows)),
+    )
+    yield "tokens", f"{split.tokens:,}, {split.target_tokens:,} of them learned"
+    length = split.length
+    cut = f"; {split.truncated_rows:,} cut" if split.truncated_rows else ""
+    yield "lengths", f"median {length.p50}, p90 {length.p90}, longest {length.maximum}{cut}"
+
+
+def _machine(hardware: Hardware) -> Iterator[tuple[str, Content]]:
+    for gpu in hardware.gpus:
+        yield "GPU", f"{gpu.name}, {format_bytes(gpu.memory_bytes)}"
+    yield "CPU", f"{hardware.cpu_name}, {hardware.cpu_cores} cores"
+    yield "host memory", format_bytes(hardware.host_memory_bytes)
+    yield "budget", f"{format_bytes(hardware.budget_bytes)} of the {_device(hardware)}"
+
+
+def _device(hardware: Hardware) -> str:
+    return "GPU" if hardware.device == "cuda" else "host's memory"
+
+
+def reproduce(run: Run) -> Html:
+    """Commands, the settings that are not the defaults, and what tells the inputs from others."""
+    changed = list(_changed(run.params))
+    options = "".join(f" \\\n  --set {shlex.quote(change)}" for change in changed)
+    commands = f"dvc repro\n\n# or, without DVC, into a folder:\nfitlora run --out outputs{options}"
+    fingerprints: list[tuple[str, Content]] = [
+        ("model definition", run.model.definition),
+        ("model weights", run.model.weights or "none"),
+    ]
+    for name, split in (("training rows", run.dataset.train), ("held-out", run.dataset.validation)):
+        if split is not None:
+            fingerprints.append((name, split.fingerprint))
+    fingerprints.append(("plan", run.plan.plan.fingerprint()))
+    return section(
+        "Reproduce",
+        tag("pre", commands, class_="commands"),
+        facts(fingerprints),
+        note="In the repository, with this run's params.yaml and dvc.lock.",
+    )
+
+
+def _changed(params: Params) -> Iterator[str]:
+    """`key=value` of each setting of model, data, quantization, LoRA, merge and evaluation."""
+    model: ModelParams = params.model
+    data: DataParams = params.data
+    quantization: QuantizationParams = params.quantization
+    lora: LoraParams = params.lora
+    merge: MergeParams = params.merge
+    evaluate: EvaluateParams = params.evaluate
+    sections = {
+        "model": (model.model_dump(mode="json"), ModelParams()),
+        "data": (data.model_dump(mode="json"), DataParams()),
+        "quantization": (quantization.model_dump(mode="json"), QuantizationParams()),
+        "lora": (lora.model_dump(mode="json"), LoraParams()),
+        "merge": (merge.model_dump(mode="json"), MergeParams()),
+        "evaluate": (evaluate.model_dump(mode="json"), EvaluateParams()),
+    }
+    for name, (content, default) in sections.items():
+        for key, value in content.items():
+            if value != default.model_dump(mode="json")[key]:
+                yield f"{name}.{key}={_yaml(value)}"
+
+
+def _yaml(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value)

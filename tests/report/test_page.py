@@ -1,0 +1,213 @@
+"""The report says what the artifacts say, and nothing in the data can get out of its place."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fitlora.artifacts import DATASET, MEMORY_ESTIMATE, PLAN, REPORT, TRAINING_LOG, Sample
+from fitlora.errors import ArtifactError
+from fitlora.params import Params, check_params
+from fitlora.report.page import write_report
+from fitlora.report.sections import Trained
+from tests.report.runs import make_evaluation, make_plan, write_facts, write_log
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_facts(tmp_path)
+    write_log(tmp_path)
+    return tmp_path
+
+
+def report(root: Path, params: Params | None = None, **evaluation: Any) -> str:
+    trained = Trained.read(params or Params(), root)
+    path = write_report(trained, make_evaluation(**evaluation), root)
+    assert path == root / REPORT
+    return path.read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """The page as a browser takes it apart: its elements, its words, its scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.scripts: list[str] = []
+        self._inside: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag != "meta":
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._inside.pop() == tag  # every element is closed, in order
+
+    def handle_data(self, data: str) -> None:
+        if self._inside[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self._inside[-1:] != ["style"]:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def test_figures_are_those_of_the_artifacts(root: Path) -> None:
+    page = Page(report(root))
+    for words in (
+        "assets/sample_model",
+        "97.5% of 200 held-out rows; the base had 0.0%",
+        "peak memory 198.00 MiB predicted 200.00 MiB: off by +1.0%",
+        "61 s 12 steps; best validation at step 12",
+        "1,006 tokens a second",  # 1,006.5, the median step
+        "adapter 97.5% 96.5% – 98.0% 0.0300 0.0270 – 0.0330 2.000 cpu, float32",
+        "9 to 30 tokens 120",
+        "mean KL divergence (nats a token) 2.5e-08 at most 0.01",
+        "same likeliest next token 99.95% at least 95%",
+        "exact answers lost 0.5%",
+        "9e-05 nats a token away, and ranks the same token first at 99.80%",
+        "micro batch size 8 the largest that fits",
+        "half the micro-batch micro-batch 4 x 8",
+        "2,000, 1 skipped",
+        "median 20, p90 30, longest 64; 3 cut",
+        "1.00 GiB of the host's memory",
+        make_plan().fingerprint(),
+        "None was taken: the plan held from the first step to the last.",
+    ):
+        assert words in page.text, words
+    assert "Recommendations" not in page.text
+
+
+def test_the_file_is_alone_and_the_same_each_time(root: Path) -> None:
+    text = report(root)
+    assert report(root) == text
+    page = Page(text)
+    assert not any(name in ("link", "img", "iframe") for name, _ in page.elements)
+    for _, attributes in page.elements:
+        assert not {"src", "href"} & set(attributes)
+    policy = next(a["content"] for n, a in page.elements if a.get("http-equiv"))
+    assert str(policy).startswith("default-src 'none'")
+    assert len(text.encode()) < 2_000_000
+    assert "sourceMappingURL" not in text
+
+
+def test_charts_have_their_places_and_their_numbers(root: Path) -> None:
+    page = Page(report(root))
+    charts = json.loads(page.scripts[0])
+    places = {str(a["id"]) for n, a in page.elements if str(a.get("id")).startswith("chart-")}
+    assert places == {f"chart-{name}" for name in charts}
+    assert len(charts) == 7
+    loss = charts["loss"]["data"]["values"]
+    assert [row["value"] for row in loss if row["what"] == "training"][:2] == [3.0, 0.75]
+    assert charts["loss"]["layer"][0]["encoding"]["y"]["scale"] == {"type": "log"}
+    memory = charts["memory"]
+    assert [row["value"] for row in memory["data"]["values"]] == [198.0, 198.0]  # what was measured
+    assert memory["layer"][-1]["data"]["values"] == [{"value": 200.0, "what": "predicted peak"}]
+    phases = charts["phases"]["data"]["values"]
+    assert {"phase": "backward", "value": 198.0, "what": "measured"} in phases
+    assert {"phase": "backward", "value": 200.0, "what": "predicted"} in phases
+    parts = [row for row in charts["components"]["data"]["values"] if row["plan"] == "default plan"]
+    assert sum(row["value"] for row in parts) == pytest.approx(200.0)
+
+
+HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)> &amp; <!-- \u2028 “ß” '
+
+
+def test_markup_in_the_data_stays_text(root: Path) -> None:
+    plain = Page(report(root))
+    names = ("base", "quantized_base", "adapter", "merged")
+    sample = Sample(prompt=HOSTILE, expected=HOSTILE, answers=dict.fromkeys(names, HOSTILE))
+    group = make_evaluation().groups[0].model_copy(update={"name": HOSTILE})
+    record = {"event": "plan", "step": 3, "cause": HOSTILE, "before": {"a": 1}, "after": {"a": 2}}
+    write_log(root, record, recommendations=[HOSTILE])
+    for path in (DATASET, MEMORY_ESTIMATE):  # names that the user chose
+        text = (root / path).read_text()
+        text = text.replace("data/train.jsonl", json.dumps(HOSTILE)[1:-1])
+        text = text.replace("half the micro-batch", json.dumps(HOSTILE)[1:-1])
+        (root / path).write_text(text)
+    params = check_params({"data": {"validation": HOSTILE}})
+    text = report(root, params, samples=(sample,), groups=(group,))
+    page = Page(text)
+    # the names of elements are those of a report without it, but for cells and items more
+    assert {name for name, _ in page.elements} <= {name for name, _ in plain.elements} | {
+        "ul",
+        "li",
+    }
+    assert not any("onerror" in attributes for _, attributes in page.elements)
+    assert len(page.scripts) == len(plain.scripts) == 4
+    assert page.scripts[1:] == plain.scripts[1:]
+    assert page.text.count('<script>alert("x")</script>') >= 10
+    charts = json.loads(page.scripts[0])
+    assert any(row["plan"] == HOSTILE for row in charts["components"]["data"]["values"])
+    assert "<" not in page.scripts[0]
+
+
+def test_fallbacks_and_recommendations_are_shown(root: Path) -> None:
+    before, after = make_plan(), make_plan(micro_batch_size=4, recompute_layers=(0, 1))
+    record = {
+        "event": "plan",
+        "step": 7,
+        "cause": "the device overflowed",
+        "before": before.model_dump(mode="json"),
+        "after": after.model_dump(mode="json"),
+    }
+    write_log(
+        root,
+        record,
+        recommendations=["headroom: 3 GiB"],
+        forecast_tokens_per_second=1234.0,
+        stopped_early=True,
+    )
+    page = Page(report(root))
+    assert "the device overflowed" in page.text
+    assert "micro batch size 8 → 4; recompute layers 0 layers → 2 layers" in page.text
+    assert "Recommendations headroom: 3 GiB" in page.text
+    assert "forecast 1,234" in page.text
+    assert "12 steps, stopped early" in page.text
+    speed = json.loads(page.scripts[0])["speed"]
+    assert speed["layer"][-1]["data"]["values"] == [{"value": 1234.0, "what": "forecast"}]
+
+
+def test_settings_that_are_not_the_defaults_are_in_the_command(root: Path) -> None:
+    params = check_params(
+        {"lora": {"r": 8, "target_modules": ["q_proj", "v_proj"]}, "data": {"validation": None}}
+    )
+    text = Page(report(root, params)).text
+    assert "--set data.validation=null" in text
+    assert "--set lora.r=8" in text
+    assert "--set 'lora.target_modules=[q_proj, v_proj]'" in text
+    assert text.count("--set ") == 3
+
+
+def test_a_run_without_samples_or_groups(root: Path) -> None:
+    page = Page(report(root, samples=(), groups=(), fidelity={
+        "merged": make_evaluation().fidelity["merged"]}))  # fmt: skip
+    assert "Before and after" not in page.text
+    assert "By length" not in page.text
+    assert "What the other base" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("path", "stage"),
+    [(PLAN, "find_batch_size"), (TRAINING_LOG, "train_adapters"), (DATASET, "estimate_memory")],
+)
+def test_a_missing_artifact_names_its_stage(root: Path, path: Path, stage: str) -> None:
+    (root / path).unlink()
+    with pytest.raises(ArtifactError, match=f"make it with: dvc repro {stage}"):
+        report(root)
+    assert not (root / REPORT).exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"event": "step", "step": 1}\n'])
+def test_a_log_that_was_cut_short(root: Path, text: str) -> None:
+    (root / TRAINING_LOG).write_text(text)
+    with pytest.raises(ArtifactError, match=re.escape(str(TRAINING_LOG))):
+        report(root)
