@@ -86,6 +86,7 @@ def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BUCKET_BYTES", 100)
+    monkeypatch.setattr(module, "_IN_FLIGHT", 1)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
