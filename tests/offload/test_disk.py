@@ -53,7 +53,7 @@ def test_only_the_buffers_are_pinned(tmp_path: Path) -> None:
     )
     sizes = [streamed_bytes(layer) for layer in make_stack(LAYERS)]
     assert len(stack) == LAYERS
-    assert transport.pinned_bytes == sizes[0] + sizes[5] + 2 * sizes[4]
+    assert transport.pinned_bytes == sizes[0] + sizes[5] + 2 * max(sizes[1:5])
     assert transport.memory.bytes == transport.pinned_bytes
 
 
@@ -70,7 +70,7 @@ def test_an_estimate_reads_nothing_and_counts_the_same(tmp_path: Path) -> None:
             residency.leave(index)
         transport.pin()
     sizes = [streamed_bytes(layer) for layer in stack]
-    assert transport.pinned_bytes == sizes[0] + sizes[4] + sizes[5] + 3 * sizes[3]
+    assert transport.pinned_bytes == sizes[0] + sizes[4] + sizes[5] + 3 * max(sizes[1:4])
     assert not (tmp_path / "unused").exists()
 
 

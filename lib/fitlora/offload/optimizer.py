@@ -293,7 +293,9 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             one.parameter.grad = None
             self._leaving.append((gradient, one.coming))
             if len(self._leaving) > _IN_FLIGHT:
-                self.transport.wait(self._leaving.popleft()[1])
+                oldest, copied = self._leaving.popleft()
+                self.transport.wait(copied)
+                del oldest  # not before
 
     def _take_in(self, one: _Master) -> None:
         """Adds the gradient that has come down, if one has, to what is there."""
