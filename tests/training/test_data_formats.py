@@ -33,6 +33,19 @@ SAME: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
         [BRIEF, *ASKED],
     ),
     ("messages", {"messages": [{**ASKED[0], "tool_calls": None}, ASKED[1]]}, ASKED),  # Parquet
+    (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "text", "text": t, "image": None} for t in ("a", "")],
+                },
+            ]
+        },
+        ASKED,
+    ),
     ("prompt-completion", {"prompt": "q", "completion": "a"}, ASKED),
     ("prompt-completion", {"prompt": ASKED[:1], "completion": ASKED[1:]}, ASKED),
     ("prompt-completion", {"system": "s", "prompt": "q", "completion": "a"}, [BRIEF, *ASKED]),
@@ -71,6 +84,14 @@ def test_forms_in_params_are_those_that_there_are() -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
+    (
+        {"messages": [{"role": "user", "content": []}, ASKED[1]]},
+        "message 0 has content that is no text",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image", "text": "q"}]}, ASKED[1]]},
+        "message 0 has content that is no text",
+    ),
     ({"messages": [*ASKED, {"role": "assistant", "tool_calls": []}]}, "no text"),
     (
         {"messages": [{"role": "user", "content": "q", "tool_calls": [CALL]}, ASKED[1]]},

@@ -71,6 +71,14 @@ def test_csv(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_without_commas_is_told_once(tmp_path: Path, mark: str) -> None:
+    content = f"prompt{mark}completion\nq{mark}a\nq{mark}a\n"
+    ((line, reason),) = read(tmp_path / "rows.csv", content.encode())
+    assert line == 1
+    assert reason == f"one column, {f'prompt{mark}completion'!r}: fields are separated by commas"
+
+
 def test_bad_rows_of_a_csv_are_all_named(tmp_path: Path) -> None:
     content = b'prompt,completion\na,b\nonly\na,b,c\na,\xff\n"a"x,b\na,b\n"no end,\n'
     assert read(tmp_path / "rows.csv", content) == [

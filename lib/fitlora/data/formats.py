@@ -9,7 +9,8 @@
 
 A row is told by the first of these that it has the columns of; other columns are left alone, but for
 `system` (a system message before a prompt or an instruction) and `tools` (descriptions of tools, which
-the chat template is given). Tool calls inside messages go to the template as they are.
+the chat template is given). Tool calls inside messages go to the template as they are; content in parts
+is joined where all of them are texts.
 """
 
 import json
@@ -134,7 +135,22 @@ def _turn(message: Any, index: int) -> dict[str, Any]:
         rest = {key: value for key, value in message.items() if key not in ("from", "value")}
         role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
         message = {"role": role, "content": message.get("value"), **rest}
-    return {k: v for k, v in message.items() if v is not None or k == "content"}
+    found = {k: v for k, v in message.items() if v is not None or k == "content"}
+    if isinstance(found.get("content"), list):
+        found["content"] = _joined(found["content"])
+    return found
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Content in parts that are all texts (`{"type": "text", "text": ...}`) as one text."""
+    texts: list[str] = []
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            return parts
+        if not isinstance(part.get("text"), str):
+            return parts
+        texts.append(part["text"])
+    return "".join(texts) if texts else parts
 
 
 def _system(content: dict[str, Any]) -> Messages:

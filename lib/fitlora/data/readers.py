@@ -152,6 +152,10 @@ def _read_csv(file: Path) -> Iterator[Record]:
                     continue
                 if header is None:
                     header = [name.strip() for name in fields]
+                    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+                        found = f"one column, {header[0]!r}: fields are separated by commas"
+                        yield Record(place, line, None, found)
+                        return
                     continue
                 if any(_has_raw_bytes(field) for field in fields):
                     yield Record(place, line, None, "not UTF-8")
