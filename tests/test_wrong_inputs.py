@@ -424,7 +424,7 @@ CASES = (
             (f"{path}", "make it again with: fitlora quantize"),
             spoil(path),
         )
-        for command in ("train", "evaluate", "chat --prompt hello")
+        for command in ("train", "chat --prompt hello")
         for path, spoil in (
             (QUANTIZED / "model.safetensors", cut),
             (QUANTIZED / "config.json", cut),
@@ -534,6 +534,15 @@ def test_wrong_input(project: Path, case: Case) -> None:
     assert "Traceback" not in done.output
     assert "dvc repro " not in done.stderr, "DVC does not keep these artifacts"
     assert contents(project) == before
+
+
+def test_a_damaged_4_bit_model_in_evaluate(project: Path) -> None:
+    """Which sets the earlier merged model aside before it reads this one."""
+    cut(QUANTIZED / "model.safetensors")()
+    done = fitlora("evaluate")
+    assert done.exit_code == 2
+    assert f"{QUANTIZED}/model.safetensors" in done.stderr
+    assert "make it again with: fitlora quantize" in done.stderr
 
 
 def test_there_are_forty_and_more() -> None:
