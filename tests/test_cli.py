@@ -80,7 +80,7 @@ def commands() -> list[click.Command]:
 def test_the_commands_are_those_that_were_asked_for() -> None:
     assert set(main.commands) == {
         "init", "profile", "estimate", "plan", "quantize", "train", "evaluate", "run", "chat",
-        "summary",
+        "summary", "compare",
     }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def test_help_says_what_it_does_and_gives_examples_that_parse(command: click.Com
     examples = re.findall(rf"^  +fitlora {command.name}\b(.*)$", text, re.MULTILINE)
     assert examples
     for option in command.params:
-        assert option.help, option.name
+        assert isinstance(option, click.Argument) or option.help, option.name
     for example in examples:
         known = {name for option in command.params for name in option.opts}
         assert set(re.findall(r" (--[a-z-]+)", example)) <= known

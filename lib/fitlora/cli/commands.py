@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fitlora import __version__
+from fitlora.cli.compare import compare
 from fitlora.cli.frame import (
     Commands,
     Project,
@@ -270,3 +271,6 @@ def summary(root: Path | None) -> Any:
     from fitlora.report.summary import summarize
 
     return summarize(open_root(root))
+
+
+main.add_command(compare)

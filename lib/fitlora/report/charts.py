@@ -51,7 +51,7 @@ def exact_match(evaluation: Evaluation) -> Spec:
         for title, m in _metrics(evaluation)
     ]
     axis = {"format": ".0%", "values": [0, 0.25, 0.5, 0.75, 1]}
-    return _bars(rows, {"axis": axis, "scale": {"domain": [0, 1.2], "nice": False}}, ".1%")
+    return _bars(rows, {"axis": axis, "scale": {"domain": [0, 1.35], "nice": False}}, ".1%")
 
 
 def loss_by_model(evaluation: Evaluation) -> Spec:
