@@ -36,10 +36,10 @@ def make_stack(count: int) -> list[Layer]:
     return [Layer(number) for number in range(count)]
 
 
-def resident(count: int) -> list[Layer]:
+def resident(count: int, device: str = "cpu") -> list[Layer]:
     stack = make_stack(count)
     for layer, tensors in zip(stack, values(stack), strict=True):
-        _fill(layer, tensors)
+        _fill(layer, tensors, torch.device(device))
     return stack
 
 
@@ -53,15 +53,17 @@ def streamed(
         if number in which:
             for parameter, tensor in zip(layer.weights(), tensors, strict=True):
                 residency.places[id(parameter)].copy_(tensor)
+            layer.scale.data = layer.scale.data.to(transport.device)
         else:
-            _fill(layer, tensors)
+            _fill(layer, tensors, transport.device)
     transport.pin()
     residency.start()
     return stack, residency
 
 
-def _fill(layer: Layer, tensors: list[Tensor]) -> None:
-    values = iter(tensors)
+def _fill(layer: Layer, tensors: list[Tensor], device: torch.device) -> None:
+    values = (tensor.to(device) for tensor in tensors)
+    layer.scale.data = layer.scale.data.to(device)
     for linear in (layer.up, layer.down):
         for leaf, parameter in linear._parameters.items():
             if parameter is not None:

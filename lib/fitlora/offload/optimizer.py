@@ -172,6 +172,23 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             if parameter.grad is not None:
                 self._send_down(self._masters[parameter])
 
+    @property
+    def gradients_leave(self) -> bool:
+        """Whether gradients are on the host when a step begins."""
+        return self._offload_gradients
+
+    def master(self, parameter: Tensor) -> Tensor:
+        """The fp32 master of a parameter, on the host."""
+        self._follow_parameters()
+        return self._masters[parameter].master.detach()
+
+    def load_master(self, parameter: Tensor, value: Tensor) -> None:
+        """Sets a parameter's master; the parameter itself has that value, rounded, already."""
+        one = self._masters[parameter]
+        with self.transport.hidden():
+            one.master.data.copy_(value)
+        one.version = parameter._version
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, those on the host as well."""
         super().zero_grad(set_to_none)
