@@ -14,6 +14,7 @@ from fitlora.offload.vocabulary import (
     resident_slices,
     sliced_cross_entropy,
     sliced_logits,
+    sliced_loss,
 )
 from fitlora.step.loss import chunked_cross_entropy
 from tests.offload.transports import ClockedTransport, DelayedTransport
@@ -81,6 +82,19 @@ def test_in_bf16_it_is_as_near_as_the_loss_of_chunks() -> None:
     chunks = error(b, chunked_cross_entropy(b, weight, targets, scale=1.0, chunk=8, bias=bias))
     assert mine[0] < 5e-3
     assert mine[1] < max(0.01, 1.5 * chunks[1])
+
+
+def test_without_autograd_the_gradient_comes_beside_the_loss() -> None:
+    hidden, weight, bias, targets = inputs()
+    value, gradient = exact(hidden, weight, bias, targets)
+    slices = resident_slices(weight, 30)
+    loss, found = sliced_loss(hidden, slices, targets, scale=0.5, bias=bias)
+    assert found is not None
+    torch.testing.assert_close(loss.double(), 0.5 * value, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.double(), 0.5 * gradient, rtol=1e-4, atol=1e-6)
+    same, none = sliced_loss(hidden, slices, targets, scale=0.5, bias=bias, gradient=False)
+    assert torch.equal(same, loss)
+    assert none is None
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])
