@@ -109,7 +109,8 @@ def _stopped(ctx: click.Context) -> str:
     root = ctx.obj["root"] or Path()
     return (
         f"stopped. Each artifact under {root / 'artifacts'} is whole: what was finished is kept, and "
-        "what was being made is as it was before."
+        "what was being made is as it was before. The log of a training run, training.jsonl, ends "
+        "where it was stopped."
     )
 
 
