@@ -140,56 +140,6 @@ def sliced_loss(
     bias: Tensor | None = None,
     gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """`scale` times the summed cross-entropy under a head in slices, and the gradient of hidden.
-
-    hidden: (rows, hidden); slices: gives (start, (n, hidden)) for the whole vocabulary, in order, each
-    once; targets: int64 (rows,). Returns float32 () and, with `gradient`, (rows, hidden). Beside the
-    slice, (rows, n) logits in fp32 are alive, and the gradient in fp32.
-    """
-    rows = len(hidden)
-    top = hidden.new_full((rows, 1), float("-inf"), dtype=torch.float32)
-    norm = hidden.new_zeros((rows, 1), dtype=torch.float32)
-    chosen = hidden.new_zeros((rows, 1), dtype=torch.float32)
-    grad = wanted = None
-    if gradient:
-        grad = torch.zeros_like(hidden, dtype=torch.float32)
-        wanted = torch.zeros_like(hidden)
-    for start, weight in slices():
-        logits = torch.mm(hidden, weight.t())
-        if bias is not None:
-            logits.add_(bias[start : start + len(weight)])
-        p = logits.to(torch.float32)
-        del logits
-        place = (targets - start)[:, None]
-        here = (place >= 0) & (place < len(weight))
-        place = place.clamp_(0, len(weight) - 1)
-        chosen.add_(p.gather(1, place).mul_(here))
-        raised = torch.maximum(top, p.amax(1, keepdim=True))
-        p.sub_(raised).exp_()
-        top.sub_(raised).exp_()  # what the sums so far are worth now
-        norm.mul_(top).add_(p.sum(1, keepdim=True))
-        if grad is not None and wanted is not None:
-            grad.mul_(top).add_(torch.mm(p.to(weight.dtype), weight))
-            wanted.add_(weight.index_select(0, place[:, 0]).mul_(here))
-        del p
-        top = raised
-    loss = (norm.log().add_(top).sub_(chosen)).sum().mul_(scale)
-    loss = (norm.log().add_(top).sub_(chosen)).sum().mul_(scale)
-    if grad is None or wanted is None:
-        return loss, None
-    grad.div_(norm).sub_(wanted).mul_(scale)
-    return loss, grad.to(hidden.dtype)
-
-
-def sliced_loss(
-    hidden: Tensor,
-    slices: Slices,
-    targets: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    gradient: bool = True,
-) -> tuple[Tensor, Tensor | None]:
     """`scale` times the summed cross-entropy of `targets`, and its gradient for `hidden`, in one pass.
 
     hidden: (rows, hidden); slices: gives (start, (n, hidden)) for the whole vocabulary, in order, each
