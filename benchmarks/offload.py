@@ -52,10 +52,16 @@ LINK_BYTES = 2**30
 WARM_STEPS, TIMED_STEPS = 3, 5
 
 # From what costs least to what costs most; in each, as few layers as possible are streamed.
-LAYOUTS: tuple[dict[str, str], ...] = (
-    {"checkpoints": "device", "embedding": "device", "optimizer_device": "device"},
-    {"checkpoints": "host", "embedding": "host", "optimizer_device": "device"},
-    {"checkpoints": "host", "embedding": "host", "optimizer_device": "host"},
+_PARTS = ("checkpoints", "embedding", "head", "optimizer_device")
+LAYOUTS: tuple[dict[str, str], ...] = tuple(
+    {part: "host" if part in hosted else "device" for part in _PARTS}
+    for hosted in (
+        (),
+        ("checkpoints", "embedding"),
+        ("checkpoints", "embedding", "head"),
+        ("checkpoints", "embedding", "optimizer_device"),
+        _PARTS,
+    )
 )
 
 
@@ -332,13 +338,12 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         times = max(1.0, link / (args.throttle_gb_per_second * GB))
     config = shape_config(case.model)
     estimator = Estimator(config, StepSettings.of(params), load_of(case), hardware)
-    plan: Plan | None = resident_plan(case, device.type)
-    assert plan is not None
+    asked = resident_plan(case, device.type).replace(streaming_slots=args.slots)
     if args.streamed is None:
-        plan = choose_plan(plan, config.num_hidden_layers, lambda p: estimator(p).fits)
+        plan = choose_plan(asked, config.num_hidden_layers, lambda p: estimator(p).fits)
     else:
         which = spread(config.num_hidden_layers, args.streamed)
-        plan = plan.replace(**LAYOUTS[-1], streamed_layers=which)
+        plan = asked.replace(**LAYOUTS[-1], streamed_layers=which)
     if plan is None:
         return {"fits": False}
     found = measure(case, plan, params, device, HostMemory(hardware.host_budget_bytes), times)
@@ -347,7 +352,8 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "fits": True,
         "plan": plan.fingerprint(),
         "streamed_layers": len(plan.streamed_layers),
-        **{key: getattr(plan, key) for key in LAYOUTS[0]},
+        **{part: getattr(plan, part) for part in _PARTS},
+        "streaming_slots": plan.streaming_slots,
         "compute_dtype": plan.compute_dtype,
         "budget_bytes": hardware.budget_bytes,
         "context_bytes": hardware.context_bytes,
@@ -363,7 +369,7 @@ def in_process(case: Case, args: argparse.Namespace, *, resident: bool) -> dict[
     """The case in a process of its own: what it found, or why it found nothing."""
     command = [sys.executable, "-m", "benchmarks.offload", "--case", json.dumps(asdict(case))]
     command += ["--work", str(args.work)]
-    for name in ("throttle_gb_per_second", "host_gib", "streamed"):
+    for name in ("throttle_gb_per_second", "host_gib", "streamed", "slots"):
         value = getattr(args, name)
         if value is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]
@@ -459,6 +465,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--throttle-gb-per-second", type=float, help="12 is a desktop's PCIe 3")
     parser.add_argument("--host-gib", type=float, help="host memory that may be used")
     parser.add_argument("--streamed", type=int, help="stream so many layers, and all else as well")
+    parser.add_argument("--slots", type=int, default=2, help="streamed layers on the device")
     parser.add_argument("--time-limit-seconds", type=float, default=540.0, help="of each process")
     parser.add_argument("--work", type=Path, default=ROOT / ".fitlora" / "benchmark")
     parser.add_argument("--json", type=Path, default=None)

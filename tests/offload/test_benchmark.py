@@ -32,12 +32,25 @@ class FakePlan:
         d = self.decisions
         size = 100 - 10 * len(d["streamed_layers"])
         size += 30 * (d["checkpoints"] == "device") + 40 * (d["optimizer_device"] == "device")
+        size += 5 * (d["head"] == "device")
         return size <= budget
 
 
 @pytest.mark.parametrize(
     ("budget", "layout", "streamed"),
-    [(170, 0, 0), (165, 0, 1), (110, 0, 6), (109, 1, 4), (80, 1, 6), (79, 2, 3), (40, 2, 6)],
+    [
+        (175, 0, 0),
+        (174, 0, 1),
+        (115, 0, 6),
+        (114, 1, 4),
+        (85, 1, 6),
+        (84, 2, 6),
+        (80, 2, 6),
+        (79, 3, 3),
+        (45, 3, 6),
+        (44, 4, 6),
+        (40, 4, 6),
+    ],
 )
 def test_the_cheapest_layout_that_fits_is_taken(budget: int, layout: int, streamed: int) -> None:
     found = offload.choose_plan(cast(Plan, FakePlan()), 6, lambda p: cast(Any, p).fits(budget))
