@@ -29,7 +29,7 @@ from fitlora.training.data import TokenizedSplit, longest, sizes
 from fitlora.training.identity import identity_of
 from fitlora.training.log import RunLog
 from fitlora.training.loop import Outcome, Ranks, Run
-from fitlora.training.progress import TrainingProgress
+from fitlora.training.progress import Expected, TrainingProgress
 from fitlora.training.recovery import Recovery, predictor
 from fitlora.training.start import check_start, read_start
 from fitlora.training.trackers import start_accelerator
@@ -126,8 +126,10 @@ def train(
         elif first:
             for other in checkpoints.others():
                 say(f"not going on from {other}")
-        _announce(run, _probed_speed(places.probe_log, plan))
-        with TrainingProgress(run.total_steps, run.progress.done) as bar:
+        forecast = _probed_speed(places.probe_log, plan)
+        _announce(run, forecast)
+        expected = Expected(hardware.budget_bytes, predicted.peak_allocated_bytes, forecast)
+        with TrainingProgress(run.total_steps, run.progress.done, expected) as bar:
             progress = bar if first else None
             outcome = run()
             progress = None
@@ -139,6 +141,7 @@ def train(
             "best_step": outcome.best_step,
             "best_validation_loss": outcome.best_loss,
             "stopped_early": outcome.stopped_early,
+            "forecast_tokens_per_second": forecast,
             "predicted_peak_bytes": predicted.peak_allocated_bytes,
             "measured_peak_bytes": tracker.peak_allocated_bytes,
             "measured_reserved_bytes": tracker.peak_reserved_bytes,
