@@ -40,6 +40,14 @@ def test_recomputed_layers_stay_so() -> None:
     ]  # fmt: skip
 
 
+def test_layers_that_recompute_keep_less_and_less() -> None:
+    plan = steps.plan(
+        micro_batch_size=1, recompute_layers=(0, 1), recompute_keeps=("qkv", "mlp"),
+        loss_chunk_tokens=64,
+    )  # fmt: skip
+    assert [p.recompute_keeps for p in smaller(plan, 2)] == [("qkv",), ()]
+
+
 def test_rungs_of_an_evaluation() -> None:
     plan = steps.plan(evaluation_batch_size=5, loss_chunk_tokens=100)
     found = [(p.evaluation_batch_size, p.loss_chunk_tokens) for p in smaller_evaluation(plan)]

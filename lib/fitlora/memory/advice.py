@@ -21,7 +21,11 @@ IDLE = 0.10  # of the budget: worth a word
 
 @dataclass
 class Growth:
-    """Tells a leak from noise: the lowest of a window above the highest of the one before, twice."""
+    """Tells a leak from noise, and from what fills once.
+
+    Of three windows the lowest of the last is above the highest of the first, and inside each of them
+    it grows as well, at no less than a quarter of the rate.
+    """
 
     values: deque[int] = field(default_factory=lambda: deque(maxlen=3 * WINDOW))
 
@@ -31,11 +35,13 @@ class Growth:
         if len(self.values) < 3 * WINDOW:
             return None
         every = list(self.values)
-        first, second, third = every[:WINDOW], every[WINDOW : 2 * WINDOW], every[2 * WINDOW :]
-        rises = (min(second) - max(first), min(third) - max(second))
-        if min(rises) < LEAST_GROWTH_BYTES:
+        windows = [every[start : start + WINDOW] for start in range(0, 3 * WINDOW, WINDOW)]
+        if min(windows[2]) - max(windows[0]) < LEAST_GROWTH_BYTES:
             return None
-        return (sum(third) - sum(first)) / (2 * WINDOW * WINDOW)
+        rate = (sum(windows[2]) - sum(windows[0])) / (2 * WINDOW * WINDOW)
+        half = WINDOW // 2
+        inside = min(sum(w[half:]) - sum(w[:half]) for w in windows) / (half * half)
+        return rate if inside >= rate / 4 else None
 
 
 @dataclass
@@ -118,8 +124,30 @@ class Measured:
     peak_bytes: int
     reserved_bytes: int | None
     process_bytes: int | None  # the most that the whole process may have taken of the budget
-    budget_bytes: int
+    budget_bytes: int | None
     phase_bytes: Mapping[str, int]
+
+    @property
+    def idle_share(self) -> float | None:
+        """Of the budget, what was never used."""
+        if self.process_bytes is None or self.budget_bytes is None:
+            return None
+        return 1 - self.process_bytes / self.budget_bytes
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether so much was never used that a larger plan might be worth a look."""
+        return self.idle_share is not None and self.idle_share > IDLE
+
+
+def _buys(budget_bytes: int, larger: Sequence[tuple[str, int]]) -> str:
+    for what, size in larger:
+        if size <= budget_bytes:
+            return f"; {what} would fit ({format_bytes(size)} predicted)"
+    if not larger:
+        return ""
+    what, size = min(larger, key=lambda item: item[1])
+    return f"; {what} would take {format_bytes(size - budget_bytes)} more than there is"
 
 
 def recommendations(
@@ -130,20 +158,10 @@ def recommendations(
     padding_share: of the tokens, what padding would have been. larger: faster plans than the one that
     was used, in words, and what each is predicted to take of the budget.
     """
-    if measured.process_bytes is not None:
-        left = measured.budget_bytes - measured.process_bytes
-        share = left / measured.budget_bytes
-        unused = f"{format_bytes(max(0, left))} of the budget ({max(0.0, share):.0%})"
-        text = f"headroom: {unused} were never used"
-        fitting = [(what, size) for what, size in larger if size <= measured.budget_bytes]
-        if fitting and share > IDLE:
-            what, size = fitting[0]
-            text += f"; {what} would fit ({format_bytes(size)} predicted)"
-        elif larger and share > IDLE:
-            what, size = larger[0]
-            short = format_bytes(size - measured.budget_bytes)
-            text += f"; {what} would take {short} more than the budget"
-        yield text
+    if measured.idle_share is not None and measured.budget_bytes is not None:
+        share, budget = max(0.0, measured.idle_share), measured.budget_bytes
+        unused = f"{format_bytes(int(share * budget))} of the budget ({share:.0%})"
+        yield f"headroom: {unused} were never used{_buys(budget, larger)}"
     if measured.phase_bytes:
         order = sorted(measured.phase_bytes.items(), key=lambda item: -item[1])
         name, highest = order[0]

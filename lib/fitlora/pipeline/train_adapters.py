@@ -7,6 +7,7 @@ from fitlora.artifacts import (
     ADAPTER,
     CURVES,
     HARDWARE,
+    MEMORY_LOG,
     PLAN,
     PROBE_LOG,
     QUANTIZED_MODEL,
@@ -55,6 +56,7 @@ def train_adapters(params: Params, root: Path = Path()) -> dict[str, Any]:
             curves=root / CURVES,
             scratch=root / SCRATCH,
             probe_log=root / PROBE_LOG,
+            memory_log=root / MEMORY_LOG,
         ),
     )
     for line in outcome_lines(end):

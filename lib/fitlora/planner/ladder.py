@@ -3,9 +3,9 @@
 The planner's choice is made before training and is right about this process. Others take memory
 whenever they like. So a run that overflows goes on with a smaller Plan of the same work: no decision
 that changes a result is touched. The rungs, from what costs least time: a smaller micro-batch, more
-recomputation, smaller chunks of logits. A rung is worth the device's time only where the estimate says
-that it takes less. Further kinds of rungs (what lives in host memory) belong at the end of `smaller`,
-as the Plan gets fields for them.
+layers that recompute, less that such layers keep, smaller chunks of logits. A rung is worth the
+device's time only where the estimate says that it takes less. Further kinds of rungs (what lives in
+host memory) belong at the end of `smaller`, as soon as a step can adopt them.
 
 This module imports no torch: it is handed the function that estimates.
 """
@@ -33,6 +33,9 @@ def smaller(plan: Plan, layers: int) -> Iterator[Plan]:
         kept = [layer for layer in range(layers) if layer not in plan.recompute_layers]
         more = kept[: -(-len(kept) // 2)]
         plan = plan.replace(recompute_layers=tuple(sorted([*plan.recompute_layers, *more])))
+        yield plan
+    while plan.recompute_keeps:
+        plan = plan.replace(recompute_keeps=plan.recompute_keeps[:-1])
         yield plan
     yield from _smaller_chunks(plan)
 

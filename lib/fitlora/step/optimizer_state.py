@@ -2,7 +2,8 @@
 
 PyTorch's and bitsandbytes' optimizers make their states inside their first step, one parameter after
 the other, so that running out of memory there leaves a step half done. Made ahead, an update allocates
-nothing. They are put back into the tensors that are there, so that paged ones stay paged.
+nothing. They are put back into the tensors that are there, so that paged ones stay paged. Only an
+optimizer on the host makes and takes its states itself, as it counts them against the host's budget.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from fitlora.offload.optimizer import CPUOffloadOptimizer
 
 # Code books that bitsandbytes' 8-bit states share; they belong to the optimizer and never change.
 _SHARED = ("qmap1", "qmap2")
@@ -21,6 +24,8 @@ def make_states(optimizer: Optimizer) -> None:
 
     Run out of memory, it leaves whole states and none half made.
     """
+    if isinstance(optimizer, CPUOffloadOptimizer):
+        return
     for number, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
             if not optimizer.state.get(parameter):
@@ -54,6 +59,22 @@ def _entries(
                 yield f"{name}/{key}", state, key
 
 
+def _load(
+    optimizer: CPUOffloadOptimizer,
+    parameters: Mapping[str, Tensor],
+    entries: Mapping[str, Tensor | float],
+) -> None:
+    """Has the optimizer make its states, from what they are to be."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    states: dict[int, dict[str, Tensor | float]] = {}
+    for entry, value in entries.items():
+        name, _, key = entry.rpartition("/")
+        if name in ordered:
+            states.setdefault(ordered.index(name), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+
+
 def take_states(
     optimizer: Optimizer, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -82,6 +103,8 @@ def put_states(
     if not tensors and not numbers:
         optimizer.state.clear()
         return
+    if isinstance(optimizer, CPUOffloadOptimizer):
+        _load(optimizer, parameters, {**tensors, **numbers})
     make_states(optimizer)
     names = {name for name, _, _ in _entries(optimizer, parameters)}
     if names != tensors.keys() | numbers.keys():

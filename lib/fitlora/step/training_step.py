@@ -22,9 +22,10 @@ from fitlora.step.optimizer_state import make_states, put_states, take_states
 from fitlora.step.recompute import arrange
 from fitlora.step.settings import StepSettings
 
-# Decisions that a step is built with. The others say how the same work is cut up.
-_FIXED = (
-    "device", "devices", "effective_batch_size", "sequence_length", "compute_dtype", "optimizer",
+# Decisions that may change between two steps; a step is built with the others.
+_LAYOUT = (
+    "micro_batch_size", "evaluation_batch_size", "recompute_layers", "recompute_keeps",
+    "loss_chunk_tokens",
 )  # fmt: skip
 
 
@@ -67,15 +68,14 @@ class TrainingStep:
 
     def adopt(self, plan: Plan) -> None:
         """Goes on as another Plan says. Between steps, and for what changes no result: the layout."""
-        for decision in _FIXED:
-            assert getattr(plan, decision) == getattr(self.plan, decision), decision
+        assert plan.replace(**{name: getattr(self.plan, name) for name in _LAYOUT}) == self.plan
         arrange(decoder_layers(self.model), plan.recompute_layers)
         self.plan = plan
 
     def abandon(self) -> None:
         """Drops the gradients of a step that did not come to its update."""
-        for parameter in self.adapters.values():
-            parameter.grad = None
+        assert self.optimizer is not None
+        self.optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> list[Tensor]:
         """All that it holds between two steps: weights, buffers, the optimizer's states."""

@@ -12,14 +12,16 @@ import torch
 from fitlora.adapter import adapter_config, save_adapter
 from fitlora.artifacts import Hardware, write_text_atomically
 from fitlora.console import say
+from fitlora.data.packing import padding_share
 from fitlora.device import limit_memory, torch_device
-from fitlora.memory.advice import Edge
+from fitlora.memory.advice import Edge, Measured, recommendations
 from fitlora.memory.estimate import Estimator, Load
 from fitlora.memory.tracker import MemoryTracker
 from fitlora.model import decoder_layers
 from fitlora.params import Params
 from fitlora.plan import Plan
 from fitlora.planner.ladder import Ladder
+from fitlora.planner.search import neighbours
 from fitlora.step.build import lora_targets, step_skeleton
 from fitlora.step.settings import StepSettings
 from fitlora.step.weights import CheckpointWeights
@@ -34,16 +36,23 @@ from fitlora.training.recovery import Recovery, predictor
 from fitlora.training.start import check_start, read_start
 from fitlora.training.trackers import start_accelerator
 
+# Neighbours of a plan that would be faster, by their names, the more promising first.
+FASTER = ("no layer recomputed", "twice the micro-batch")
+
 
 @dataclass(frozen=True)
 class Places:
-    """Where a run writes; and `probe_log`, where the planner's probe left its speed."""
+    """Where a run writes; and `probe_log`, where the planner's probe left its speed.
+
+    memory_log: what memory came to, phase by phase, with warnings and recommendations.
+    """
 
     adapter: Path
     log: Path
     curves: Path
     scratch: Path
     probe_log: Path | None = None
+    memory_log: Path | None = None
 
 
 def train(
@@ -151,7 +160,57 @@ def train(
         write_text_atomically(places.curves, json.dumps(log.curves, indent=1) + "\n")
         _save(outcome, step.model, params, places.adapter)
         checkpoints.clear()
+        budget = hardware.budget_bytes if device.type == "cuda" else None
+        advice = _advice(run, estimator, budget, hardware.context_bytes)
+        for line in advice:
+            say(f"memory: {line}")
+        if places.memory_log is not None:
+            _write_memory_log(places.memory_log, end, tracker, advice)
     return end
+
+
+def _advice(
+    run: Run, estimator: Estimator, budget_bytes: int | None, context_bytes: int
+) -> list[str]:
+    """What memory says about the next run. budget_bytes: None where nothing holds the run to one."""
+    tracker, plan = run.tracker, run.step.plan
+    reserved = tracker.peak_reserved_bytes
+    measured = Measured(
+        peak_bytes=tracker.peak_allocated_bytes,
+        reserved_bytes=reserved,
+        process_bytes=None if reserved is None else reserved + context_bytes,
+        budget_bytes=budget_bytes,
+        phase_bytes=tracker.phase_peaks,
+    )
+    faster: dict[str, Plan] = {}
+    if measured.is_idle:
+        every = neighbours(plan, len(decoder_layers(run.step.model)))
+        faster = {name: every[name] for name in FASTER if name in every}
+    lengths = [len(sequence.tokens) for sequence in run.batches.sequences]
+    return list(
+        recommendations(
+            measured,
+            padding_share(lengths, plan.micro_batch_size),
+            [(name, estimator(other).process_bytes) for name, other in faster.items()],
+        )
+    )
+
+
+def _write_memory_log(
+    path: Path, end: dict[str, Any], tracker: MemoryTracker, advice: list[str]
+) -> None:
+    content = {
+        "predicted_peak_bytes": end["predicted_peak_bytes"],
+        "measured_peak_bytes": end["measured_peak_bytes"],
+        "measured_reserved_bytes": end["measured_reserved_bytes"],
+        "phase_bytes": tracker.phase_peaks,
+        "warnings": tracker.warnings,
+        "recommendations": advice,
+        "seconds": end["seconds"],
+        "tracker_seconds": round(tracker.own_seconds, 3),
+        "every_step": str(tracker.path),
+    }
+    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def _announce(run: Run, probed_tokens_per_second: float | None) -> None:
