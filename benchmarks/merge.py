@@ -186,10 +186,6 @@ class DefaultRun:
         self.plan: Plan = PlanArtifact.read(root / PLAN).plan
         self.original = resolve_model(self.params.model.id, None, weights=True)
 
-    def held_out(self, train_on: Any) -> HeldOut:
-        data = self.params.data.model_copy(update={"train_on": train_on})
-        return read_held_out(self.original, data, self.params.evaluate)
-
     def adapter(self, edits: Sequence[Edit]) -> Path:
         """The run's adapter, edited."""
         folder = self.scratch / "adapter"
@@ -235,25 +231,24 @@ def measure_gate(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         run = DefaultRun(args.root, Path(scratch))
-        for tokens in ("answers", "all"):
-            held_out = run.held_out(tokens)
-            for strength in (1.0, 0.3):
-                weaker = times(strength)
-                reference = Reference()
-                adapter = run.models(run.adapter([weaker]), 16)["adapter"]
-                run.score(adapter, held_out, record=reference)
-                for what, base, bits, wrong in [*RIGHT, *WRONG]:
-                    folder = run.adapter([weaker] if wrong is None else [weaker, wrong])
-                    run.merge(folder, base, bits)
-                    merged = run.models(folder, bits)["merged"]
-                    scores = run.score(merged, held_out, against=reference)
-                    row = {
-                        "measured": "gate", "merge": what, "base": base, "bits": bits,
-                        "adapter_strength": strength, "tokens_compared": tokens,
-                        "loss": mean_loss(scores), **fidelity(scores).model_dump(),
-                    }  # fmt: skip
-                    print(row, flush=True)
-                    rows.append(row)
+        held_out = read_held_out(run.original, run.params.data, run.params.evaluate)
+        for strength in (1.0, 0.3):
+            weaker = times(strength)
+            reference = Reference()
+            adapter = run.models(run.adapter([weaker]), 16)["adapter"]
+            run.score(adapter, held_out, record=reference)
+            for what, base, bits, wrong in [*RIGHT, *WRONG]:
+                folder = run.adapter([weaker] if wrong is None else [weaker, wrong])
+                run.merge(folder, base, bits)
+                merged = run.models(folder, bits)["merged"]
+                scores = run.score(merged, held_out, against=reference)
+                row = {
+                    "measured": "gate", "merge": what, "base": base, "bits": bits,
+                    "adapter_strength": strength,
+                    "loss": mean_loss(scores), **fidelity(scores).model_dump(),
+                }  # fmt: skip
+                print(row, flush=True)
+                rows.append(row)
     return rows
 
 

@@ -295,6 +295,7 @@ class Estimate(Record):
     plan: Plan
     peak_allocated_bytes: int
     process_bytes: int = Field(description="the peak, the context, and what fragmentation may cost")
+    host_pinned_bytes: int = Field(0, description="of host memory, for what is not on the device")
     fits: bool
     instant: str = Field(description="when the peak is reached: phase and module")
     phase_peak_bytes: dict[str, int]
@@ -359,9 +360,9 @@ class Group(Record):
 
 
 class Fidelity(Record):
-    """How far a model's next-token distributions are from the adapter's, on held-out answers."""
+    """How far a model's next-token distributions are from the adapter's, along held-out rows."""
 
-    tokens: int = Field(description="of the answers, at which both were compared")
+    tokens: int = Field(description="at which both were compared")
     kl_divergence: float = Field(
         description="mean nats a token, from the adapter on the 4-bit base"
     )

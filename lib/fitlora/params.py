@@ -292,10 +292,10 @@ class MergeParams(Section):
     max_kl_divergence: float = Field(
         0.01,
         ge=0,
-        description="mean nats a token from 4-bit base and adapter, on held-out answers",
+        description="mean nats a token from 4-bit base and adapter, along held-out rows",
     )
     min_top1_agreement: float = Field(
-        0.95, ge=0, le=1, description="share of their tokens whose likeliest next one is the same"
+        0.9, ge=0, le=1, description="share of their tokens whose likeliest next one is the same"
     )
     max_exact_match_drop: float = Field(
         0.01, ge=0, le=1, description="share of rows, rounded up, that it may answer less"

@@ -32,11 +32,10 @@ def sequences_of(tiny: Tiny, train_on: str) -> Sequence[TokenSequence]:
 
 
 @torch.no_grad()
-def stock_logs(stock: Any, sequence: TokenSequence) -> tuple[Tensor, Tensor]:
-    """Log-probabilities at the learned tokens of one row, and those tokens."""
+def stock_logs(stock: Any, sequence: TokenSequence) -> Tensor:
+    """Log-probabilities of every token of a row but the first: (tokens - 1, vocabulary)."""
     logits = stock(input_ids=torch.tensor([list(sequence.tokens)])).logits[0, :-1]
-    learned = torch.tensor([bool(learned) for learned in sequence.learned[1:]])
-    return logits.log_softmax(-1)[learned], torch.tensor(sequence.tokens[1:])[learned]
+    return logits.log_softmax(-1)
 
 
 @pytest.mark.parametrize("train_on", ["answers", "all"])
@@ -49,9 +48,10 @@ def test_loss_is_that_of_a_plain_forward_pass(tiny: Tiny, name: str, train_on: s
     step = load(tiny.models()[name], tiny.plan, HERE)
     found = score(step, sequences, done.append)
     for sequence, row in zip(sequences, found, strict=True):
-        logs, targets = stock_logs(stock, sequence)
-        assert row.loss == pytest.approx(float(-logs.gather(1, targets[:, None]).sum()), rel=1e-5)
-        assert row.tokens == len(targets) == sequence.target_tokens
+        learned = torch.tensor([bool(learned) for learned in sequence.learned[1:]])
+        losses = -stock_logs(stock, sequence).gather(1, torch.tensor(sequence.tokens[1:])[:, None])
+        assert row.loss == pytest.approx(float(losses[learned].sum()), rel=1e-5)
+        assert row.tokens == int(learned.sum()) == sequence.target_tokens
         assert row.distance is None
     assert done == [3, 3, 2]  # the Plan's evaluation batch
     loss, tokens = step.evaluate(sequences)  # the validation loss of training
@@ -62,18 +62,20 @@ def test_distance_is_the_divergence_from_the_reference(tiny: Tiny) -> None:
     sequences = sequences_of(tiny, "answers")
     reference = Reference()
     score(load(tiny.models()["adapter"], tiny.plan, HERE), sequences, ignore, record=reference)
-    assert [len(rows) for rows in reference.rows] == [s.target_tokens for s in sequences]
+    assert [len(rows) for rows in reference.rows] == [len(s.tokens) - 1 for s in sequences]
     base = load(tiny.models()["base"], tiny.plan, HERE)
     found = score(base, sequences, ignore, against=reference)
     adapter, plain = stock_adapter(tiny), stock_base(tiny.original)
     agreeing = 0
     for sequence, row in zip(sequences, found, strict=True):
-        (p, _), (q, _) = stock_logs(adapter, sequence), stock_logs(plain, sequence)
+        p, q = stock_logs(adapter, sequence), stock_logs(plain, sequence)
         assert row.distance is not None
         assert row.distance.divergence == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
         assert row.distance.agreeing == int((p.argmax(1) == q.argmax(1)).sum())
         assert row.distance.tokens == len(p)
         agreeing += row.distance.agreeing
+    plainly = score(base, sequences, ignore)
+    assert [row.loss for row in found] == pytest.approx([row.loss for row in plainly], rel=1e-6)
     whole = fidelity(found)
     assert 0 < whole.top1_agreement == agreeing / whole.tokens < 1
     assert whole.kl_divergence > 0.01
@@ -102,20 +104,31 @@ def test_batches_and_chunks_change_nothing(tiny: Tiny) -> None:
     assert distances(8, 4000) == pytest.approx(distances(1, 8), rel=1e-4)
 
 
-def test_reference_keeps_the_first_tokens_of_each_answer_where_room_is_little(tiny: Tiny) -> None:
-    sequences = sequences_of(tiny, "all")
-    tokens = sum(s.target_tokens for s in sequences)
-    small = Reference(limit_bytes=4 * 288 * (tokens // 2))
-    score(load(tiny.models()["adapter"], tiny.plan, HERE), sequences, ignore, record=small)
-    share = (tokens // 2) // len(sequences)
-    assert [len(rows) for rows in small.rows] == [min(share, s.target_tokens) for s in sequences]
-    found = score(load(tiny.models()["base"], tiny.plan, HERE), sequences, ignore, against=small)
+@pytest.mark.parametrize("train_on", ["answers", "all"])
+def test_reference_keeps_tokens_all_along_the_rows_where_room_is_little(
+    tiny: Tiny, train_on: str
+) -> None:
+    sequences = sequences_of(tiny, train_on)
+    step = load(tiny.models()["adapter"], tiny.plan, HERE)
+    lengths = [len(s.tokens) - 1 for s in sequences]
+    small, everything = Reference(limit_bytes=4 * 288 * (sum(lengths) // 2)), Reference()
+    score(step, sequences, ignore, record=small)
+    score(step, sequences, ignore, record=everything)
+    share = (sum(lengths) // 2) // len(sequences)
+    for few, every, length in zip(small.rows, everything.rows, lengths, strict=True):
+        size = min(share, length)
+        where = [i for i in range(length) if (i + 1) * size // length > i * size // length]
+        assert where[-1] == length - 1
+        torch.testing.assert_close(few, every[where])
+    base = load(tiny.models()["base"], tiny.plan, HERE)
+    found = score(base, sequences, ignore, against=small)
     assert [row.tokens for row in found] == [s.target_tokens for s in sequences]  # the loss has all
-    assert fidelity(found).tokens == sum(len(rows) for rows in small.rows) < tokens
-    everything = Reference()
-    score(load(tiny.models()["adapter"], tiny.plan, HERE), sequences, ignore, record=everything)
-    for few, every in zip(small.rows, everything.rows, strict=True):
-        torch.testing.assert_close(few, every[: len(few)])
+    assert fidelity(found).tokens == sum(len(rows) for rows in small.rows) < sum(lengths)
+    every_loss = [row.loss for row in score(base, sequences, ignore)]
+    assert [row.loss for row in found] == pytest.approx(every_loss, rel=1e-6)
+    tiniest = Reference(limit_bytes=1)
+    score(step, sequences, ignore, record=tiniest)
+    assert {len(rows) for rows in tiniest.rows} == {1}
 
 
 def test_a_run_that_overflowed_leaves_nothing_in_the_reference(tiny: Tiny) -> None:

@@ -91,7 +91,7 @@ def test_a_merge_that_fails_the_gate_leaves_the_adapter_alone(
     plain = merging.read_adapter
     spoiled = {n: replace(u, scale=50 * u.scale) for n, u in plain(artifacts.ADAPTER).items()}
     monkeypatch.setattr(merging, "read_adapter", lambda folder: spoiled)
-    with pytest.raises(MergeRejected, match=r"agrees at 25.00% of the tokens, under the"):
+    with pytest.raises(MergeRejected, match=r"agrees at .*% of the tokens, under the"):
         merge_and_evaluate.main()
     assert not artifacts.MERGED_MODEL.exists()  # not even the one that was there
     left = {p.name for p in artifacts.MERGED_MODEL.parent.iterdir()}

@@ -1,10 +1,11 @@
-"""What a model thinks of the held-out answers, token by token: its loss, and how far it is from another.
+"""What a model thinks of the held-out rows, token by token: its loss, and how far it is from another.
 
-One pass over the rows gives both. The distance is between next-token distributions at the answers'
-tokens: the Kullback-Leibler divergence from a reference model's and whether both rank the same token
-first. Only one model is in memory at a time, so the reference's distributions are kept on the host, as
-float32 log-probabilities: of every token where that takes little, and otherwise of as many first
-tokens of each answer as there is room for.
+One pass over the rows gives both. The loss is that of the answers, as in training. The distance is
+between next-token distributions all along the rows, prompts included: where an answer is all but
+certain two models that differ a good deal still agree. It is the Kullback-Leibler divergence from a
+reference model, and whether both rank the same token first. Only one model is in memory at a time, so
+the reference's distributions are kept on the host, as float32 log-probabilities: of every token where
+that takes little, and otherwise of as many tokens of each row as there is room for, evenly spread.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,7 @@ class RowScore:
 
 
 class Reference:
-    """The distributions of one model at the answers' tokens, on the host, row by row.
+    """The distributions of one model along the rows, on the host, row by row.
 
     Filled by the `score` of that model, and read by those of the others.
     """
@@ -57,10 +58,10 @@ class Reference:
         self.rows: list[Tensor] = []  # float32 (kept tokens, vocabulary)
 
     def share(self, sequences: Sequence[TokenSequence], vocabulary: int) -> int:
-        """How many tokens of each answer are kept, at least one."""
+        """How many tokens of each row are kept at most, at least one."""
         room = self._limit_bytes // (4 * vocabulary)
-        if sum(s.target_tokens for s in sequences) <= room:
-            return max(s.target_tokens for s in sequences)
+        if sum(len(s.tokens) - 1 for s in sequences) <= room:
+            return max(len(s.tokens) - 1 for s in sequences)
         return max(1, room // len(sequences))
 
 
@@ -112,39 +113,63 @@ def mean_loss(scores: Sequence[RowScore]) -> float:
 def _score_batch(
     step: TrainingStep, sequences: Sequence[TokenSequence], share: int, references: Sequence[Tensor]
 ) -> tuple[list[RowScore], list[Tensor]]:
-    """The scores of the rows, and their first `share` distributions, on the host."""
-    batch = make_micro_batch(sequences, seed=0, step=0, device=step.device)
-    counts = [sequence.target_tokens for sequence in sequences]
-    limits = [len(row) for row in references] or [share] * len(counts)
-    pairs = zip(counts, limits, strict=True)
-    inside = torch.cat([torch.arange(count) < limit for count, limit in pairs])
+    """The scores of the rows, and the distributions at `share` tokens of each, on the host."""
+    sizes = [len(row) for row in references]
+    sizes = sizes or [min(share, len(s.tokens) - 1) for s in sequences]
+    rows = [_Wanted.of(sequence, size) for sequence, size in zip(sequences, sizes, strict=True)]
+    batch = make_micro_batch([row.sequence for row in rows], seed=0, step=0, device=step.device)
+    answer = torch.tensor([flag for row in rows for flag in row.answer])
+    kept = torch.tensor([flag for row in rows for flag in row.kept])
     reference = torch.cat(list(references)) if references else None
-    losses, kept, divergences, agreeing = [], [], [], []
+    losses, distributions, divergences, agreeing = [], [], [], []
     done = 0  # of the reference's tokens
     for start, logs in _log_probabilities(step, batch):
         part = slice(start, start + len(logs))
-        losses.append(-logs.gather(1, batch.targets[part, None])[:, 0].double().cpu())
-        chosen = logs[inside[part].to(logs.device)]
+        loss = -logs.gather(1, batch.targets[part, None])[:, 0].double().cpu()
+        losses.append(loss[answer[part]])
+        chosen = logs[kept[part].to(logs.device)]
         if share:
-            kept.append(chosen.cpu())
+            distributions.append(chosen.cpu())
         if reference is not None:
             other = reference[done : done + len(chosen)].to(logs.device)
             done += len(chosen)
             agreeing.append((other.argmax(1) == chosen.argmax(1)).cpu())
             divergences.append((other.exp() * (other - chosen)).sum(1).double().cpu())
-    distances: list[Distance | None] = [None] * len(counts)
+    distances: list[Distance | None] = [None] * len(rows)
     if reference is not None:
-        sizes = [len(row) for row in references]
         by_row = (torch.cat(divergences).split(sizes), torch.cat(agreeing).split(sizes))
         distances = [
             Distance(float(d.sum()), int(a.sum()), len(d)) for d, a in zip(*by_row, strict=True)
         ]
     scores = [
         RowScore(float(row.sum()), len(row), distance)
-        for row, distance in zip(torch.cat(losses).split(counts), distances, strict=True)
+        for row, distance in zip(
+            torch.cat(losses).split([s.target_tokens for s in sequences]), distances, strict=True
+        )
     ]
-    sizes = [min(count, share) for count in counts]
-    return scores, list(torch.cat(kept).split(sizes)) if share else []
+    return scores, list(torch.cat(distributions).split(sizes)) if share else []
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A row with its tokens that are looked at as targets, and for each of those what it is for."""
+
+    sequence: TokenSequence
+    answer: list[bool]
+    kept: list[bool]
+
+    @classmethod
+    def of(cls, sequence: TokenSequence, size: int) -> "_Wanted":
+        """size: how many tokens are for the distance, evenly spread over those that are predicted."""
+        count = len(sequence.tokens) - 1
+        spread = [(i + 1) * size // count > i * size // count for i in range(count)]
+        answers = [bool(learned) for learned in sequence.learned[1:]]
+        wanted = [a or k for a, k in zip(answers, spread, strict=True)]
+        return cls(
+            TokenSequence(sequence.sample, sequence.tokens, bytes([0, *wanted])),
+            [a for a, w in zip(answers, wanted, strict=True) if w],
+            [k for k, w in zip(spread, wanted, strict=True) if w],
+        )
 
 
 def _log_probabilities(step: TrainingStep, batch: MicroBatch) -> Iterator[tuple[int, Tensor]]:

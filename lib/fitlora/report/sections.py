@@ -205,7 +205,7 @@ def _gate(found: Evaluation) -> Iterator[Html]:
         "p",
         f"It was merged into the {gate.base} weights and stored in {gate.bits} bits. What it predicts "
         f"was compared with what the adapter on the 4-bit base predicts, at {merged.tokens:,} tokens "
-        "of held-out answers, and was within every limit.",
+        "of the held-out rows, and was within every limit.",
     )
     rows: list[tuple[Content, ...]] = [
         (
