@@ -204,11 +204,12 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         for one in self._masters.values():
             self._take_in(one)
         gradients = [one.gradient for one in self._masters.values() if one.has_gradient]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if max_norm is not None:
-            scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-            for gradient in gradients:
-                gradient.mul_(scale)
+        with self.transport.hidden():
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if max_norm is not None:
+                scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+                for gradient in gradients:
+                    gradient.mul_(scale)
         return norm
 
     def state_dict(self) -> dict[str, Any]:
