@@ -5,10 +5,24 @@ make run && python -m benchmarks.default_run --json benchmarks/results/default_r
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import write_result
 from fitlora.report.summary import summarize
+
+
+def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """A model's figures, an interval as its two ends."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if name.endswith("_interval"):
+            name = name.removesuffix("_interval")
+            found[f"{name}_low"], found[f"{name}_high"] = value
+        else:
+            found[name] = value
+    return found
 
 
 def main() -> None:
@@ -19,8 +33,10 @@ def main() -> None:
     found = summarize(args.root).model_dump()
     run = {key: found[key] for key in ("rows", "device", "plan", "steps", "seconds")}
     memory = {key: found[key] for key in ("predicted_peak_bytes", "measured_peak_bytes")}
-    rows = [{"model": name, **metrics} for name, metrics in found["models"].items()]
-    write_result(args.json, "default_run", rows, run={**run, **memory}, cpu_cores=os.cpu_count())
+    merge = {f"merge_{key}": value for key, value in found["merge"].items()}
+    rows = [{"model": name, **flat(metrics)} for name, metrics in found["models"].items()]
+    run |= memory | merge
+    write_result(args.json, "default_run", rows, run=run, cpu_cores=os.cpu_count())
 
 
 if __name__ == "__main__":
