@@ -163,13 +163,14 @@ def test_fallbacks_and_recommendations_are_shown(root: Path) -> None:
         root,
         record,
         recommendations=["headroom: 3 GiB"],
+        warnings=["step 3: a leak"],
         forecast_tokens_per_second=1234.0,
         stopped_early=True,
     )
     page = Page(report(root))
     assert "the device overflowed" in page.text
     assert "micro batch size 8 → 4; recompute layers 0 layers → 2 layers" in page.text
-    assert "Recommendations headroom: 3 GiB" in page.text
+    assert "Warnings step 3: a leak Recommendations headroom: 3 GiB" in page.text
     assert "forecast 1,234" in page.text
     assert "12 steps, stopped early" in page.text
     speed = json.loads(page.scripts[0])["speed"]

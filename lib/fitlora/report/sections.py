@@ -284,12 +284,10 @@ def training(run: Run) -> Html:
         parts.append(table(("step", "cause", "what changed of the plan"), rows, numbers=(0,)))
     else:
         parts.append(tag("p", "None was taken: the plan held from the first step to the last."))
-    advice = log.end.get("recommendations") or []
-    if advice:
-        parts += [
-            tag("h3", "Recommendations"),
-            tag("ul", *(tag("li", str(words)) for words in advice)),
-        ]
+    for title, key in (("Warnings", "warnings"), ("Recommendations", "recommendations")):
+        lines = log.end.get(key) or []
+        if lines:
+            parts += [tag("h3", title), tag("ul", *(tag("li", str(words)) for words in lines))]
     return section("Training", *parts)
 
 

@@ -18,6 +18,7 @@ from fitlora.artifacts import (
     EVALUATION,
     MERGED_MODEL,
     PLAN,
+    REPORT,
     TRAINING_LOG,
     Evaluation,
     Fidelity,
@@ -34,6 +35,7 @@ MODELS = {
     "merged": "merged",
 }
 PLACES = {
+    "report": REPORT,
     "adapter": ADAPTER,
     "merged model": MERGED_MODEL,
     "4-bit base": artifacts.QUANTIZED_MODEL,

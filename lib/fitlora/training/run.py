@@ -143,7 +143,7 @@ def train(
             outcome = run()
             progress = None
         accelerator.end_training()
-        end = {
+        end: dict[str, Any] = {
             "event": "end",
             "steps": outcome.steps,
             "seconds": round(run.elapsed(), 3),
@@ -155,17 +155,19 @@ def train(
             "measured_peak_bytes": tracker.peak_allocated_bytes,
             "measured_reserved_bytes": tracker.peak_reserved_bytes,
         }
+        if first:
+            budget = hardware.budget_bytes if device.type == "cuda" else None
+            end["recommendations"] = _advice(run, estimator, budget, hardware.context_bytes)
+            end["warnings"] = tracker.warnings
         log.write(end)
     if first:
         write_text_atomically(places.curves, json.dumps(log.curves, indent=1) + "\n")
         _save(outcome, step.model, params, places.adapter)
         checkpoints.clear()
-        budget = hardware.budget_bytes if device.type == "cuda" else None
-        advice = _advice(run, estimator, budget, hardware.context_bytes)
-        for line in advice:
+        for line in end["recommendations"]:
             say(f"memory: {line}")
         if places.memory_log is not None:
-            _write_memory_log(places.memory_log, end, tracker, advice)
+            _write_memory_log(places.memory_log, end, tracker)
     return end
 
 
@@ -196,16 +198,14 @@ def _advice(
     )
 
 
-def _write_memory_log(
-    path: Path, end: dict[str, Any], tracker: MemoryTracker, advice: list[str]
-) -> None:
+def _write_memory_log(path: Path, end: dict[str, Any], tracker: MemoryTracker) -> None:
     content = {
         "predicted_peak_bytes": end["predicted_peak_bytes"],
         "measured_peak_bytes": end["measured_peak_bytes"],
         "measured_reserved_bytes": end["measured_reserved_bytes"],
         "phase_bytes": tracker.phase_peaks,
-        "warnings": tracker.warnings,
-        "recommendations": advice,
+        "warnings": end["warnings"],
+        "recommendations": end["recommendations"],
         "seconds": end["seconds"],
         "tracker_seconds": round(tracker.own_seconds, 3),
         "every_step": str(tracker.path),
