@@ -114,7 +114,7 @@ def loss(log: TrainingLog) -> Spec:
         },
         "color": _color("what", ["training", "validation"]),
     }
-    return _over_steps(rows, encoding, ".4f", points={"what": "validation"})
+    return _over_steps(rows, encoding, ".4f", last=log.end["steps"], points={"what": "validation"})
 
 
 def speed(log: TrainingLog) -> Spec:
@@ -132,7 +132,7 @@ def speed(log: TrainingLog) -> Spec:
         },
         "color": _color("what", ["measured", "forecast"], legend=bool(lines)),
     }
-    return _over_steps(rows, encoding, ",.0f", lines=lines)
+    return _over_steps(rows, encoding, ",.0f", last=log.end["steps"], lines=lines)
 
 
 def memory(log: TrainingLog) -> Spec:
@@ -155,7 +155,7 @@ def memory(log: TrainingLog) -> Spec:
     }
     lines = [("predicted peak", predicted / unit)]
     few = {"what": "allocated"} if len(measured) < 50 else None
-    return _over_steps(rows, encoding, ",.2f", lines=lines, points=few)
+    return _over_steps(rows, encoding, ",.2f", last=log.end["steps"], lines=lines, points=few)
 
 
 def components(estimate: MemoryEstimate) -> Spec:
@@ -243,10 +243,11 @@ def _over_steps(
     encoding: Spec,
     number: str,
     *,
+    last: int,
     lines: Sequence[tuple[str, float]] = (),
     points: Mapping[str, str] | None = None,
 ) -> Spec:
-    """A line over the optimizer steps. points: a series whose points are drawn; lines: across all."""
+    """A line over the optimizer steps. last: step; points: a series with its points; lines: across."""
     tooltip = [
         {"field": "step", "type": "quantitative"},
         {"field": "what", "type": "nominal"},
@@ -284,7 +285,7 @@ def _over_steps(
         "type": "quantitative",
         "title": "optimizer step",
         "axis": {"tickCount": 6, "format": "d", "grid": False},
-        "scale": {"nice": False},
+        "scale": {"nice": False, "domain": [1, last]},
     }
     layers[0]["encoding"]["x"] = x
     if points is not None:
