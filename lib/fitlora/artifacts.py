@@ -111,7 +111,7 @@ class Artifact(Record):
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ArtifactError(f"{path} is missing; make it with: dvc repro {cls.STAGE}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, depth without end
             raise ArtifactError(f"{path} is damaged ({error}); {again}") from None
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read ({error.strerror}); {again}") from None

@@ -42,8 +42,10 @@ class Checkpoint:
         if index.is_file():
             try:
                 self.shards: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ArtifactError(f"{index} is damaged: {error!r}") from None
+            for file in self.shards.values():
+                self._check(file)
         elif (folder / "model.safetensors").is_file():
             self.shards = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         else:
@@ -57,6 +59,7 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         if file not in self._files:
+            self._check(file)
             try:
                 self._files[file] = safe_open(self.folder / file, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -141,6 +144,10 @@ class Checkpoint:
         for name in sorted(self.shards):
             files.setdefault(self.shards[name], []).append(name)
         for file in files:
-            if Path(file).name != file:
-                raise ArtifactError(f"{self.folder}: the index names {file!r}, not a plain file")
+            self._check(file)
         return dict(sorted(files.items()))
+
+    def _check(self, file: object) -> None:
+        """Raises ArtifactError for a name that leads out of the folder, or is none."""
+        if not isinstance(file, str) or not file or Path(file).name != file or "\0" in file:
+            raise ArtifactError(f"{self.folder}: the index names {file!r}, not a plain file")

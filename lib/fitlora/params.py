@@ -406,7 +406,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
+    except (YAMLError, ValueError, RecursionError) as error:  # a number or a depth without end
         raise UserError(f"{source} is not YAML: {error}") from None
 
 

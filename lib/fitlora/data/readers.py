@@ -65,8 +65,13 @@ def _parse(place: str, line: int, raw: bytes) -> Record:
         if raw.startswith(_BOM):
             return Record(place, line, None, "not JSON (a byte order mark within the file)")
         return Record(place, line, None, f"not JSON ({error.msg})")
-    except RecursionError:
-        return Record(place, line, None, "not JSON that can be read (nested too deeply)")
+    except (RecursionError, ValueError) as error:
+        return Record(place, line, None, f"not JSON that can be read ({_beyond(error)})")
+
+
+def _beyond(error: Exception) -> str:
+    """Why Python reads no JSON that is JSON."""
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
 
 
 def _is_array(file: Path) -> bool:
@@ -94,8 +99,8 @@ def _read_json(file: Path) -> Iterator[Record]:
         line, counted = line + text.count("\n", counted, position), position
         try:
             content, end = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else _beyond(error)
             yield Record(
                 place, line, None, f"not JSON ({reason}); the rest of the file was not read"
             )

@@ -146,8 +146,11 @@ class Run:
         try:
             while self._go_on():
                 pass
-        except NothingSmaller:
-            self._save()
+        except NothingSmaller as error:
+            try:
+                self._save()
+            except UserError as too:  # what was saved before is as good
+                raise UserError(f"{error}. Saved is step {self._saved_step}; {too}") from None
             raise
         except StopAsked:
             self.step.abandon()

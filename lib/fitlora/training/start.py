@@ -64,7 +64,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"train.from_adapter {folder} has no {CONFIG}; name the folder of an adapter, or null"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers or depth without end
         raise UserError(f"train.from_adapter: {path} is damaged ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"train.from_adapter: {path} is damaged (it holds no object)")

@@ -1,0 +1,214 @@
+"""Whatever a file holds, its reader gives what it says or an error with a message: no crash, no hang,
+and no file that is read or written outside of the folder.
+"""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from fitlora.adapter import CONFIG, WEIGHTS, load_adapter
+from fitlora.artifacts import Artifact, Hardware, PlanArtifact, Rates
+from fitlora.checkpoint import Checkpoint
+from fitlora.data.formats import format_of, make_row
+from fitlora.data.readers import read_records
+from fitlora.data.sources import Source
+from fitlora.errors import ArtifactError, UserError
+from fitlora.params import LoraParams, Params, check_params, read_params
+from fitlora.planner.ladder import Rung
+from fitlora.training.checkpoint import MANIFEST, Checkpoints, Progress, Snapshot, read_manifest
+from fitlora.training.identity import Identity
+from fitlora.training.start import read_start
+from tests.fuzz.inputs import JSON, changed, dumped, fails_only_with, spoiled
+from tests.step import steps
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMS = (ROOT / "params.yaml").read_bytes()
+HARDWARE = Hardware(
+    device="cpu", gpus=(), cpu_name="", cpu_cores=1, host_memory_bytes=1, host_budget_bytes=1,
+    budget_bytes=2**30, context_bytes=0, workspace_bytes=0, target=None,
+    rates=Rates(
+        host_to_device_bytes_per_second=None, device_to_host_bytes_per_second=None,
+        device_copy_bytes_per_second=None, disk_read_bytes_per_second=1,
+        product_flops_per_second={"float32": 1},
+    ),
+)  # fmt: skip
+PLAN = PlanArtifact(plan=steps.plan(), reasons={"optimizer": "as params say"})
+ARTIFACTS: list[tuple[Artifact, dict[str, Any]]] = [
+    (artifact, {"kind": artifact.KIND, "version": 1, **artifact.model_dump(mode="json")})
+    for artifact in (HARDWARE, PLAN)
+]
+
+
+# --- params ------------------------------------------------------------------------------------------
+
+
+@given(content=spoiled(PARAMS))
+def test_params_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    fails_only_with(UserError, lambda: read_params(path))
+
+
+@given(content=changed(Params().model_dump(mode="json")))
+def test_params_content(content: Any) -> None:
+    fails_only_with(UserError, lambda: check_params(content))
+
+
+# --- artifacts ---------------------------------------------------------------------------------------
+
+
+@given(
+    data=st.data(),
+    which=st.sampled_from(range(len(ARTIFACTS))),
+    whole=st.booleans(),
+)
+def test_artifacts(data: st.DataObject, which: int, whole: bool, tmp_path: Path) -> None:
+    artifact, content = ARTIFACTS[which]
+    path = tmp_path / "artifact.json"
+    file = changed(content).map(dumped) if whole else spoiled(dumped(content))
+    path.write_bytes(data.draw(file))
+    fails_only_with(ArtifactError, lambda: type(artifact).read(path))
+
+
+# --- data --------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"prompt": "a", "completion": "b"},
+    {"instruction": "a", "input": "b", "output": "c"},
+    {"text": "a"},
+]
+FILES = {
+    "rows.jsonl": b"".join(dumped(row) + b"\n" for row in ROWS),
+    "rows.json": dumped(ROWS),
+    "rows.csv": b'prompt,completion\na,b\n"c\nd",e\n',
+}
+
+
+@given(
+    data=st.data(), name=st.sampled_from(sorted(FILES)), row=st.sampled_from(ROWS).flatmap(changed)
+)
+def test_rows(data: st.DataObject, name: str, row: Any, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(data.draw(spoiled(FILES[name]) | st.just(dumped(row))))
+
+    def read() -> None:
+        for record in read_records(Source(str(path), (path,))):
+            assert record.line >= 1
+            if record.problem is not None:
+                assert record.problem.strip()
+                continue
+            content, line = record.content, record.line
+
+            def row(content: Any = content, line: int = line) -> None:
+                make_row(content, format_of(content), place="x", line=line)
+
+            fails_only_with(ValueError, row)  # of a bad row, whose reason is shown with its place
+
+    fails_only_with(UserError, read)
+
+
+# --- safetensors -------------------------------------------------------------------------------------
+
+HEADER = {
+    "__metadata__": {"format": "pt"},
+    "a.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b.weight": {"dtype": "U8", "shape": [8], "data_offsets": [24, 32]},
+}
+_LENGTHS = st.sampled_from([0, 1, 7, 2**31, 2**63, 2**64 - 1])
+
+
+@st.composite
+def safetensors_files(draw: st.DrawFn) -> bytes:
+    """A file with a header that may be wrong, of a length that may be wrong, and bytes for tensors."""
+    header = draw(changed(HEADER).map(dumped) | spoiled(dumped(HEADER)) | st.just(dumped(HEADER)))
+    length = draw(st.just(len(header)) | _LENGTHS)
+    return struct.pack("<Q", length) + header + draw(st.just(bytes(32)) | st.binary(max_size=40))
+
+
+def read_all(folder: Path) -> None:
+    checkpoint = Checkpoint(folder)
+    checkpoint.files()
+    for name in list(checkpoint.shards):
+        info = checkpoint.info(name)
+        tensor = checkpoint.tensor(name)
+        assert tensor.nbytes == info.bytes
+        buffer = torch.empty(info.bytes, dtype=torch.uint8)
+        checkpoint.read_into(name, 0, buffer)
+
+
+@given(content=safetensors_files())
+def test_safetensors(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    fails_only_with(UserError, lambda: read_all(tmp_path))
+
+
+@given(
+    content=changed({"metadata": {}, "weight_map": {"a": "one.safetensors"}}).map(dumped)
+    | JSON.map(lambda file: dumped({"weight_map": {"a": file}}))
+)
+def test_index_of_shards(content: bytes, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+    fails_only_with(UserError, lambda: read_all(tmp_path))
+
+
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
+    """However a tensor is asked for."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": torch.zeros(2)}, tmp_path / "outside.safetensors")
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        index = {"weight_map": {"a": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        for ask in (Checkpoint.tensor, Checkpoint.info):
+            with pytest.raises(ArtifactError, match="not a plain file"):
+                ask(Checkpoint(folder), "a")
+
+
+# --- what a run leaves -------------------------------------------------------------------------------
+
+IDENTITY = Identity({"train.seed": 0})
+SNAPSHOT = Snapshot(
+    progress=Progress(done=2),
+    rung=Rung(top=steps.plan(), plan=steps.plan()),
+    seconds=1.0,
+    log=['{"event": "step", "step": 1}\n'],
+    adapter={"a": torch.zeros(2)},
+)
+
+
+@given(data=st.data(), name=st.sampled_from([MANIFEST, "tensors.safetensors", "log.jsonl"]))
+def test_checkpoints(data: st.DataObject, name: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    store = Checkpoints(tmp_path, IDENTITY, said.append)
+    shutil.rmtree(store.root, ignore_errors=True)
+    folder = store.save(SNAPSHOT)
+    good = (folder / name).read_bytes()
+    bad = data.draw(spoiled(good))
+    (folder / name).write_bytes(bad)
+    fails_only_with(ArtifactError, lambda: read_manifest(folder))
+    found = store.newest()
+    assert (found is None) == (bad != good), "only what was written is believed"
+    assert len(said) == (found is None)
+    assert list(store.others()) == []
+
+
+@given(
+    config=changed({"r": 4, "lora_alpha": 8, "peft_type": "LORA", "bias": "none"}).map(dumped)
+    | spoiled(b'{"r": 4, "lora_alpha": 8, "peft_type": "LORA"}'),
+    weights=safetensors_files(),
+)
+def test_adapters(config: bytes, weights: bytes, tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_bytes(config)
+    (tmp_path / WEIGHTS).write_bytes(weights)
+    fails_only_with(UserError, lambda: read_start(tmp_path, LoraParams(r=4, alpha=8.0)))
+    fails_only_with(UserError, lambda: load_adapter(tmp_path))
