@@ -159,15 +159,17 @@ def train(
             budget = hardware.budget_bytes if device.type == "cuda" else None
             end["recommendations"] = _advice(run, estimator, budget, hardware.context_bytes)
             end["warnings"] = tracker.warnings
+        if params.model.trust_remote_code:
+            end["trust_remote_code"] = True
         log.write(end)
-    if first:
-        write_text_atomically(places.curves, json.dumps(log.curves, indent=1) + "\n")
-        _save(outcome, step.model, params, places.adapter)
-        checkpoints.clear()
-        for line in end["recommendations"]:
-            say(f"memory: {line}")
-        if places.memory_log is not None:
-            _write_memory_log(places.memory_log, end, tracker)
+        if first:  # a signal that comes now finds the run done, and lets it end
+            write_text_atomically(places.curves, json.dumps(log.curves, indent=1) + "\n")
+            _save(outcome, step.model, params, places.adapter)
+            checkpoints.clear()
+            for line in end["recommendations"]:
+                say(f"memory: {line}")
+            if places.memory_log is not None:
+                _write_memory_log(places.memory_log, end, tracker)
     return end
 
 
