@@ -197,9 +197,17 @@ def test_checkpoints(data: st.DataObject, name: str, tmp_path: Path) -> None:
     (folder / name).write_bytes(bad)
     fails_only_with(ArtifactError, lambda: read_manifest(folder))
     found = store.newest()
-    assert (found is None) == (bad != good), "only what was written is believed"
+    same = bad == good or (name == MANIFEST and _as_json(bad) == json.loads(good))
+    assert (found is not None) == same, "only what was written is believed"
     assert len(said) == (found is None)
     assert list(store.others()) == []
+
+
+def _as_json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
 
 
 @given(

@@ -11,8 +11,9 @@ from fitlora.adapter import CONFIG, WEIGHTS, load_adapter
 from fitlora.artifacts import Hardware, Rates
 from fitlora.params import Params, check_params
 from fitlora.plan import Plan
+from fitlora.step.training_step import TrainingStep
 from fitlora.training.data import TokenizedSplit
-from fitlora.training.run import Places, train
+from fitlora.training.run import Places, _numbers, train
 from tests.rows import tokenized
 from tests.step import steps
 from tests.tiny_models import VOCABULARY, make_checkpoint, make_config, make_tokenizer
@@ -85,6 +86,7 @@ def train_in(
         log=folder / "training.jsonl",
         curves=folder / "curves.json",
         scratch=folder / "scratch",
+        memory_log=folder / "logs" / "memory.json",
     )
     end = train(
         params,
@@ -129,6 +131,62 @@ def test_memory_is_about_as_predicted(done: tuple[Places, dict[str, Any], Params
     assert end["measured_reserved_bytes"] is None
     lines = (places.scratch / "memory" / "memory.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_memory_came_to_is_written_where_it_is_found(
+    done: tuple[Places, dict[str, Any], Params],
+) -> None:
+    places, end, _ = done
+    assert places.memory_log is not None
+    found = json.loads(places.memory_log.read_text())
+    assert found["measured_peak_bytes"] == end["measured_peak_bytes"]
+    assert {"forward", "backward", "optimizer", "evaluation"} <= set(found["phase_bytes"])
+    assert max(found["phase_bytes"].values()) == end["measured_peak_bytes"]
+    assert found["tracker_seconds"] < found["seconds"]
+    kinds = [line.partition(":")[0] for line in found["recommendations"]]
+    assert kinds == ["peak", "padding"], "a CPU has no budget of its own, and no allocator"
+
+
+def test_numbers_for_trackers_have_the_phases() -> None:
+    record = {
+        "event": "step", "step": 3, "loss": 1.5, "reserved_bytes": None,
+        "phase_bytes": {"forward": 7, "backward": 9},
+    }  # fmt: skip
+    assert _numbers(record) == {
+        "loss": 1.5, "memory/forward_bytes": 7, "memory/backward_bytes": 9,
+    }  # fmt: skip
+    assert _numbers({"event": "plan", "step": 3, "cause": "x", "before": {}, "after": {}}) == {}
+
+
+def test_a_run_cut_short_is_found_and_ends_as_if_it_had_not_been(
+    done: tuple[Places, dict[str, Any], Params],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain = TrainingStep.run
+
+    def cut(self: TrainingStep, sequences: Any, *, step: int, **options: Any) -> Any:
+        if step == 5:
+            raise EOFError
+        return plain(self, sequences, step=step, **options)
+
+    monkeypatch.setattr(TrainingStep, "run", cut)
+    with pytest.raises(EOFError):
+        train_in(tmp_path / "cut", checkpoint, {"checkpoint_every": 2})
+    monkeypatch.undo()
+    assert not (tmp_path / "cut" / "adapter").exists()
+    train_in(tmp_path / "cut", checkpoint, {"learning_rate": 1e-3, "max_steps": 1})
+    said = capsys.readouterr().out
+    assert "not going on from" in said
+    assert "train.learning_rate is 0.001, and was 0.03" in said
+    again, end, _ = train_in(tmp_path / "cut", checkpoint, {"checkpoint_every": 3})
+    assert "going on after step 4 of 6" in capsys.readouterr().out
+    assert end["steps"] == 6
+    for name in (WEIGHTS, f"last/{WEIGHTS}"):
+        assert (again.adapter / name).read_bytes() == (done[0].adapter / name).read_bytes()
+    assert not list((again.scratch / "checkpoints").iterdir()), "a finished run needs none"
 
 
 def test_curves_have_every_step_and_the_same_keys(
