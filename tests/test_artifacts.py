@@ -20,8 +20,8 @@ from fitlora.artifacts import (
     Evaluation,
     Fidelity,
     Gate,
-    Group,
     Gpu,
+    Group,
     Hardware,
     MemoryEstimate,
     Metrics,
@@ -30,6 +30,7 @@ from fitlora.artifacts import (
     Percentiles,
     PlanArtifact,
     Rates,
+    RunFigures,
     Sample,
     SequenceSize,
     Split,
@@ -115,6 +116,11 @@ EXAMPLES: list[Artifact] = [
         groups=(Group(by="length", name="3 tokens", rows=3, models={"base": METRICS}),),
         devices={"base": "cpu"},
         samples=(Sample(prompt="?", expected="“ja”\n", answers={"base": "\u2028"}),),
+    ),
+    RunFigures(
+        steps=9, seconds=1.5, tokens_per_second=10.0, forecast_tokens_per_second=None,
+        predicted_peak_bytes=3, measured_peak_bytes=2, measured_reserved_bytes=None,
+        changes_of_plan=0,
     ),
 ]  # fmt: skip
 EACH = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.KIND)

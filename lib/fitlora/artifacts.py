@@ -31,6 +31,7 @@ TRAINING_LOG = Path("artifacts/training.jsonl")
 CURVES = Path("artifacts/curves.json")
 MERGED_MODEL = Path("artifacts/merged_model")
 EVALUATION = Path("artifacts/evaluation.json")
+RUN = Path("artifacts/run.json")
 REPORT = Path("reports/report.html")
 SCRATCH = Path(".fitlora")
 PROBE_LOG = Path("logs/probe.json")
@@ -406,6 +407,22 @@ class Evaluation(Artifact):
     groups: tuple[Group, ...] = Field(strict=False)
     devices: dict[str, str] = Field(description="where each model was evaluated")
     samples: tuple[Sample, ...] = Field(strict=False)
+
+
+class RunFigures(Artifact):
+    """What a run took, in few numbers, so that DVC tells experiments apart by them."""
+
+    KIND: ClassVar[str] = "run"
+    STAGE: ClassVar[str] = "merge_and_evaluate"
+
+    steps: int
+    seconds: float
+    tokens_per_second: float = Field(description="of the median step")
+    forecast_tokens_per_second: float | None
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    measured_reserved_bytes: int | None
+    changes_of_plan: int
 
 
 def dump_line(content: Mapping[str, Any]) -> str:

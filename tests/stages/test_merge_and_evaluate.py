@@ -9,7 +9,7 @@ import torch
 
 from fitlora import artifacts
 from fitlora.adapter import WEIGHTS, adapter_config, save_adapter
-from fitlora.artifacts import Evaluation, PlanArtifact
+from fitlora.artifacts import Evaluation, PlanArtifact, RunFigures
 from fitlora.errors import ArtifactError
 from fitlora.evaluation import merge as merging
 from fitlora.evaluation.gate import MergeRejected
@@ -77,6 +77,7 @@ def test_merges_and_evaluates(project: Path, capsys: pytest.CaptureFixture[str])
     assert (artifacts.MERGED_MODEL / "model.safetensors").is_file()
     said = capsys.readouterr().out
     assert artifacts.REPORT.read_text().startswith("<!doctype html>")
+    assert RunFigures.read(artifacts.RUN).tokens_per_second == 1006.5
     assert said.splitlines()[-1] == f"report: {artifacts.REPORT}"
     lines = [line[:10] for line in said.splitlines()[-6:-1]]
     assert lines == ["adapter   ", "merged    ", "base      ", "4-bit base", "on 16-bit "]

@@ -1,6 +1,6 @@
 """The merged model, four models on the held-out rows, and the report.
 
--> merged_model/, evaluation.json, reports/report.html
+-> merged_model/, evaluation.json, run.json, reports/report.html
 """
 
 import os
@@ -16,6 +16,7 @@ from fitlora.artifacts import (
     MERGED_MODEL,
     PLAN,
     QUANTIZED_MODEL,
+    RUN,
     Evaluation,
     Hardware,
     PlanArtifact,
@@ -82,5 +83,6 @@ def merge_and_evaluate(params: Params, root: Path = Path()) -> Evaluation:
     finally:
         shutil.rmtree(candidate, ignore_errors=True)
     evaluation.write(root / EVALUATION)
+    trained.log.figures().write(root / RUN)
     say(f"report: {write_report(trained, evaluation, root)}")
     return evaluation

@@ -123,24 +123,15 @@ def _figures(name: str, folder: Path) -> dict[str, dict[str, Value]]:
         estimate = MemoryEstimate.read(folder / MEMORY_ESTIMATE)
         found["memory"] = {"budget_bytes": estimate.budget_bytes}
     if (folder / TRAINING_LOG).is_file():
-        log = TrainingLog.read(folder / TRAINING_LOG)
-        found.setdefault("memory", {}).update(_memory(log))
-        found["speed"] = {
-            "tokens_per_second": log.tokens_per_second,
-            "steps": log.end["steps"],
-            "seconds": log.end["seconds"],
-            "changes_of_plan": len(log.plans),
-        }
+        figures = TrainingLog.read(folder / TRAINING_LOG).figures().model_dump()
+        for name, value in figures.items():
+            section = "memory" if name.endswith("_bytes") else "speed"
+            found.setdefault(section, {})[name] = value
     if (folder / EVALUATION).is_file():
         found["quality"] = dict(_quality(Evaluation.read(folder / EVALUATION)))
     if not found:
         raise UserError(f"{name} has no params.yaml and no artifacts; it is not a run's folder")
     return found
-
-
-def _memory(log: TrainingLog) -> dict[str, Value]:
-    names = ("predicted_peak_bytes", "measured_peak_bytes", "measured_reserved_bytes")
-    return {name: log.end[name] for name in names if log.end.get(name) is not None}
 
 
 def _quality(evaluation: Evaluation) -> Iterator[tuple[str, Value]]:

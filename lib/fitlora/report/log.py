@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fitlora.artifacts import RunFigures
 from fitlora.errors import ArtifactError
 
 Entry = Mapping[str, Any]
@@ -54,6 +55,19 @@ class TrainingLog:
         """What the probe reached; None where it did not measure."""
         found: float | None = self.end.get("forecast_tokens_per_second")
         return found
+
+    def figures(self) -> RunFigures:
+        """The run in few numbers."""
+        return RunFigures(
+            steps=self.end["steps"],
+            seconds=float(self.end["seconds"]),
+            tokens_per_second=self.tokens_per_second,
+            forecast_tokens_per_second=self.forecast_tokens_per_second,
+            predicted_peak_bytes=self.end["predicted_peak_bytes"],
+            measured_peak_bytes=self.end["measured_peak_bytes"],
+            measured_reserved_bytes=self.end["measured_reserved_bytes"],
+            changes_of_plan=len(self.plans),
+        )
 
     @property
     def phase_bytes(self) -> dict[str, int]:
