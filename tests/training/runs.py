@@ -1,8 +1,9 @@
 """What tests of the loop and of recovery share: a step that follows a script, and runs around it."""
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -124,6 +125,42 @@ def make_run(
         recovery=Recovery(step, ladder, log.write, wait=wait),
         ranks=ranks,
     )
+
+
+Result = TypeVar("Result")
+
+
+def in_ranks(devices: int, work: Callable[[Ranks], Result]) -> list[Result]:
+    """What `work` gives on each rank. A rank is a thread; sums are taken where all of them wait."""
+    barrier = threading.Barrier(devices)
+    shared: dict[int, list[Tensor]] = {}
+
+    def ranks_of(index: int) -> Ranks:
+        def reduce(tensors: Sequence[Tensor]) -> None:
+            shared[index] = [t.clone() for t in tensors]
+            barrier.wait(60)
+            for at, tensor in enumerate(tensors):
+                tensor.copy_(sum(shared[i][at] for i in range(devices)))  # type: ignore[arg-type]
+            barrier.wait(60)
+
+        return Ranks(index, devices, reduce)
+
+    found: dict[int, Result] = {}
+
+    def run(index: int) -> None:
+        try:
+            found[index] = work(ranks_of(index))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(devices)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(devices))
+    return [found[index] for index in range(devices)]
 
 
 def size(plan: Plan, evaluation: bool) -> int:

@@ -1,14 +1,11 @@
 """The loop: when it validates, what it keeps, when it stops, and that ranks add up to one process."""
 
 import json
-import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fitlora.errors import UserError
 from fitlora.step.training_step import TrainingStep
@@ -16,7 +13,7 @@ from fitlora.training.batches import Batches
 from fitlora.training.log import RunLog
 from fitlora.training.loop import Outcome, Ranks
 from tests.step import steps
-from tests.training.runs import FakeStep, Records, make_run
+from tests.training.runs import FakeStep, Records, in_ranks, make_run
 
 
 def run_fake(
@@ -154,7 +151,8 @@ def run_real(folder: Path, step: TrainingStep, ranks: Ranks) -> tuple[Outcome, l
         ranks=ranks,
         **TRAIN,
     )
-    outcome, records = run(), run.log.records
+    outcome = run()
+    records = [r for r in run.log.records if r["event"] in ("step", "evaluation")]
     losses = [r.get("loss", r.get("validation_loss")) for r in records]
     norms = [r["gradient_norm"] for r in records if r["event"] == "step"]
     return outcome, [*losses, *norms]
@@ -171,38 +169,10 @@ def test_training_learns_and_validation_sees_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("devices", [2, 3, 5])
 def test_ranks_add_up_to_one_process(devices: int, tmp_path: Path) -> None:
-    """Each rank is a thread, and their sum is taken where all of them wait."""
-    barrier = threading.Barrier(devices)
-    shared: dict[int, list[Tensor]] = {}
-
-    def rank(index: int) -> Ranks:
-        def reduce(tensors: Sequence[Tensor]) -> None:
-            shared[index] = [t.clone() for t in tensors]
-            barrier.wait(60)
-            for at, tensor in enumerate(tensors):
-                tensor.copy_(sum(shared[i][at] for i in range(devices)))  # type: ignore[arg-type]
-            barrier.wait(60)
-
-        return Ranks(index, devices, reduce)
-
     made = [real_step(devices) for _ in range(devices)]  # modules are not made in threads
-    found: dict[int, tuple[Outcome, list[float]]] = {}
-
-    def work(index: int) -> None:
-        try:
-            found[index] = run_real(tmp_path, made[index], rank(index))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(devices)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(found) == list(range(devices))
+    found = in_ranks(devices, lambda ranks: run_real(tmp_path, made[ranks.rank], ranks))
     whole, losses = run_real(tmp_path, real_step(1), Ranks())
-    for outcome, others in found.values():
+    for outcome, others in found:
         assert others == pytest.approx(losses, rel=2e-5)
         for name, tensor in whole.last.items():
             torch.testing.assert_close(outcome.last[name], tensor, rtol=1e-3, atol=2e-5)
@@ -233,3 +203,30 @@ def test_two_processes_with_gloo_have_the_losses_of_one(tmp_path: Path) -> None:
     for rank in range(2):
         found = json.loads((tmp_path / f"losses{rank}.json").read_text())
         assert found == pytest.approx(losses, rel=2e-5)
+
+
+@pytest.mark.parametrize("place", ["backward", "update"])
+def test_one_rank_out_of_memory_has_all_of_them_begin_again(place: str, tmp_path: Path) -> None:
+    """Before the gradients are summed nothing is lost; after it, all go back to what is saved."""
+    whole, losses = run_real(tmp_path, real_step(1), Ranks())
+    made = [real_step(2) for _ in range(2)]
+    step, left = made[1], [True]
+    plain = step.network.train if place == "backward" else step.optimizer.step  # type: ignore[union-attr]
+    calls = iter(range(100))
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 2 and left:
+            left.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(*arguments, **options)
+
+    if place == "backward":
+        step.network.train = fails  # type: ignore[method-assign]
+    else:
+        step.optimizer.step = fails  # type: ignore[union-attr, method-assign]
+    found = in_ranks(2, lambda ranks: run_real(tmp_path / "two", made[ranks.rank], ranks))
+    assert not left
+    for outcome, others in found:
+        assert others == pytest.approx(losses, rel=2e-5)
+        for name, tensor in whole.last.items():
+            torch.testing.assert_close(outcome.last[name], tensor, rtol=1e-3, atol=2e-5)
