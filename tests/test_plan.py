@@ -19,6 +19,12 @@ BASE: dict[str, Any] = {
     "compute_dtype": "bfloat16",
     "optimizer": "adamw",
     "loss_chunk_tokens": 1024,
+    "streamed_layers": (),
+    "streaming_slots": 2,
+    "checkpoints": "device",
+    "embedding": "device",
+    "head": "device",
+    "optimizer_device": "device",
 }
 OTHER: dict[str, Any] = {
     "device": "cpu",
@@ -32,6 +38,12 @@ OTHER: dict[str, Any] = {
     "compute_dtype": "float32",
     "optimizer": "adamw_8bit",
     "loss_chunk_tokens": 1023,
+    "streamed_layers": (0, 3),
+    "streaming_slots": 3,
+    "checkpoints": "host",
+    "embedding": "host",
+    "head": "host",
+    "optimizer_device": "host",
 }
 
 
@@ -60,7 +72,10 @@ def plan(**changes: Any) -> Plan:
         {"device": "cpu", "optimizer": "paged_adamw"},
         {"device": "cpu", "optimizer": "paged_adamw_8bit"},
         {"device": "tpu"},
-        {"compute_dtype": "float8"},
+        {"compute_dtype": "float16"},
+        {"streamed_layers": (2, 1)},
+        {"streaming_slots": 0},
+        {"head": "disk"},
         {"optimizer": "sgd"},
         {"peak_bytes": 1},
     ],
@@ -119,7 +134,7 @@ def test_the_fingerprint_is_the_decisions_alone() -> None:
     assert plan().fingerprint() == plan(recompute_layers=[0, 1]).fingerprint()
     assert plan().replace(micro_batch_size=8).replace(micro_batch_size=4) == plan()
     # written down, so that a change of the form is noticed: DVC would see other bytes everywhere
-    assert plan().fingerprint() == "6a5821a29a1d"
+    assert plan().fingerprint() == "4f8ce71f4e89"
     assert len(plan().fingerprint()) == 12
 
 

@@ -303,6 +303,13 @@ class Estimate(Record):
     components: Components
 
 
+class Moment(Record):
+    """The highest level of a stretch of a step."""
+
+    name: str
+    components: Components
+
+
 class Found(Record):
     """Numbers for params that say `auto`; of those that say a number, the number."""
 
@@ -323,6 +330,9 @@ class MemoryEstimate(Artifact):
     budget_bytes: int
     default: Estimate
     neighbours: dict[str, Estimate] = Field(description="by what was changed of the default")
+    over_step: tuple[Moment, ...] = Field(
+        (), strict=False, description="the default's step from its forward to its evaluation, in order"
+    )
     found: Found | None = Field(None, description="None where no param says auto")
 
 

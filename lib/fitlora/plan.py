@@ -14,8 +14,10 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# float16 would need its gradients scaled, which the step does not do.
-ComputeDtype = Literal["bfloat16", "float32"]
+# float16 would need its gradients scaled, which the step does not do. float8: the products of frozen
+# weights; all else is bfloat16.
+ComputeDtype = Literal["bfloat16", "float32", "float8"]
+Side = Literal["device", "host"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 # What a layer that recomputes may keep beside its input: the projected queries, keys and values; what
 # attention made of them; the residual stream behind it; the gate and up projections.
@@ -49,6 +51,16 @@ class Plan(BaseModel):
     compute_dtype: ComputeDtype
     optimizer: Optimizer
     loss_chunk_tokens: int = Field(ge=1, description="rows of logits that exist at one time")
+    streamed_layers: tuple[int, ...] = Field(
+        (), strict=False, description="decoder layers whose frozen weights come from host memory"
+    )
+    streaming_slots: int = Field(2, ge=1, description="streamed layers on the device at one time")
+    checkpoints: Side = Field(
+        "device", description="where recomputed layers' inputs wait for backward"
+    )
+    embedding: Side = Field("device", description="where the embedding's table is")
+    head: Side = Field("device", description="where the language-model head's table is")
+    optimizer_device: Side = Field("device", description="where the optimizer's state and work are")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Plan":
@@ -57,9 +69,10 @@ class Plan(BaseModel):
                 f"micro_batch_size {self.micro_batch_size} is larger than the "
                 f"{self.sequences_per_device} sequences that one device has in a step"
             )
-        layers = list(self.recompute_layers)
-        if layers != sorted(set(layers)) or (layers and layers[0] < 0):
-            raise ValueError("recompute_layers must be ascending, from 0, free of duplicates")
+        for name in ("recompute_layers", "streamed_layers"):
+            layers = list(getattr(self, name))
+            if layers != sorted(set(layers)) or (layers and layers[0] < 0):
+                raise ValueError(f"{name} must be ascending, from 0, free of duplicates")
         if list(self.recompute_keeps) != [kind for kind in KEPT if kind in self.recompute_keeps]:
             raise ValueError(f"recompute_keeps must be some of {', '.join(KEPT)}, in this order")
         if set(self.recompute_keeps) == set(KEPT):
@@ -71,6 +84,17 @@ class Plan(BaseModel):
     def keeps(self, layer: int) -> tuple[Kept, ...]:
         """What decoder layer `layer` keeps for its backward."""
         return self.recompute_keeps if layer in self.recompute_layers else KEPT
+
+    @property
+    def storage_dtype(self) -> str:
+        """What activations, and weights that are not quantized, are in."""
+        return "bfloat16" if self.compute_dtype == "float8" else self.compute_dtype
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether some part of the step is in host memory, the optimizer aside."""
+        sides = (self.checkpoints, self.embedding, self.head)
+        return bool(self.streamed_layers) or "host" in sides
 
     @property
     def sequences_per_device(self) -> int:
@@ -94,8 +118,15 @@ class Plan(BaseModel):
     def describe(self) -> str:
         """One line for logs and tables."""
         recompute = len(self.recompute_layers)
+        offloaded = [f"{len(self.streamed_layers)} layers"] if self.streamed_layers else []
+        for name in ("checkpoints", "embedding", "head"):
+            if getattr(self, name) == "host":
+                offloaded.append(name)
+        if self.optimizer_device == "host":
+            offloaded.append("optimizer")
+        host = f", on the host: {', '.join(offloaded)}" if offloaded else ""
         return (
             f"micro-batch {self.micro_batch_size} x {self.accumulation} accumulation x "
             f"{self.sequence_length} tokens, {recompute} layers recomputed, "
-            f"{self.compute_dtype}, {self.optimizer} on {self.device}"
+            f"{self.compute_dtype}, {self.optimizer} on {self.device}{host}"
         )

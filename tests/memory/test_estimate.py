@@ -225,7 +225,17 @@ def deep_cases() -> list[tuple[int, int, dict[str, Any]]]:
     return found
 
 
-@pytest.mark.parametrize(("layers", "recomputed", "changes"), deep_cases())
+HOST = ("streamed_layers", "checkpoints", "embedding", "head", "optimizer_device")
+OFFLOADED = [
+    (7, 7, {"streamed_layers": (0, 1, 2, 3, 4, 5, 6), "checkpoints": "host"}),
+    (8, 8, {"streamed_layers": (0, 2, 3, 5, 6, 7), "embedding": "host", "head": "host"}),
+    (9, 4, {"streamed_layers": (0, 2, 4, 5, 6, 7, 8), "streaming_slots": 3}),
+    (6, 6, {"optimizer_device": "host", "micro_batch_size": 3}),
+    (5, 5, {"checkpoints": "host", "recompute_keeps": ("attention",)}),
+]
+
+
+@pytest.mark.parametrize(("layers", "recomputed", "changes"), [*deep_cases(), *OFFLOADED])
 def test_few_layers_tell_of_many(layers: int, recomputed: int, changes: dict[str, Any]) -> None:
     """The shortcut against the trace at full depth: every phase and component, to the byte."""
     config = steps.config(num_hidden_layers=layers)
@@ -237,6 +247,21 @@ def test_few_layers_tell_of_many(layers: int, recomputed: int, changes: dict[str
     assert found.phase_peak_bytes == full.phase_peak_bytes
     assert found.components.model_dump(exclude={"library_workspaces"}) == full.components
     assert all(c.num_hidden_layers < layers for c in traced_configs(short)), "no full trace"
+
+
+@pytest.mark.parametrize("changes", [changes for *_, changes in OFFLOADED], ids=str)
+def test_what_is_on_the_host_is_not_on_the_device(changes: dict[str, Any]) -> None:
+    """The estimate of a step with host parts against the same step on real tensors of the CPU."""
+    config = steps.config(num_hidden_layers=9)
+    plan = steps.plan(recompute_layers=tuple(range(9)), **changes)
+    estimator = Estimator(config, SETTINGS, LOAD, hardware())
+    measured = trace_step(config, plan, SETTINGS, LOAD, RandomWeights(torch.device("cpu")))
+    assert estimator(plan).peak_allocated_bytes == measured.peak_bytes
+    assert estimator(plan).host_pinned_bytes > 0
+    here = {key: Plan.model_fields[key].default for key in changes if key in HOST}
+    everything = estimator(plan.replace(**here))
+    assert everything.host_pinned_bytes == 0
+    assert measured.peak_bytes < everything.peak_allocated_bytes
 
 
 def traced_configs(estimator: Estimator) -> list[Any]:

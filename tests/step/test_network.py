@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from fitlora.offload.transport import Transport
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
 from fitlora.plan import KEPT
 from fitlora.step.build import build_step
@@ -62,19 +63,24 @@ def make(
     bits: int = 4,
     dtype: str = "float32",
     seed: int = 0,
+    config: Any = None,
+    transport: Transport | None = None,
     **plan: Any,
 ) -> TrainingStep:
-    config = AutoConfig.for_model(**{**_SHAPE, **CASES[case]})
+    """A small step; `case` is one of CASES or a model type. config: changes of the config."""
+    known = CASES.get(case, {"model_type": case})
+    made_of = AutoConfig.for_model(**{**_SHAPE, **known, **(config or {})})
     settings = StepSettings(
         QuantizationParams.model_validate({"bits": bits}),
         LoraParams(dropout=dropout, r=4, target_modules=targets),
         TrainParams(),
     )
     made = build_step(
-        config,
+        made_of,
         steps.plan(compute_dtype=dtype, **plan),
         settings,
         RandomWeights(torch.device("cpu"), seed),
+        transport,
     )
     make = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -85,12 +91,21 @@ def make(
     return made
 
 
+def by_autograd(made: TrainingStep) -> AutogradNetwork:
+    """transformers and autograd on the weights of a step by hand."""
+    assert isinstance(made.network, HandNetwork)
+    return AutogradNetwork(made.model, made.context, made.plan, made.network.placement)
+
+
 def both_ways(made: TrainingStep) -> tuple[tuple[float, dict[str, Any]], ...]:
     """Loss and gradients by hand, and by transformers and autograd on the same weights."""
     batch = steps.sequences(5)
     found = []
     assert isinstance(made.network, HandNetwork)
-    for network in (made.network, AutogradNetwork(made.model, made.context, made.plan)):
+    for network in (
+        made.network,
+        AutogradNetwork(made.model, made.context, made.plan, made.network.placement),
+    ):
         made.network = network
         losses = []
 
@@ -153,7 +168,7 @@ def test_evaluation_is_the_same() -> None:
     made = make("gemma2", dropout=0.5)
     batch = steps.sequences(5)
     loss, count = made.evaluate(batch)
-    made.network = AutogradNetwork(made.model, made.context, made.plan)
+    made.network = by_autograd(made)
     expected, _ = made.evaluate(batch)
     assert count > 0
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)

@@ -22,6 +22,7 @@ from fitlora.artifacts import Components, Dataset, Estimate, Hardware, SequenceS
 from fitlora.memory.timeline import Level, Segment, Timeline, deepen, levels
 from fitlora.memory.trace import MemoryTrace
 from fitlora.model import decoder_layers, empty_model
+from fitlora.offload.transport import make_transport
 from fitlora.plan import Plan
 from fitlora.step.batch import PackedSequence, TokenSequence
 from fitlora.step.build import step_skeleton
@@ -116,8 +117,9 @@ class _Booking:
         """Numbers of the timeline's blocks by what they are for, the more particular first."""
         model = self.step.model
         frozen = [p for p in model.parameters() if not p.requires_grad]
+        slots = self.step.network.placement.slot_tensors
         return {
-            "weights": self.trace.numbers_of([*frozen, *model.buffers()]),
+            "weights": self.trace.numbers_of([*frozen, *model.buffers(), *slots]),
             "adapters": self.trace.numbers_of(self.step.adapters.values()),
             "gradients": self.gradients,
             "optimizer_states": self.trace.numbers_of(_states(self.step)),
@@ -160,10 +162,18 @@ def rehearse(step: TrainingStep, load: Load) -> None:
         step.evaluate(held_out)
 
 
+@dataclass(frozen=True)
+class Traced:
+    """The highest level of each segment by purpose, and what is pinned on the host."""
+
+    levels: dict[Segment, Level]
+    host_pinned_bytes: int
+
+
 def trace_levels(
     config: Any, plan: Plan, settings: StepSettings, load: Load, weights: Weights | None = None
-) -> dict[Segment, Level]:
-    """Builds the step and traces `rehearse`: the highest level of each segment, by purpose.
+) -> Traced:
+    """Builds the step and traces `rehearse`.
 
     weights: None for fake tensors; a source on the CPU to measure there what an estimate predicts.
     """
@@ -171,14 +181,17 @@ def trace_levels(
     timeline = Timeline()
     trace = MemoryTrace(skeleton.model, timeline=timeline)
     with FakeTensorMode() if weights is None else nullcontext(), trace:
+        source = weights or EmptyWeights(torch.device("cpu"))
+        transport = make_transport(source.device)
         with trace.during("load"):
-            step = skeleton.fill(weights or EmptyWeights(torch.device("cpu")))
+            step = skeleton.fill(source, transport)
         trace.watch([*step.model.parameters(), *step.model.buffers()])
         booking = _Booking(trace, step)
         step.phase = booking.phase
         step.network.watch = booking.watch
         rehearse(step, load)
-        return levels(timeline, booking.purposes(), rest="temporary_buffers")
+        found = levels(timeline, booking.purposes(), rest="temporary_buffers")
+    return Traced(found, transport.pinned_bytes)
 
 
 def _result(found: Mapping[Segment, Level]) -> TraceResult:
@@ -198,7 +211,7 @@ def trace_step(
     config: Any, plan: Plan, settings: StepSettings, load: Load, weights: Weights | None = None
 ) -> TraceResult:
     """The same at full depth, and of it the highest segment."""
-    return _result(trace_levels(config, plan, settings, load, weights))
+    return _result(trace_levels(config, plan, settings, load, weights).levels)
 
 
 def layer_kinds(config: Any) -> list[tuple[Any, ...]]:
@@ -238,49 +251,73 @@ class Estimator:
 
     def __init__(self, config: Any, settings: StepSettings, load: Load, hardware: Hardware) -> None:
         self.config, self.settings, self.load, self.hardware = config, settings, load, hardware
-        self._traces: dict[Plan, dict[Segment, Level]] = {}
+        self._traces: dict[Plan, Traced] = {}
         kinds = layer_kinds(config)
         self._layers = len(kinds)
         self._alike = len(set(kinds)) == 1 and config.get_text_config() is config
 
     def __call__(self, plan: Plan) -> Estimate:
         """The predicted memory of `plan`, in bytes."""
-        found = _result(self.levels(plan))
+        traced = self.trace(plan)
+        found = _result(traced.levels)
         workspace = self.hardware.workspace_bytes
         components = Components(**found.components, library_workspaces=workspace)
         peak = found.peak_bytes + workspace
         process = int(peak * (1 + FRAGMENTATION)) + self.hardware.context_bytes
+        pinned = traced.host_pinned_bytes
+        fits = process <= self.hardware.budget_bytes and pinned <= self.hardware.host_budget_bytes
         return Estimate(
             plan=plan,
             peak_allocated_bytes=peak,
             process_bytes=process,
-            fits=process <= self.hardware.budget_bytes,
+            host_pinned_bytes=pinned,
+            fits=fits,
             instant=found.instant,
             phase_peak_bytes=found.phase_peak_bytes,
             components=components,
         )
 
-    def levels(self, plan: Plan) -> dict[Segment, Level]:
-        """The highest level of each segment at the model's full depth."""
-        recomputed = len(plan.recompute_layers)
-        kept = self._layers - recomputed
-        lowest = plan.recompute_layers == tuple(range(recomputed))
-        if not (self._alike and lowest) or max(recomputed, kept) <= self.DEPTH:
+    def trace(self, plan: Plan) -> Traced:
+        """What is found at the model's full depth.
+
+        Layers differ by whether they recompute and whether they are streamed. Where streamed layers lie
+        makes no difference to the device, whose slots are there from the start; so of each kind a few
+        are traced, the recomputed ones below the others as in the plan.
+        """
+        recomputed, streamed = set(plan.recompute_layers), set(plan.streamed_layers)
+        counts = dict.fromkeys(((True, True), (True, False), (False, True), (False, False)), 0)
+        for layer in range(self._layers):
+            counts[layer in recomputed, layer in streamed] += 1
+        depth = max(self.DEPTH, plan.streaming_slots) + (plan.checkpoints == "host")
+        lowest = plan.recompute_layers == tuple(range(len(recomputed)))
+        if not (self._alike and lowest) or max(counts.values()) <= depth:
             return self._trace(plan, self._layers)
-        low, high = min(recomputed, self.DEPTH), min(kept, self.DEPTH)
+        few = {kind: min(count, depth) for kind, count in counts.items()}
+        base = self._shallow(plan, few)
+        deeper = [
+            (self._shallow(plan, {**few, kind: few[kind] + 1}), count - few[kind])
+            for kind, count in counts.items()
+            if count > few[kind]
+        ]
+        return Traced(
+            deepen(base.levels, [(other.levels, times) for other, times in deeper]),
+            base.host_pinned_bytes
+            + sum(
+                times * (other.host_pinned_bytes - base.host_pinned_bytes)
+                for other, times in deeper
+            ),
+        )
 
-        def of(recomputed: int, kept: int) -> dict[Segment, Level]:
-            shallow_plan = plan.replace(recompute_layers=tuple(range(recomputed)))
-            return self._trace(shallow_plan, recomputed + kept)
+    def _shallow(self, plan: Plan, counts: Mapping[tuple[bool, bool], int]) -> Traced:
+        """The plan on a model with so many layers of each kind."""
+        kinds = [kind for kind, count in counts.items() for _ in range(count)]
+        small = plan.replace(
+            recompute_layers=[i for i, (recomputed, _) in enumerate(kinds) if recomputed],
+            streamed_layers=[i for i, (_, streamed) in enumerate(kinds) if streamed],
+        )
+        return self._trace(small, len(kinds))
 
-        deeper = []
-        if recomputed > low:
-            deeper.append((of(low + 1, high), recomputed - low))
-        if kept > high:
-            deeper.append((of(low, high + 1), kept - high))
-        return deepen(of(low, high), deeper)
-
-    def _trace(self, plan: Plan, layers: int) -> dict[Segment, Level]:
+    def _trace(self, plan: Plan, layers: int) -> Traced:
         key = plan.replace(recompute_layers=(*plan.recompute_layers, layers))
         if key not in self._traces:
             config = self.config if layers == self._layers else shallow(self.config, layers)

@@ -17,6 +17,8 @@ import torch
 from fitlora.artifacts import Estimate, Hardware, write_text_atomically
 from fitlora.device import give_back_memory, is_overflow, limit_memory, torch_device
 from fitlora.memory.estimate import Load, rehearse, sequences_of, trace_step
+from fitlora.offload.host_memory import HostMemory
+from fitlora.offload.transport import make_transport
 from fitlora.plan import Plan
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
@@ -53,7 +55,7 @@ def probe(
         seconds, tokens = time_step(build_step(config, plan, settings, RandomWeights(device)), load)
         return ProbeResult(plan, True, peak, None, seconds, tokens / seconds)
     try:
-        return _probe_cuda(config, plan, settings, load, device)
+        return _probe_cuda(config, plan, settings, load, hardware)
     except RuntimeError as error:
         if not is_overflow(error):
             raise
@@ -63,11 +65,13 @@ def probe(
 
 
 def _probe_cuda(
-    config: Any, plan: Plan, settings: StepSettings, load: Load, device: torch.device
+    config: Any, plan: Plan, settings: StepSettings, load: Load, hardware: Hardware
 ) -> ProbeResult:
+    device = torch_device(hardware)
     give_back_memory()
     torch.cuda.reset_peak_memory_stats(device)
-    step = build_step(config, plan, settings, RandomWeights(device))
+    memory = HostMemory(hardware.host_budget_bytes)
+    step = build_step(config, plan, settings, RandomWeights(device), make_transport(device, memory))
     rehearse(step, load)
     allocated = torch.cuda.max_memory_allocated(device)
     reserved = torch.cuda.max_memory_reserved(device)

@@ -1,12 +1,16 @@
-"""All adapters in one flat float32 buffer, their gradients in another, and copies to compute with.
+"""All adapters in one flat buffer, their gradients in another, and how a layer comes by its own.
 
 Layers that share an input want their adapters' first matrices behind each other, so that one product
-serves them all, and a step wants one copy to 16 bits, not one a matrix. The parameters that peft made
-become views of the flat buffer and keep their names, so optimizers and checkpoints see what they know.
+serves them all. The parameters that peft made become views of the flat buffer and keep their names, so
+optimizers and checkpoints see what they know. A layer's adapters are copied to the dtype that it
+computes in when it is entered, in one go, and the copy is gone when it is left.
+
+With an optimizer on the host the flat buffer has that dtype itself (the float32 masters are on the
+host), and gradients exist for the layer in work alone: they leave the device when it is left.
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -17,64 +21,118 @@ from fitlora.step.linear import LoraLinear
 
 _ALIGN = 64  # elements; products run best on operands that begin at whole 128 bytes
 
+SendDown = Callable[[Iterable[Tensor]], None]
+
+
+@dataclass
+class _Span:
+    """A layer's part of the flat buffer: its groups that have adapters, each with its own part."""
+
+    start: int
+    groups: list[tuple[LinearGroup, slice]] = field(default_factory=list)  # relative to start
+    end: int = 0
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def whole(self) -> slice:
+        return slice(self.start, self.end)
+
 
 class AdapterBank:
-    """The adapters of `groups`, computed with in `dtype`.
+    """The adapters of a stack of layers, given by their groups, computed with in `dtype`.
 
-    gradients are made at the first `begin` and stay; until then there are none, so that a model that
-    only evaluates has none.
+    leaving: whether gradients leave the device layer by layer; `send_down` is then to be set.
+    Gradients that stay are made at the first `begin` and kept; a model that only evaluates has none.
     """
 
-    def __init__(self, groups: Sequence[LinearGroup], dtype: torch.dtype) -> None:
-        self.groups = [group for group in groups if group.adapters]
-        self.parameters: list[nn.Parameter] = []
-        if not self.groups:
-            return
-        starts = [0]
-        for group in self.groups:
-            size = sum(w.numel() for lora in group.adapters for w in _matrices(lora))
-            starts.append(starts[-1] + -(-size // _ALIGN) * _ALIGN)
-        device = _matrices(self.groups[0].adapters[0])[0].device
-        self.flat = torch.zeros(starts[-1], dtype=torch.float32, device=device)
-        self.copies = (
-            self.flat if dtype == torch.float32 else self.flat.new_empty(starts[-1], dtype=dtype)
-        )
+    def __init__(
+        self, layers: Sequence[Sequence[LinearGroup]], dtype: torch.dtype, *, leaving: bool = False
+    ) -> None:
+        self.dtype, self.leaving = dtype, leaving
+        self.send_down: SendDown | None = None
         self.gradients: Tensor | None = None
-        self._spans = list(pairwise(starts))
+        self._spans = []
+        end = 0
+        for groups in layers:
+            span = _Span(end)
+            for group in groups:
+                if group.adapters:
+                    size = sum(w.numel() for lora in group.adapters for w in _matrices(lora))
+                    place = slice(end - span.start, end - span.start + size)
+                    span.groups.append((group, place))
+                    end += -(-size // _ALIGN) * _ALIGN
+            span.end = end
+            self._spans.append(span)
+        if end == 0:
+            return
+        first = next(span.groups[0][0] for span in self._spans if span.groups)
+        device = _matrices(first.adapters[0])[0].device
+        stored = dtype if leaving else torch.float32
+        self.flat = torch.zeros(end, dtype=stored, device=device)
         with torch.no_grad():
-            for group, (start, end) in zip(self.groups, self._spans, strict=True):
-                self._adopt(group, self.flat[start:end])
-                group.a, group.b = _cut(group, self.copies[start:end])
+            for span in self._spans:
+                for group, place in span.groups:
+                    self._adopt(group, self.flat[span.whole][place], span)
 
-    def _adopt(self, group: LinearGroup, place: Tensor) -> None:
+    @staticmethod
+    def _adopt(group: LinearGroup, place: Tensor, span: _Span) -> None:
         a, b = _cut(group, place)
         rows = a.split([_matrices(lora)[0].shape[0] for lora in group.adapters])
         for lora, *views in zip(group.adapters, rows, b, strict=True):
             for linear, view in zip(_linears(lora), views, strict=True):
                 view.copy_(linear.weight)
                 linear.weight = nn.Parameter(view)
-                self.parameters.append(linear.weight)
-
-    def refresh(self) -> None:
-        """Takes the parameters' present values into the copies that are computed with."""
-        if self.groups and self.copies is not self.flat:
-            self.copies.copy_(self.flat)
+                span.parameters.append(linear.weight)
 
     def begin(self) -> None:
-        """Begins an optimizer step: fresh copies, gradients at zero and in their places."""
-        self.refresh()
-        if not self.groups:
+        """Begins an optimizer step: gradients that stay are zero and in their places."""
+        if self.leaving or not any(span.groups for span in self._spans):
             return
         if self.gradients is None:
             self.gradients = torch.zeros_like(self.flat)
-            for group, (start, end) in zip(self.groups, self._spans, strict=True):
-                group.grad_a, group.grad_b = _cut(group, self.gradients[start:end])
         else:
             self.gradients.zero_()
-        for parameter in self.parameters:
+        for span in self._spans:
+            self._show(span, self.gradients[span.whole])
+
+    def enter(self, layer: int, *, backward: bool) -> None:
+        """Gives the layer's groups their adapters and, in backward, where gradients are added."""
+        span = self._spans[layer]
+        if not span.groups:
+            return
+        copies = self.flat[span.whole].to(self.dtype)
+        gradients = None
+        if backward and self.leaving:
+            gradients = torch.zeros_like(self.flat[span.whole])
+        elif backward:
+            assert self.gradients is not None
+            gradients = self.gradients[span.whole]
+        for group, place in span.groups:
+            group.a, group.b = _cut(group, copies[place])
+            if gradients is not None:
+                group.grad_a, group.grad_b = _cut(group, gradients[place])
+        if gradients is not None and self.leaving:
+            self._show(span, gradients)
+
+    def leave(self, layer: int, *, backward: bool) -> None:
+        """Takes the copies back; gradients that leave the device begin to."""
+        span = self._spans[layer]
+        for group, _ in span.groups:
+            group.a = group.grad_a = None
+            group.b, group.grad_b = [], []
+        if backward and self.leaving and span.groups:
+            assert self.send_down is not None
+            self.send_down(span.parameters)
+
+    @staticmethod
+    def _show(span: _Span, gradients: Tensor) -> None:
+        """Makes the layer's part of the gradients its parameters' own."""
+        for parameter in span.parameters:
             if parameter.grad is None:
-                parameter.grad = self.gradients.as_strided(
-                    parameter.shape, parameter.stride(), parameter.storage_offset()
+                parameter.grad = gradients.as_strided(
+                    parameter.shape,
+                    parameter.stride(),
+                    gradients.storage_offset() + parameter.storage_offset() - span.start,
                 )
 
 
@@ -88,7 +146,7 @@ def _matrices(lora: LoraLinear) -> list[Tensor]:
 
 
 def _cut(group: LinearGroup, place: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The group's matrices in its span: every A as one (adapters * r, in), then each B (out, r)."""
+    """The group's matrices in its part: every A as one (adapters * r, in), then each B (out, r)."""
     shapes = [[w.shape for w in _matrices(lora)] for lora in group.adapters]
     rows, features = sum(a[0] for a, _ in shapes), shapes[0][0][1]
     end = rows * features

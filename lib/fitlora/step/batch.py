@@ -82,7 +82,7 @@ class PackedSequence(TokenSequence):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Tensors of one micro-batch, all on the step's device.
+    """One micro-batch: its tokens on the host, and tensors that are all on the step's device.
 
     input_ids, position_ids: int64 (1, tokens). targets: int64 (targets,), the ids to predict, and
     target_rows: int64 (targets,), the rows of hidden states that predict them. starts: int32
@@ -90,6 +90,7 @@ class MicroBatch:
     int32 (tokens,), the dropout key of each token.
     """
 
+    tokens: Sequence[int]
     input_ids: Tensor
     position_ids: Tensor
     target_rows: Tensor
@@ -142,6 +143,7 @@ def make_micro_batch(
         [s.sample for s, length in zip(sequences, lengths, strict=True) for _ in range(length)]
     )
     return MicroBatch(
+        tokens=ids,
         input_ids=on_device(ids)[None],
         position_ids=positions[None],
         target_rows=on_device(rows),

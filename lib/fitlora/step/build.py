@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fitlora.errors import UserError
 from fitlora.model import decoder_layers
+from fitlora.offload.optimizer import CPUOffloadOptimizer
+from fitlora.offload.transport import Transport
 from fitlora.params import LoraParams, TrainParams
 from fitlora.plan import Optimizer, Plan
 from fitlora.step import attention
@@ -24,11 +26,12 @@ from fitlora.step.families import recognise
 from fitlora.step.layer import DecoderLayer
 from fitlora.step.linear import FrozenLinear, Linear4bit, LoraLinear
 from fitlora.step.network import AutogradNetwork, HandNetwork, Network
+from fitlora.step.placement import Placement
 from fitlora.step.recompute import arrange
 from fitlora.step.settings import StepSettings
 from fitlora.step.skeleton import skeleton
 from fitlora.step.training_step import TrainingStep
-from fitlora.step.weights import Weights, fill
+from fitlora.step.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -45,29 +48,56 @@ class StepSkeleton:
     layers: Sequence[DecoderLayer]
     reason: str
 
-    def fill(self, weights: Weights) -> TrainingStep:
-        """Puts every tensor in its place and makes the optimizer."""
-        fill(self.model, weights)
+    def fill(self, weights: Weights, transport: Transport | None = None) -> TrainingStep:
+        """Puts every tensor in its place and makes the optimizer.
+
+        transport: what moves bytes between host and device; None makes one where the Plan needs it.
+        """
+        placement = Placement(self.model, self.plan, weights, transport)
         layers = decoder_layers(self.model)
         beyond = [index for index in self.plan.recompute_layers if index >= len(layers)]
         if beyond:
             raise UserError(
                 f"the Plan recomputes layer {beyond[0]}, and the model has {len(layers)}"
             )
-        arrange(layers, self.plan.recompute_layers)
         network: Network
+        by_hand = None
         if self.layers:
-            dtype = getattr(torch, self.plan.compute_dtype)
-            network = HandNetwork(self.model, self.layers, self.plan, dtype)
+            network = by_hand = HandNetwork(self.model, self.layers, self.plan, placement)
         else:
-            network = AutogradNetwork(self.model, self.context, self.plan)
+            self._check_general(len(layers))
+            network = AutogradNetwork(self.model, self.context, self.plan, placement)
+        arrange(layers, self.plan.recompute_layers, at_home=placement.at_home)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = (
             make_optimizer(trained, self.plan.optimizer, self.settings.train, weights)
             if trained
             else None
         )
-        return TrainingStep(self.model, self.plan, self.settings, self.context, network, optimizer)
+        if optimizer is not None and self.plan.optimizer_device == "host":
+            leaving = by_hand is not None
+            optimizer = CPUOffloadOptimizer(
+                optimizer, transport=placement.transport, offload_gradients=leaving
+            )
+            if by_hand is not None:
+                by_hand.bank.send_down = optimizer.send_down
+        return TrainingStep(
+            self.model, self.plan, self.settings, self.context, network, optimizer, weights.device
+        )
+
+    def _check_general(self, layers: int) -> None:
+        """What the general way cannot do, said before anything is loaded."""
+        kept = set(self.plan.streamed_layers) - set(self.plan.recompute_layers)
+        if kept:
+            raise UserError(
+                f"layer {min(kept)} is streamed and not recomputed, which needs a family that FitLoRA "
+                f"does by hand ({self.reason}); recompute every streamed layer"
+            )
+        if self.plan.checkpoints == "host" or self.plan.compute_dtype == "float8":
+            raise UserError(
+                "checkpoints on the host and float8 need a family that FitLoRA does by hand "
+                f"({self.reason})"
+            )
 
 
 def step_skeleton(config: Any, plan: Plan, settings: StepSettings) -> StepSkeleton:
@@ -78,7 +108,7 @@ def step_skeleton(config: Any, plan: Plan, settings: StepSettings) -> StepSkelet
     attention.register()
     model = skeleton(
         config,
-        dtype=getattr(torch, plan.compute_dtype),
+        dtype=getattr(torch, plan.storage_dtype),
         spec=settings.spec,
         keep=settings.quantization.keep_in_16_bits,
         trust_remote_code=settings.trust_remote_code,
@@ -99,9 +129,15 @@ def step_skeleton(config: Any, plan: Plan, settings: StepSettings) -> StepSkelet
     return StepSkeleton(model, plan, settings, context, layers, reason)
 
 
-def build_step(config: Any, plan: Plan, settings: StepSettings, weights: Weights) -> TrainingStep:
+def build_step(
+    config: Any,
+    plan: Plan,
+    settings: StepSettings,
+    weights: Weights,
+    transport: Transport | None = None,
+) -> TrainingStep:
     """The step. config: a transformers config; weights: fake, noise or a checkpoint."""
-    return step_skeleton(config, plan, settings).fill(weights)
+    return step_skeleton(config, plan, settings).fill(weights, transport)
 
 
 def lora_targets(model: nn.Module) -> list[str]:

@@ -84,7 +84,10 @@ class LinearGroup:
 
     def narrow(self, x: Tensor, keys: Tensor | None) -> Tensor | None:
         """dropout(x) A^T of every adapter: (tokens, adapters * r)."""
-        return None if self.a is None else torch.mm(self._dropped(x, keys), self.a.t())
+        if not self.adapters:
+            return None
+        assert self.a is not None, "the bank has not entered this layer"
+        return torch.mm(self._dropped(x, keys), self.a.t())
 
     def input_gradient(
         self, gradients: Sequence[Tensor], keys: Tensor | None, *, wanted: bool
@@ -144,8 +147,9 @@ class LinearGroup:
         return h.chunk(len(self.adapters), 1)
 
     def _narrow_gradient(self, gradients: Sequence[Tensor]) -> Tensor | None:
-        if self.a is None:
+        if not self.adapters:
             return None
+        assert self.a is not None
         dh = gradients[0].new_empty(len(gradients[0]), len(self.a))
         numbered = zip(self._numbered(), self._parts(dh), self.b, strict=True)
         for (index, lora), part, b in numbered:

@@ -73,7 +73,7 @@ class Positions:
 class Saved:
     """What a layer's forward leaves for its backward; what is None is made again."""
 
-    hidden: Tensor  # the layer's input (T, H)
+    hidden: Tensor | None  # the layer's input (T, H); None while it waits on the host
     qkv: Tensor | None = None  # (T, (h + 2 kv) d), rotated where no norm comes before the rotation
     qkv_narrow: Tensor | None = None
     attended: Tensor | None = None  # (T, h d)
@@ -154,7 +154,7 @@ class DecoderLayer:
         return out, None if keep is None else saved
 
     def _project(self, saved: Saved, positions: Positions, keys: Tensor | None) -> None:
-        parts, saved.qkv_narrow = self.qkv.forward(self.input_norm(saved.hidden), keys)
+        parts, saved.qkv_narrow = self.qkv.forward(self.input_norm(_known(saved.hidden)), keys)
         saved.qkv = joined(parts)
         if self.q_norm is None:
             q, k, _ = self._heads(saved.qkv)
@@ -171,7 +171,7 @@ class DecoderLayer:
         if self.attention_out_norm is not None:
             saved.o = o
             o = self.attention_out_norm(o)
-        saved.middle, n = self.mlp_norm.after_add(saved.hidden, o)
+        saved.middle, n = self.mlp_norm.after_add(_known(saved.hidden), o)
         return n
 
     def _gate_up(self, saved: Saved, n: Tensor, keys: Tensor | None) -> None:
@@ -277,11 +277,11 @@ class DecoderLayer:
         gradients = [dqkv] if len(self.qkv.sizes) == 1 else list(dqkv.split(self.qkv.sizes, 1))
         dn, narrow_grad = self.qkv.input_gradient(gradients, keys, wanted=wanted)
         if narrow_grad is not None:
-            n = self.input_norm(saved.hidden)
+            n = self.input_norm(_known(saved.hidden))
             self.qkv.adapter_gradients(gradients, n, saved.qkv_narrow, narrow_grad, keys)
             del n
         saved.qkv_narrow = None
-        return None if dn is None else self.input_norm.backward(dn, saved.hidden, grad, dn)
+        return None if dn is None else self.input_norm.backward(dn, _known(saved.hidden), grad, dn)
 
     def _scores_backward(
         self, da: Tensor, saved: Saved, batch: MicroBatch, positions: Positions

@@ -4,19 +4,21 @@ Both have the same face: `begin` an optimizer step, `train` on a micro-batch (th
 are added up), and the `loss` of one without gradients.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from fitlora.model import decoder_layers
+from fitlora.offload.vocabulary import sliced_loss
 from fitlora.plan import Plan
 from fitlora.step.bank import AdapterBank
 from fitlora.step.batch import MicroBatch, StepContext
 from fitlora.step.layer import DecoderLayer, Norm, Positions, Saved
 from fitlora.step.loss import chunked_cross_entropy, head_loss
+from fitlora.step.placement import Placement, scale_of
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 # Told which decoder layer is at work, None outside of them: a trace books memory by it.
@@ -27,9 +29,13 @@ class Network(Protocol):
     """What a training step runs."""
 
     watch: Watch
+    placement: Placement
 
     def begin(self, plan: Plan) -> None:
         """Begins an optimizer step."""
+
+    def reset(self) -> None:
+        """Forgets a micro-batch that was broken off: nothing is under way any more."""
 
     def train(self, batch: MicroBatch, *, scale: float, phase: Phase) -> Tensor:
         """Adds the gradients of `scale` times the summed loss; returns that loss, float32 ()."""
@@ -43,13 +49,18 @@ def _nobody(layer: int | None) -> None:
 
 
 class HandNetwork:
-    """Layers with a backward of their own. model: a causal model of a known family."""
+    """Layers with a backward of their own. model: a causal model of a known family, filled."""
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[DecoderLayer], plan: Plan, dtype: torch.dtype
+        self, model: nn.Module, layers: Sequence[DecoderLayer], plan: Plan, placement: Placement
     ) -> None:
-        self.model, self.layers, self.plan = cast(Any, model), layers, plan
-        self.bank = AdapterBank([group for layer in layers for group in layer.groups], dtype)
+        self.model, self.layers = cast(Any, model), layers
+        self.plan, self.placement = plan, placement
+        self.bank = AdapterBank(
+            [layer.groups for layer in layers],
+            getattr(torch, plan.storage_dtype),
+            leaving=plan.optimizer_device == "host",
+        )
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
         self.watch: Watch = _nobody
@@ -65,19 +76,32 @@ class HandNetwork:
         self.plan = plan
         self.bank.begin()
 
+    def reset(self) -> None:
+        self.placement.reset()
+
     @torch.no_grad()
     def train(self, batch: MicroBatch, *, scale: float, phase: Phase) -> Tensor:
         keys = batch.row_keys if self.dropout > 0 else None
         with phase("forward"):
+            self.placement.begin(backward_follows=True)
             positions = self._positions(batch)
             hidden = self._embed(batch)
             saved: list[Saved | None] = []
             for index, layer in enumerate(self.layers):
-                self.watch(index)
                 keep = self.plan.keeps(index) if index >= self.lowest else None
-                hidden, kept = layer.forward(hidden, batch, positions[layer.kind], keys, keep)
+                if index == max(0, len(self.layers) - 2) and self.placement.head is not None:
+                    self.placement.head.fetch()  # the link is idle while the top layers compute
+                waits = keep is not None and self._waits_on_host(index)
+                if waits:
+                    assert self.placement.checkpoints is not None
+                    self.placement.checkpoints.put(index, hidden)
+                with self._at_work(index):
+                    out, kept = layer.forward(hidden, batch, positions[layer.kind], keys, keep)
+                if kept is not None and waits:
+                    kept.hidden = None
                 saved.append(kept)
-                del kept
+                hidden = out
+                del kept, out
             self.watch(None)
             tokens = hidden.shape
             hidden = hidden.index_select(0, batch.target_rows)
@@ -92,33 +116,53 @@ class HandNetwork:
             )
             del grad
             for index in range(len(self.layers) - 1, self.lowest - 1, -1):
-                self.watch(index)
                 layer, kept = self.layers[index], saved.pop()
                 assert kept is not None
                 assert whole is not None
-                whole = layer.backward(
-                    whole, kept, batch, positions[layer.kind], keys, wanted=index > self.lowest
-                )
+                with self._at_work(index, backward=True):
+                    if kept.hidden is None:
+                        assert self.placement.checkpoints is not None
+                        kept.hidden = self.placement.checkpoints.get(index)
+                    whole = layer.backward(
+                        whole, kept, batch, positions[layer.kind], keys, wanted=index > self.lowest
+                    )
                 del kept
             self.watch(None)
         return loss
 
     @torch.no_grad()
     def loss(self, batch: MicroBatch, *, scale: float) -> Tensor:
-        self.bank.refresh()
+        self.placement.begin(backward_follows=False)
         positions = self._positions(batch)
         hidden = self._embed(batch)
         for index, layer in enumerate(self.layers):
-            self.watch(index)
-            hidden, _ = layer.forward(hidden, batch, positions[layer.kind], None, None)
+            with self._at_work(index):
+                hidden, _ = layer.forward(hidden, batch, positions[layer.kind], None, None)
         self.watch(None)
         loss, _ = self._loss(
             hidden.index_select(0, batch.target_rows), batch, scale, gradient=False
         )
         return loss
 
+    @contextmanager
+    def _at_work(self, layer: int, *, backward: bool = False) -> Iterator[None]:
+        """The layer's weights and adapters are there inside."""
+        self.watch(layer)
+        with self.placement.at_home(layer, backward=backward):
+            self.bank.enter(layer, backward=backward)
+            yield
+            self.bank.leave(layer, backward=backward)
+
+    def _waits_on_host(self, layer: int) -> bool:
+        return self.plan.checkpoints == "host" and layer in self.plan.recompute_layers
+
     def _embed(self, batch: MicroBatch) -> Tensor:
-        return cast(Tensor, self.decoder.embed_tokens(batch.input_ids)[0])
+        table = self.placement.embedding
+        if table is None:
+            return cast(Tensor, self.decoder.embed_tokens(batch.input_ids)[0])
+        rows = table.rows(batch.tokens)
+        scale = scale_of(self.decoder.embed_tokens)
+        return rows if scale == 1.0 else rows.mul_(scale)
 
     def _positions(self, batch: MicroBatch) -> dict[str, Positions]:
         """Angles by kind of layer: some models turn their windowed layers at another rate."""
@@ -138,6 +182,15 @@ class HandNetwork:
     def _loss(
         self, hidden: Tensor, batch: MicroBatch, scale: float, *, gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
+        if self.placement.head is not None:
+            return sliced_loss(
+                self.norm(hidden),
+                self.placement.head.slices,
+                batch.targets,
+                bias=self.head.bias,
+                scale=scale,
+                gradient=gradient,
+            )
         return head_loss(
             self.norm(hidden),
             self.head.weight,
@@ -160,8 +213,11 @@ PLAIN_HEAD = frozenset(
 class AutogradNetwork:
     """transformers' own forward, and autograd: any causal model."""
 
-    def __init__(self, model: nn.Module, context: StepContext, plan: Plan) -> None:
-        self.model, self.context, self.plan = cast(Any, model), context, plan
+    def __init__(
+        self, model: nn.Module, context: StepContext, plan: Plan, placement: Placement
+    ) -> None:
+        self.model, self.context = cast(Any, model), context
+        self.plan, self.placement = plan, placement
         self.watch: Watch = _nobody
         for index, layer in enumerate(decoder_layers(model)):
             self._announce(index, layer, last=index == len(decoder_layers(model)) - 1)
@@ -185,8 +241,12 @@ class AutogradNetwork:
     def begin(self, plan: Plan) -> None:
         self.plan = plan
 
+    def reset(self) -> None:
+        self.placement.reset()
+
     def train(self, batch: MicroBatch, *, scale: float, phase: Phase) -> Tensor:
         with phase("forward"):
+            self.placement.begin(backward_follows=True)
             loss = self._loss(batch, scale)
         with phase("backward"):
             loss.backward()
@@ -194,12 +254,13 @@ class AutogradNetwork:
 
     @torch.no_grad()
     def loss(self, batch: MicroBatch, *, scale: float) -> Tensor:
+        self.placement.begin(backward_follows=False)
         return self._loss(batch, scale)
 
     def _loss(self, batch: MicroBatch, scale: float) -> Tensor:
         self.context.enter(batch)
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        if self.model.config.model_type in PLAIN_HEAD:
+        if self.model.config.model_type in PLAIN_HEAD and self.placement.head is None:
             hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
             head = self.model.get_output_embeddings()
             return chunked_cross_entropy(

@@ -6,7 +6,8 @@ function of the token.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,45 +22,61 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, hidden: Tensor, layer: Callable[[Tensor], Tensor]
+        ctx: Any,
+        anchor: Tensor,
+        hidden: Tensor,
+        layer: Callable[[Tensor], Tensor],
+        at_home: Callable[[bool], AbstractContextManager[None]],
     ) -> Tensor:
         ctx.save_for_backward(hidden)
-        ctx.layer = layer
-        with torch.no_grad():
+        ctx.layer, ctx.at_home = layer, at_home
+        with torch.no_grad(), at_home(False):
             return layer(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None]:
         (hidden,) = ctx.saved_tensors
         hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
-        with torch.enable_grad():
-            out = ctx.layer(hidden)
-        torch.autograd.backward(out, grads[0])
-        return None, hidden.grad, None
+        with ctx.at_home(True):
+            with torch.enable_grad():
+                out = ctx.layer(hidden)
+            torch.autograd.backward(out, grads[0])
+        return None, hidden.grad, None, None
 
 
-def arrange(layers: Sequence[nn.Module], recomputed: Collection[int]) -> None:
+class AtHome(Protocol):
+    """Has a layer's weights on the device inside, wherever they are otherwise."""
+
+    def __call__(self, layer: int, *, backward: bool = False) -> AbstractContextManager[None]: ...
+
+
+def arrange(
+    layers: Sequence[nn.Module], recomputed: Collection[int], *, at_home: AtHome | None = None
+) -> None:
     """Makes the decoder layers with these numbers recompute their activations, and the others not.
 
-    It may be called again with another choice, between steps.
+    It may be called again with another choice, between steps; at_home counts the first time.
     """
     for index, layer in enumerate(layers):
         if not hasattr(layer, "recomputes"):
-            _wrap(layer)
+            _wrap(layer, index, at_home)
         layer.recomputes = index in recomputed  # type: ignore[assignment]
 
 
-def _wrap(layer: nn.Module) -> None:
+def _wrap(layer: nn.Module, index: int, at_home: AtHome | None) -> None:
     forward = layer.forward
     anchor = next((p for p in layer.parameters() if p.requires_grad), None)
 
-    def wrapped(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if anchor is None or not layer.recomputes or not torch.is_grad_enabled():
-            return cast(Tensor, forward(hidden_states, *args, **kwargs))
+    def home(backward: bool) -> AbstractContextManager[None]:
+        return nullcontext() if at_home is None else at_home(index, backward=backward)
 
+    def wrapped(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         def run(hidden: Tensor) -> Tensor:
             return cast(Tensor, forward(hidden, *args, **kwargs))
 
-        return cast(Tensor, _Recomputed.apply(anchor, hidden_states, run))
+        if anchor is not None and layer.recomputes and torch.is_grad_enabled():
+            return cast(Tensor, _Recomputed.apply(anchor, hidden_states, run, home))
+        with home(False):
+            return run(hidden_states)
 
     layer.forward = wrapped

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fitlora.model import decoder_layers
+from fitlora.offload.optimizer import CPUOffloadOptimizer
 from fitlora.params import TrainParams
 from fitlora.plan import Plan
 from fitlora.step.batch import StepContext, TokenSequence, make_micro_batch
@@ -22,10 +23,10 @@ from fitlora.step.optimizer_state import make_states, put_states, take_states
 from fitlora.step.recompute import arrange
 from fitlora.step.settings import StepSettings
 
-# Decisions that may change between two steps; a step is built with the others.
-_LAYOUT = (
-    "micro_batch_size", "evaluation_batch_size", "recompute_layers", "recompute_keeps",
-    "loss_chunk_tokens",
+# Decisions that a step is built with. The others say how the same work is cut up.
+_FIXED = (
+    "device", "devices", "effective_batch_size", "sequence_length", "compute_dtype", "optimizer",
+    "streamed_layers", "streaming_slots", "checkpoints", "embedding", "head", "optimizer_device",
 )  # fmt: skip
 
 
@@ -57,25 +58,33 @@ class TrainingStep:
         context: StepContext,
         network: Network,
         optimizer: torch.optim.Optimizer | None,
+        device: torch.device,
     ) -> None:
         self.model, self.plan, self.settings = model, plan, settings
         self.context, self.network = context, network
         self.adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.device = next(model.parameters()).device
+        self.device = device
         self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
         self.optimizer = optimizer
         self.half_updated = False
 
     def adopt(self, plan: Plan) -> None:
         """Goes on as another Plan says. Between steps, and for what changes no result: the layout."""
-        assert plan.replace(**{name: getattr(self.plan, name) for name in _LAYOUT}) == self.plan
+        for decision in _FIXED:
+            assert getattr(plan, decision) == getattr(self.plan, decision), decision
         arrange(decoder_layers(self.model), plan.recompute_layers)
         self.plan = plan
 
     def abandon(self) -> None:
         """Drops the gradients of a step that did not come to its update."""
-        assert self.optimizer is not None
-        self.optimizer.zero_grad(set_to_none=True)
+        self.network.reset()
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        if isinstance(self.optimizer, CPUOffloadOptimizer):
+            self.optimizer.zero_grad()
+        for parameter in self.adapters.values():
+            parameter.grad = None
 
     def tensors(self) -> list[Tensor]:
         """All that it holds between two steps: weights, buffers, the optimizer's states."""
@@ -126,6 +135,21 @@ class TrainingStep:
         All that is allocated is so before the first weight changes.
         """
         assert self.optimizer is not None
+        if isinstance(self.optimizer, CPUOffloadOptimizer) and self.optimizer.gradients_leave:
+            assert reduce is None, "gradients on the host are not summed over devices"
+            norm = self.optimizer.clip_grad_norm_(self.settings.train.max_gradient_norm)
+        else:
+            norm = self._clip(also_reduced, reduce)
+        make_states(self.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.half_updated = True
+        self.optimizer.step()
+        self.half_updated = False
+        self._drop_gradients()
+        return norm
+
+    def _clip(self, also_reduced: list[Tensor], reduce: Any) -> Tensor:
         for parameter in self.adapters.values():
             if parameter.grad is None:  # a device without a share of a small batch still takes part
                 parameter.grad = torch.zeros_like(parameter)
@@ -138,13 +162,6 @@ class TrainingStep:
             torch.nn.utils.clip_grads_with_norm_(
                 list(self.adapters.values()), limit, norm, foreach=True
             )
-        make_states(self.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.half_updated = True
-        self.optimizer.step()
-        self.half_updated = False
-        self.abandon()
         return norm
 
     @torch.no_grad()
@@ -163,14 +180,23 @@ class TrainingStep:
     def adapter_state(self) -> dict[str, Tensor]:
         """Copies of the adapters' weights on the CPU, by name in the model."""
         return {
-            name: p.detach().to("cpu", copy=True).contiguous() for name, p in self.adapters.items()
+            name: self._master(p).to("cpu", copy=True).contiguous()
+            for name, p in self.adapters.items()
         }
+
+    def _master(self, parameter: Tensor) -> Tensor:
+        """The adapter's weight as it is learned: on the host where the optimizer is."""
+        if isinstance(self.optimizer, CPUOffloadOptimizer):
+            return self.optimizer.master(parameter)
+        return parameter.detach()
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `adapter_state` gave."""
         with torch.no_grad():
             for name, parameter in self.adapters.items():
                 parameter.copy_(state[name])
+                if isinstance(self.optimizer, CPUOffloadOptimizer):
+                    self.optimizer.load_master(parameter, state[name])
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Copies of the optimizer's states on the CPU, tensors and plain numbers, by name."""

@@ -18,6 +18,8 @@ from fitlora.memory.advice import Edge, Measured, recommendations
 from fitlora.memory.estimate import Estimator, Load
 from fitlora.memory.tracker import MemoryTracker
 from fitlora.model import decoder_layers
+from fitlora.offload.host_memory import HostMemory
+from fitlora.offload.transport import make_transport
 from fitlora.params import Params
 from fitlora.plan import Plan
 from fitlora.planner.ladder import Ladder
@@ -96,7 +98,8 @@ def train(
         weights.check(settings.spec)
     identity = identity_of(params, plan, checkpoint, rows, validation)
     checkpoints = Checkpoints(places.scratch, identity, say)
-    step = skeleton.fill(weights)
+    host = HostMemory(hardware.host_budget_bytes)
+    step = skeleton.fill(weights, make_transport(device, host))
     first = accelerator.is_main_process  # the others would write over its files
     memory = places.scratch / "memory"
     tracker = MemoryTracker(
