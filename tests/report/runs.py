@@ -21,6 +21,7 @@ from fitlora.artifacts import (
     MemoryEstimate,
     Metrics,
     ModelFacts,
+    Moment,
     Percentiles,
     PlanArtifact,
     Rates,
@@ -88,8 +89,12 @@ def make_evaluation(**changes: Any) -> Evaluation:
     return Evaluation(**{**content, **changes})
 
 
-def _estimate(plan: Plan, peak: int) -> Estimate:
+def _components(peak: int) -> Components:
     parts = dict.fromkeys(Components.model_fields, 0)
+    return Components(**{**parts, "weights": peak // 3, "activations": peak - peak // 3})
+
+
+def _estimate(plan: Plan, peak: int) -> Estimate:
     return Estimate(
         plan=plan,
         peak_allocated_bytes=peak,
@@ -97,7 +102,7 @@ def _estimate(plan: Plan, peak: int) -> Estimate:
         fits=True,
         instant="backward, aten::mul",
         phase_peak_bytes={"load": peak // 4, "forward": peak - MIB, "backward": peak},
-        components=Components(**{**parts, "weights": peak // 3, "activations": peak - peak // 3}),
+        components=_components(peak),
     )
 
 
@@ -151,6 +156,14 @@ def write_facts(root: Path) -> None:
         trainable_parameters=10,
         budget_bytes=2**30,
         default=_estimate(plan, PREDICTED),
+        over_step=tuple(
+            Moment(name=name, components=_components(peak))
+            for name, peak in (
+                ("forward", MIB * 90),
+                ("backward", PREDICTED),
+                ("backward", MIB * 40),
+            )
+        ),
         neighbours={"half the micro-batch": _estimate(plan.replace(micro_batch_size=4), MIB * 99)},
     ).write(root / MEMORY_ESTIMATE)
     reasons = {"micro_batch_size": "the largest that fits", "recompute_layers": "all fits"}

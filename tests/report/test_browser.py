@@ -54,7 +54,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_is_whole_at_any_width(tab: Browser, page: Path, width: int, dark: bool) -> None:
     tab.open(page, width=width, dark=dark)
     marks = tab.evaluate(MARKS)
-    assert len(marks) == 7
+    assert len(marks) == 8
     assert all(count > 0 for count in marks.values()), marks
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.evaluate(TOO_WIDE) == []
@@ -85,7 +85,7 @@ def test_charts_are_drawn_again_where_the_reader_turns_dark(tab: Browser, page: 
     tab.call("Emulation.setEmulatedMedia", features=features)
     tab.evaluate("new Promise(done => setTimeout(done, 500))")
     assert tab.evaluate(color) != light
-    assert len(tab.evaluate(MARKS)) == 7
+    assert len(tab.evaluate(MARKS)) == 8
     assert tab.problems == []
 
 

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from fitlora.artifacts import DATASET, MEMORY_ESTIMATE, PLAN, REPORT, TRAINING_LOG, Sample
+from fitlora.artifacts import (
+    DATASET,
+    MEMORY_ESTIMATE,
+    PLAN,
+    REPORT,
+    TRAINING_LOG,
+    MemoryEstimate,
+    Sample,
+)
 from fitlora.errors import ArtifactError
 from fitlora.params import Params, check_params
 from fitlora.report.page import write_report
@@ -104,7 +112,7 @@ def test_charts_have_their_places_and_their_numbers(root: Path) -> None:
     charts = json.loads(page.scripts[0])
     places = {str(a["id"]) for n, a in page.elements if str(a.get("id")).startswith("chart-")}
     assert places == {f"chart-{name}" for name in charts}
-    assert len(charts) == 7
+    assert len(charts) == 8
     loss = charts["loss"]["data"]["values"]
     assert [row["value"] for row in loss if row["what"] == "training"][:2] == [3.0, 0.75]
     assert charts["loss"]["layer"][0]["encoding"]["y"]["scale"] == {"type": "log"}
@@ -114,8 +122,17 @@ def test_charts_have_their_places_and_their_numbers(root: Path) -> None:
     phases = charts["phases"]["data"]["values"]
     assert {"phase": "backward", "value": 198.0, "what": "measured"} in phases
     assert {"phase": "backward", "value": 200.0, "what": "predicted"} in phases
-    parts = [row for row in charts["components"]["data"]["values"] if row["plan"] == "default plan"]
+    parts = [row for row in charts["components"]["data"]["values"] if row["bar"] == "default plan"]
     assert sum(row["value"] for row in parts) == pytest.approx(200.0)
+    step = charts["over-step"]["data"]["values"]
+    assert sorted({row["bar"] for row in step}) == ["000 forward", "001 backward", "002 backward"]
+    assert charts["over-step"]["layer"][-1]["data"]["values"] == [{"peak": 200.0}]
+
+
+def test_an_estimate_without_the_step_s_course_has_no_chart_of_it(root: Path) -> None:
+    found = MemoryEstimate.read(root / MEMORY_ESTIMATE)
+    found.model_copy(update={"over_step": ()}).write(root / MEMORY_ESTIMATE)
+    assert "over-step" not in report(root)
 
 
 HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)> &amp; <!-- \u2028 “ß” '
@@ -146,7 +163,7 @@ def test_markup_in_the_data_stays_text(root: Path) -> None:
     assert page.scripts[1:] == plain.scripts[1:]
     assert page.text.count('<script>alert("x")</script>') >= 10
     charts = json.loads(page.scripts[0])
-    assert any(row["plan"] == HOSTILE for row in charts["components"]["data"]["values"])
+    assert any(row["bar"] == HOSTILE for row in charts["components"]["data"]["values"])
     assert "<" not in page.scripts[0]
 
 

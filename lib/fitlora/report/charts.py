@@ -6,7 +6,7 @@ Colours and fonts are the page's business, which knows whether it is light or da
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fitlora.artifacts import Estimate, Evaluation, MemoryEstimate
+from fitlora.artifacts import Components, Estimate, Evaluation, MemoryEstimate
 from fitlora.report.log import TrainingLog
 from fitlora.units import GIB, MIB
 
@@ -40,6 +40,8 @@ def of(
     yield "loss", loss(log)
     yield "speed", speed(log)
     yield "components", components(estimate)
+    if estimate.over_step:
+        yield "over-step", over_step(estimate)
     yield "phases", phases(estimate.default, log)
     yield "memory", memory(log)
 
@@ -161,40 +163,66 @@ def memory(log: TrainingLog) -> Spec:
 def components(estimate: MemoryEstimate) -> Spec:
     """What the peak is made of, in the default plan and its neighbours."""
     plans = {"default plan": estimate.default, **estimate.neighbours}
-    name, unit = _unit([found.peak_allocated_bytes for found in plans.values()])
-    rows = [
+    return _stacked(
+        {title: found.components for title, found in plans.items()}, "predicted peak", 38
+    )
+
+
+def over_step(estimate: MemoryEstimate) -> Spec:
+    """The default plan's step, stretch by stretch, and its peak."""
+    stretches = [moment.components for moment in estimate.over_step]
+    # names may be alike: each is told from the others by its place, which the axis does not show
+    keyed = {f"{index:03} {m.name}": m.components for index, m in enumerate(estimate.over_step)}
+    spec = _stacked(keyed, "predicted bytes", 24)
+    axis = {"labelExpr": "slice(datum.label, 4)", "labelLimit": 210}
+    spec["encoding"]["y"]["axis"] = axis
+    _, unit = _unit([found.total for found in stretches])
+    peak = estimate.default.peak_allocated_bytes / unit
+    spec["layer"].append(
         {
-            "plan": title,
-            "component": COMPONENTS[key],
-            "order": position,
-            "value": count / unit,
+            "data": {"values": [{"peak": peak}]},
+            "mark": {"type": "rule", "strokeDash": [6, 4], "strokeWidth": 1.75, "style": "whisker"},
+            "encoding": {
+                "x": {"field": "peak", "type": "quantitative"},
+                "y": None,
+                "tooltip": [{"field": "peak", "type": "quantitative", "title": "predicted peak"}],
+            },
         }
-        for title, found in plans.items()
-        for position, (key, count) in enumerate(found.components.model_dump().items())
+    )
+    return spec
+
+
+def _stacked(bars: Mapping[str, Components], title: str, height: int) -> Spec:
+    """A bar for each name, of what its bytes are for."""
+    name, unit = _unit([found.total for found in bars.values()])
+    rows = [
+        {"bar": bar, "component": COMPONENTS[key], "order": position, "value": count / unit}
+        for bar, found in bars.items()
+        for position, (key, count) in enumerate(found.model_dump().items())
         if count
     ]
-    used = [title for title in COMPONENTS.values() if any(r["component"] == title for r in rows)]
-    bars = {
+    used = [part for part in COMPONENTS.values() if any(r["component"] == part for r in rows)]
+    layer = {
         "mark": {"type": "bar", "height": {"band": 0.62}},
         "encoding": {
             "x": {
                 "field": "value",
                 "type": "quantitative",
-                "title": f"predicted peak ({name})",
+                "title": f"{title} ({name})",
                 "axis": {"tickCount": 5},
             },
             "color": _color("component", used),
             "order": {"field": "order"},
             "tooltip": [
-                {"field": "plan", "type": "nominal"},
+                {"field": "bar", "type": "nominal"},
                 {"field": "component", "type": "nominal"},
                 {"field": "value", "type": "quantitative", "format": ",.2f", "title": name},
             ],
         },
     }
-    y: Spec = {"field": "plan", "type": "nominal", "sort": None, "title": None}
+    y: Spec = {"field": "bar", "type": "nominal", "sort": None, "title": None}
     y["axis"] = {"labelLimit": 150}
-    return _layers(rows, [bars], y=y, height=38 * len(plans))
+    return _layers(rows, [layer], y=y, height=height * len(bars))
 
 
 def phases(default: Estimate, log: TrainingLog) -> Spec:

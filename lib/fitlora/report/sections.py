@@ -313,6 +313,9 @@ def memory(run: Run) -> Html:
         + ("the allocator's" if run.plan.plan.device == "cuda" else "live tensors")
         + f"), against {format_bytes(end['predicted_peak_bytes'])} predicted."
     )
+    over_step = []
+    if run.estimate.over_step:
+        over_step.append(chart("over-step", "One step by component, and the predicted peak"))
     return section(
         "Memory",
         tag(
@@ -321,6 +324,7 @@ def memory(run: Run) -> Html:
             chart("memory", "The run: each measured step's peak, and the predicted peak"),
             class_="pair",
         ),
+        *over_step,
         chart("components", "What the predicted peak is made of, by plan"),
         tag("h3", "Will it fit?"),
         _fits(run.estimate),

@@ -1,0 +1,47 @@
+"""A step as a row of moments."""
+
+from fitlora.memory.moments import moments
+from fitlora.memory.timeline import Level, Segment
+
+
+def level(size: int) -> Level:
+    parts = dict.fromkeys(
+        ("adapters", "gradients", "optimizer_states", "activations", "temporary_buffers"), 0
+    )
+    return Level({"weights": size, **parts}, "somewhere")
+
+
+def test_the_last_step_and_its_evaluation_in_order() -> None:
+    segments = {
+        Segment(0, 0, "load", ""): 1,
+        Segment(0, 1, "forward", ""): 2,
+        Segment(0, 1, "optimizer", ""): 3,
+        Segment(1, 0, "build", ""): 4,
+        Segment(1, 1, "forward", "kept layers"): 5,
+        Segment(1, 1, "backward", "kept layers"): 6,
+        Segment(1, 1, "optimizer", ""): 7,
+        Segment(2, 0, "evaluation", ""): 8,
+    }
+    found = moments({segment: level(size) for segment, size in segments.items()}, 100)
+    assert [(m.name, m.components.weights) for m in found] == [
+        ("build", 4),
+        ("forward of kept layers", 5),
+        ("backward of kept layers", 6),
+        ("optimizer", 7),
+        ("evaluation", 8),
+    ]
+    assert {m.components.library_workspaces for m in found} == {100}
+    assert found[0].components.total == 104
+
+
+def test_micro_batches_are_told_apart_where_there_are_several() -> None:
+    segments = [Segment(0, n, phase, "") for n in (1, 2) for phase in ("forward", "backward")]
+    segments.append(Segment(0, 2, "optimizer", ""))
+    names = [m.name for m in moments({s: level(1) for s in segments}, 0)]
+    assert names == [
+        "micro-batch 1: forward",
+        "micro-batch 1: backward",
+        "micro-batch 2: forward",
+        "micro-batch 2: backward",
+        "optimizer",
+    ]
