@@ -30,6 +30,13 @@ def problems(content: object) -> list[str]:
     return [line.strip() for line in lines]
 
 
+def test_a_file_that_is_too_large_to_be_params(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"100,000 characters.*another file"):
+        read_params(path)
+
+
 def test_the_shipped_file_says_the_defaults() -> None:
     assert read_params(ROOT / "params.yaml") == Params()
 

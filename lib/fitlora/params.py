@@ -28,6 +28,7 @@ from fitlora.units import parse_bytes
 Tracker = Literal["tensorboard", "wandb", "dvclive"]
 
 PARAMS_FILE = Path("params.yaml")
+_MOST_TEXT = 65_536  # what is larger is some other file, over which a YAML reader takes minutes
 
 
 def _is_size(text: str) -> str:
@@ -395,6 +396,10 @@ def read_params(path: Path = PARAMS_FILE, changes: Sequence[str] = ()) -> Params
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not YAML: {error}") from None
+    if len(text) > _MOST_TEXT:
+        raise UserError(
+            f"{path} has {len(text):,} characters, and params have a few thousand; is it another file?"
+        )
     content = parse_yaml(text, str(path))
     return check_params(with_changes({} if content is None else content, changes), str(path))
 
