@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from fitlora.memory.advice import Edge
 from fitlora.memory.estimate import Load, rehearse, trace_step
 from fitlora.memory.trace import MemoryTrace
-from fitlora.memory.tracker import MemoryTracker
+from fitlora.memory.tracker import COUNTED_EVERY, COUNTED_FIRST, MemoryTracker
 from fitlora.step.weights import RandomWeights
 from tests.step import steps
 
@@ -99,7 +100,8 @@ def test_the_peak_of_a_run_is_kept_after_it(tmp_path: Path) -> None:
         del a
         b = mb(1)  # the last one, before no update
     assert tracker.peak_allocated_bytes == 4 * MB
-    assert tracker.update()["allocated_bytes"] is None
+    assert tracker.update()["allocated_bytes"] == 2 * MB, "as it was at the end of the watch"
+    assert tracker.update()["allocated_bytes"] is None, "and that once"
     with tracker.watch(model.parameters()):
         c = mb(7)
     assert tracker.peak_allocated_bytes == 8 * MB
@@ -115,6 +117,7 @@ def test_an_error_inside_ends_the_watch(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError):
         fails()
+    assert tracker.update()["allocated_bytes"] == 0
     assert tracker.update()["allocated_bytes"] is None
 
 
@@ -140,3 +143,38 @@ def test_the_device_is_the_one_that_is_here(tmp_path: Path) -> None:
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert MemoryTracker(tmp_path).device.type == expected
     assert RandomWeights(torch.device("cpu")).device.type == "cpu"
+
+
+def test_of_many_times_some_are_counted(tmp_path: Path) -> None:
+    """The first ones, and one now and then, for each kind of work by itself."""
+    tracker = MemoryTracker(tmp_path, "cpu")
+    counted: dict[str, list[int]] = {"step": [], "evaluation": []}
+    for kind, times in (("step", 2 * COUNTED_EVERY + 1), ("evaluation", 4)):
+        for time in range(times):
+            with tracker.measuring(kind, []), tracker.phase("forward"):
+                mb(time + 1)
+            if tracker.update(step=time)["phases"]:
+                counted[kind].append(time)
+    assert counted == {"step": [0, 1, COUNTED_EVERY, 2 * COUNTED_EVERY], "evaluation": [0, 1]}
+    assert tracker.phase_peaks == {"forward": (2 * COUNTED_EVERY + 1) * MB}
+    assert COUNTED_FIRST == 2
+
+
+def test_warnings_are_said_kept_and_in_the_lines(tmp_path: Path) -> None:
+    said: list[str] = []
+    tracker = MemoryTracker(tmp_path, "cpu", edge=Edge(predicted_bytes=MB), warn=said.append)
+    for step in (1, 2):
+        with tracker.watch([]), tracker.phase("forward"):
+            mb(3)
+        tracker.update(step=step)
+    (warning,) = tracker.warnings
+    assert warning.startswith("step 1: 3.00 MiB were allocated, 2.00 MiB more than predicted")
+    assert said == [f"memory: {warning}"]
+    assert [line.get("warnings") for line in lines(tracker)] == [[warning], None]
+
+
+def test_its_own_time_is_known_and_small(tmp_path: Path) -> None:
+    tracker = MemoryTracker(tmp_path, "cpu")
+    for step in range(20):
+        tracker.update(step=step)
+    assert 0 < tracker.own_seconds < 1

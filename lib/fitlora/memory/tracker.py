@@ -59,6 +59,7 @@ class MemoryTracker:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._process = psutil.Process()
         self._trace: MemoryTrace | None = None
+        self._left: int | None = None  # alive at the end of a watch, until the next update tells it
         self._phases: dict[str, int] = {}
         self._edge, self._warn = edge or Edge(), warn
         self._times: Counter[str] = Counter()
@@ -86,7 +87,7 @@ class MemoryTracker:
                 yield
             finally:
                 self._read_peak()
-                self._trace = None
+                self._left, self._trace = trace.live_bytes, None
 
     @contextmanager
     def measuring(self, kind: str, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
@@ -158,11 +159,7 @@ class MemoryTracker:
         line: dict[str, Any] = {
             "step": step,
             "seconds": round(seconds, 3),
-            "allocated_bytes": (
-                torch.cuda.memory_allocated(self.device)
-                if cuda
-                else (self._trace.live_bytes if self._trace is not None else None)
-            ),
+            "allocated_bytes": self._live_bytes(),
             "peak_allocated_bytes": max([peak, *self._phases.values()]) or None,
             "reserved_bytes": torch.cuda.memory_reserved(self.device) if cuda else None,
             "process_bytes": process_bytes,
@@ -189,6 +186,13 @@ class MemoryTracker:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(dump_line(line))
         return line
+
+    def _live_bytes(self) -> int | None:
+        """What is allocated now; on the CPU, inside a watch or at the end of one since the last time."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        left, self._left = self._left, None
+        return left if self._trace is None else self._trace.live_bytes
 
     def _process_bytes(self) -> int | None:
         """What this process takes on the GPU, context included, as NVML tells; None where it cannot."""
