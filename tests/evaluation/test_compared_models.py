@@ -26,6 +26,7 @@ from fitlora.evaluation.models import (
     row_bytes,
     weight_bytes,
 )
+from fitlora.evaluation.scores import score
 from fitlora.model import load_config
 from fitlora.params import LoraParams
 from fitlora.step.batch import TokenSequence, make_micro_batch
@@ -68,6 +69,54 @@ def test_adapter_is_what_peft_makes_of_it(tiny: Tiny) -> None:
     ours = logits(tiny, tiny.models()["adapter"])
     assert largest_difference(ours, alone(stock_adapter(tiny), tiny)) < 1e-4
     assert largest_difference(ours, alone(stock_quantized(tiny), tiny)) > 0.1
+
+
+@pytest.mark.parametrize(
+    "placed",
+    [
+        {"streamed_layers": (0,), "recompute_layers": (0,)},
+        {"streamed_layers": (0, 1), "recompute_layers": (0, 1), "optimizer_device": "host"},
+        {"embedding": "host", "head": "host", "checkpoints": "host", "recompute_layers": (0, 1)},
+    ],
+    ids=["a layer", "layers", "the ends"],
+)
+@pytest.mark.parametrize("name", ["adapter", "quantized_base", "merged"])
+def test_a_plan_with_weights_on_the_host_gives_the_same(
+    tiny: Tiny, placed: dict[str, Any], name: str
+) -> None:
+    model = tiny.models()[name]
+    away = replace(tiny, plan=tiny.plan.replace(**placed))
+    assert largest_difference(logits(away, model), logits(tiny, model)) == 0
+    placed_step, step = load(model, away.plan, HERE), load(model, tiny.plan, HERE)
+    streams = placed_step.network.placement.residency is not None
+    assert streams == (name != "merged" and "streamed_layers" in placed)
+    sequences = [TokenSequence(i, p, (1,) * len(p)) for i, p in enumerate(prompt_tokens(tiny))]
+    assert score(placed_step, sequences, lambda n: None) == score(step, sequences, lambda n: None)
+
+
+def test_weights_that_the_plan_streams_leave_room_for_rows(tiny: Tiny) -> None:
+    tokens = {"prompt_tokens": 2, "new_tokens": 1}
+    model = tiny.models()["adapter"]
+    weights = weight_bytes(load(model, tiny.plan, HERE).model)
+    row = row_bytes(load_config(model.folder), 2, 1, "float32")
+    memory = Memory(CPU, weights + 4 * row, 2**30)
+    resident, _ = choose_place(model, tiny.plan, memory, **tokens)
+    assert resident.rows == 2  # half of what is left
+    plan = tiny.plan.replace(streamed_layers=(0, 1), recompute_layers=(0, 1), streaming_slots=1)
+    assert choose_place(model, plan, memory, **tokens)[0].rows > 2
+
+
+def test_what_was_trained_in_float8_is_evaluated_in_16_bits(tiny: Tiny) -> None:
+    plan = tiny.plan.replace(compute_dtype="float8")
+    memory = Memory(CPU, 2**30, 2**30)
+    place, reason = choose_place(
+        tiny.models()["adapter"], plan, memory, prompt_tokens=9, new_tokens=2
+    )
+    assert place.compute_dtype == "bfloat16"
+    assert reason is None
+    assert (
+        logits(replace(tiny, plan=plan), tiny.models()["adapter"], place)[0].dtype == torch.float32
+    )
 
 
 def test_bases_are_what_transformers_makes_of_them(tiny: Tiny) -> None:

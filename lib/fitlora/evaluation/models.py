@@ -13,14 +13,14 @@ rather than fail.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from fitlora.adapter import CONFIG, load_adapter
 from fitlora.errors import ArtifactError
-from fitlora.model import load_config
+from fitlora.model import decoder_layers, load_config
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
 from fitlora.plan import ComputeDtype, Plan
 from fitlora.step.build import StepSkeleton, step_skeleton
@@ -147,12 +147,15 @@ def choose_place(
     margin of one row (`row_bytes`) and one chunk of the loss's logits; larger ones go to the CPU.
     """
     config = load_config(contender.folder, trust_remote_code=contender.trust_remote_code)
-    weights = weight_bytes(_skeleton(contender, config, plan).model)
-    row = row_bytes(config, prompt_tokens, new_tokens, plan.compute_dtype)
-    margin = row + _logits_bytes(config, plan.loss_chunk_tokens, plan.compute_dtype)
+    model = _skeleton(contender, config, plan).model
+    weights = weight_bytes(model)
+    dtype = cast(ComputeDtype, plan.storage_dtype)  # answers are not computed in float8
+    row = row_bytes(config, prompt_tokens, new_tokens, dtype)
+    margin = row + _logits_bytes(config, plan.loss_chunk_tokens, dtype)
     if contender.fits_the_plan or weights + margin <= memory.device_bytes:
-        rows = _rows(memory.device_bytes - weights, row)
-        return Place(memory.device, plan.compute_dtype, rows), None
+        if contender.fits_the_plan:
+            weights -= _bytes_on_host(model, plan)
+        return Place(memory.device, dtype, _rows(memory.device_bytes - weights, row)), None
     reason = (
         f"{format_bytes(weights)} of weights and a margin of {format_bytes(margin)} are more than "
         f"the {format_bytes(memory.device_bytes)} that may be used of {memory.device.type}"
@@ -175,6 +178,13 @@ def _rows(free_bytes: int, row: int) -> int:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters, tied ones once; they may be on meta."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _bytes_on_host(model: nn.Module, plan: Plan) -> int:
+    """Bytes of the weights that the Plan streams, less the slots that they pass through."""
+    layers = decoder_layers(model)
+    streamed = [weight_bytes(layers[index]) for index in plan.streamed_layers]
+    return sum(streamed) - plan.streaming_slots * max(streamed, default=0)
 
 
 def row_bytes(config: Any, prompt_tokens: int, new_tokens: int, dtype: ComputeDtype) -> int:
@@ -216,20 +226,34 @@ def _skeleton(contender: Contender, config: Any, plan: Plan) -> StepSkeleton:
     return step_skeleton(config, plan, settings)
 
 
+def _evaluated(plan: Plan, place: Place, *, as_placed: bool) -> Plan:
+    """The Plan as far as it is about evaluating at a place.
+
+    as_placed: weights are where the Plan has them, some of them on the host; otherwise all are on the
+    device. The optimizer and recomputation are training's: plain AdamW has no state before its first
+    step, and layers that are streamed have to be called recomputed, which without gradients none is.
+    """
+    if not as_placed or place.device.type != plan.device:
+        plan = plan.replace(streamed_layers=(), embedding="device", head="device")
+    return plan.replace(
+        device=place.device.type,
+        compute_dtype=place.compute_dtype,
+        evaluation_batch_size=min(plan.evaluation_batch_size, place.rows),
+        recompute_layers=plan.streamed_layers,
+        recompute_keeps=(),
+        checkpoints="device",
+        optimizer="adamw",
+        optimizer_device="device",
+    )
+
+
 def load(contender: Contender, plan: Plan, place: Place) -> TrainingStep:
     """The model, ready to be evaluated at its place.
 
     Raises ArtifactError for weights or an adapter that are damaged or do not belong together.
     """
     config = load_config(contender.folder, trust_remote_code=contender.trust_remote_code)
-    # The optimizer and recomputation are training's; plain AdamW has no state before its first step.
-    plan = plan.replace(
-        device=place.device.type,
-        compute_dtype=place.compute_dtype,
-        evaluation_batch_size=min(plan.evaluation_batch_size, place.rows),
-        recompute_layers=(),
-        optimizer="adamw",
-    )
+    plan = _evaluated(plan, place, as_placed=contender.fits_the_plan)
     skeleton = _skeleton(contender, config, plan)
     adapter: dict[str, Tensor] | None = None
     if contender.adapter is not None:

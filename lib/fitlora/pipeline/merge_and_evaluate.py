@@ -61,7 +61,7 @@ def merge_and_evaluate(params: Params, root: Path = Path()) -> Evaluation:
         base=params.merge.base,
         bits=params.merge.bits,
         device=device,
-        compute_dtype=getattr(torch, plan.compute_dtype),
+        compute_dtype=getattr(torch, plan.storage_dtype),
     )
     give_back_memory()
     models = contenders(

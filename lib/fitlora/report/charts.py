@@ -89,11 +89,11 @@ def _bars(rows: Sequence[Mapping[str, Any]], x: Spec, number: str) -> Spec:
         },
     }
     whiskers = {
-        "mark": {"type": "rule", "strokeWidth": 1.5, "style": "whisker"},
+        "mark": {"type": "rule", "strokeWidth": 1.5},
         "encoding": {"x": {"field": "low", "type": "quantitative"}, "x2": {"field": "high"}},
     }
     figures = {
-        "mark": {"type": "text", "align": "left", "dx": 8, "style": "figure"},
+        "mark": {"type": "text", "align": "left", "dx": 8},
         "encoding": {
             "x": {"field": "high", "type": "quantitative"},
             "text": {"field": "value", "type": "quantitative", "format": number},
@@ -181,7 +181,7 @@ def over_step(estimate: MemoryEstimate) -> Spec:
     spec["layer"].append(
         {
             "data": {"values": [{"peak": peak}]},
-            "mark": {"type": "rule", "strokeDash": [6, 4], "strokeWidth": 1.75, "style": "whisker"},
+            "mark": {"type": "rule", "strokeDash": [6, 4], "strokeWidth": 1.75},
             "encoding": {
                 "x": {"field": "peak", "type": "quantitative"},
                 "y": None,

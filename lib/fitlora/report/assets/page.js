@@ -29,10 +29,8 @@
         labelFontSize: 12, labelFont: font, symbolType: "circle", symbolStrokeWidth: 2,
         labelLimit: 0, offset: 8,
       },
-      style: {
-        whisker: { stroke: color("--ink") },
-        figure: { fill: color("--ink"), fontSize: 12, font },
-      },
+      rule: { color: color("--ink") },
+      text: { color: color("--ink"), fontSize: 12, font },
     };
   }
 
