@@ -151,7 +151,7 @@ def test_of_many_times_some_are_counted(tmp_path: Path) -> None:
     counted: dict[str, list[int]] = {"step": [], "evaluation": []}
     for kind, times in (("step", 2 * COUNTED_EVERY + 1), ("evaluation", 4)):
         for time in range(times):
-            with tracker.measuring(kind, []), tracker.phase("forward"):
+            with tracker.measuring(kind, list), tracker.phase("forward"):
                 mb(time + 1)
             if tracker.update(step=time)["phases"]:
                 counted[kind].append(time)

@@ -1,6 +1,7 @@
 """The loop: when it validates, what it keeps, when it stops, and that ranks add up to one process."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,39 @@ def test_one_rank_out_of_memory_has_all_of_them_begin_again(place: str, tmp_path
         assert others == pytest.approx(losses, rel=2e-5)
         for name, tensor in whole.last.items():
             torch.testing.assert_close(outcome.last[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_one_rank_asked_to_stop_stops_all(tmp_path: Path) -> None:
+    made = [real_step(2) for _ in range(2)]
+    ends: dict[int, BaseException] = {}
+
+    def work(ranks: Ranks) -> int:
+        run = make_run(
+            tmp_path,
+            made[ranks.rank],
+            batches=Batches(steps.sequences(12), 5, seed=0),
+            ranks=ranks,
+            **{**TRAIN, "max_steps": 6},
+        )
+        plain = run.record
+
+        def record(content: dict[str, Any]) -> None:
+            plain(content)
+            if ranks.rank == 1 and content["step"] == 3:
+                run.stop.asked = signal.SIGINT
+
+        run.record = record
+        try:
+            run()
+        except (KeyboardInterrupt, SystemExit) as end:
+            ends[ranks.rank] = end
+        return run.progress.done
+
+    assert in_ranks(2, work) == [3, 3]
+    assert isinstance(ends[1], KeyboardInterrupt)
+    assert isinstance(ends[0], SystemExit)
+    again = make_run(
+        tmp_path, real_step(2), batches=Batches(steps.sequences(12), 5, seed=0), **TRAIN
+    )
+    assert again.resume()
+    assert again.progress.done == 3

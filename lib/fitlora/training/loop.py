@@ -155,11 +155,11 @@ class Run:
         except StopAsked:
             self.step.abandon()
             self._save()
-            assert self.stop.asked is not None
-            say(
-                f"stopped by {self.stop.asked.name} after step {self.progress.done} of "
-                f"{self.total_steps}, which is saved; the same command goes on from there"
-            )
+            if self.ranks.rank == 0:
+                say(
+                    f"stopped by {self.stop.reason} after step {self.progress.done} of "
+                    f"{self.total_steps}, which is saved; the same command goes on from there"
+                )
             raise self.stop.ending() from None
         except RuntimeError as error:
             if not is_lost(error):
@@ -233,7 +233,7 @@ class Run:
                 reduce_gradients=None if self.ranks.reduce is None else self._reduce,
             )
 
-        with self.tracker.measuring("step", self.step.tensors()):
+        with self.tracker.measuring("step", self.step.tensors):
             result = self.recovery.carry_out(work, step=index + 1, attempt=self._together)
         loss, norm = float(result.loss), float(result.gradient_norm)
         seconds = time.perf_counter() - start
@@ -313,7 +313,7 @@ class Run:
         mine = share_of(self.validation, self.ranks.rank, self.ranks.devices)
         summed = torch.zeros((), dtype=torch.float64, device=self.step.device)
         count = 0
-        with self.tracker.measuring("evaluation", self.step.tensors()):
+        with self.tracker.measuring("evaluation", self.step.tensors):
             while count < len(mine):
                 part = mine[count : count + self.step.plan.evaluation_batch_size]
 
@@ -386,12 +386,14 @@ class Run:
         """
         failed = self.progress.done + 1
         self._setbacks.append(failed)
-        if self._setbacks.count(failed) > len(WAITS):
+        times = self._setbacks.count(failed)
+        if times > len(WAITS):
             raise UserError(
                 f"out of memory in the update of step {failed}, again and again ({cause}): "
                 f"{memory_now(self.step.device)}. When there is more, the same command goes on from "
                 f"step {self._saved_step}, which is saved"
             )
+        self.recovery.wait(WAITS[times - 1])
         snapshot = self.checkpoints.newest()
         if snapshot is None:
             raise UserError(f"{self.checkpoints.folder} is gone under the run; begin it anew")

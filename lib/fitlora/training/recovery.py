@@ -77,7 +77,7 @@ class Recovery:
     ) -> None:
         self.step, self.ladder = step, ladder
         self.phase = ""
-        self._record, self._wait = record, wait
+        self._record, self.wait = record, wait
 
     def carry_out(
         self,
@@ -110,7 +110,7 @@ class Recovery:
             seconds = next(waits, None)
             if seconds is None:
                 raise NothingSmaller(self._nothing_smaller(step, evaluation))
-            self._wait(seconds)
+            self.wait(seconds)
 
     def insist(self, work: Callable[[], Result], what: str) -> Result:
         """The result of work that no plan makes smaller; raises UserError where it finds no memory."""
@@ -124,7 +124,7 @@ class Recovery:
             if seconds is None:
                 now = memory_now(self.step.device)
                 raise UserError(f"there is no memory for {what} ({found.cause}): {now}")
-            self._wait(seconds)
+            self.wait(seconds)
 
     def climb(self, step: int) -> None:
         """After a calm stretch, goes back to the plan that the run began with, once."""

@@ -43,8 +43,13 @@ class Stop:
         if self.asked is not None:
             raise StopAsked
 
+    @property
+    def reason(self) -> str:
+        """Who asked: a signal, by its name, or another of the run's processes."""
+        return "another process" if self.asked is None else self.asked.name
+
     def ending(self) -> BaseException:
-        """How the program ends then: status 130 after Ctrl-C, and 143 after SIGTERM."""
-        if self.asked == signal.SIGTERM:
-            return SystemExit(128 + signal.SIGTERM)
-        return KeyboardInterrupt()
+        """How the program ends then: status 130 after Ctrl-C, and 143 otherwise."""
+        if self.asked == signal.SIGINT:
+            return KeyboardInterrupt()
+        return SystemExit(128 + signal.SIGTERM)
