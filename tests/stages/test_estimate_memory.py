@@ -47,6 +47,8 @@ def test_a_config_alone_is_enough(root: Path, capsys: pytest.CaptureFixture[str]
     assert [size.tokens for size in dataset.longest_train] == [32] * 4
     assert result.default.plan.sequence_length == 32
     assert result.default.components.total == result.default.peak_allocated_bytes > 0
+    highest = max(moment.components.total for moment in result.over_step)
+    assert highest == result.default.peak_allocated_bytes
     assert MemoryEstimate.read(root / "artifacts/memory_estimate.json") == result
     assert "planning for sequences of 32 tokens" in capsys.readouterr().out
 

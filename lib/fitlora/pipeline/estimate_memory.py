@@ -14,6 +14,7 @@ from fitlora.artifacts import (
 from fitlora.console import say
 from fitlora.errors import UserError
 from fitlora.memory.estimate import Estimator, Load, count_parameters
+from fitlora.memory.moments import moments
 from fitlora.model import has_tokenizer, load_config, resolve_model
 from fitlora.params import Params, with_found
 from fitlora.planner.parameters import find_parameters
@@ -64,6 +65,7 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
         neighbours={
             name: estimator(plan) for name, plan in neighbours(start, model.layers).items()
         },
+        over_step=moments(estimator.trace(start).levels, hardware.workspace_bytes),
         found=found,
     )
     result.write(root / MEMORY_ESTIMATE)
