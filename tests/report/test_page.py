@@ -77,6 +77,7 @@ def test_figures_are_those_of_the_artifacts(root: Path) -> None:
         "61 s 12 steps; best validation at step 12",
         "1,006 tokens a second",  # 1,006.5, the median step
         "adapter 97.5% 96.5% – 98.0% 0.0300 0.0270 – 0.0330 2.000 cpu, float32",
+        "By length held-out rows",
         "9 to 30 tokens 120",
         "mean KL divergence (nats a token) 2.5e-08 at most 0.01",
         "same likeliest next token 99.95% at least 90%",
@@ -203,6 +204,14 @@ def test_settings_that_are_not_the_defaults_are_in_the_command(root: Path) -> No
     assert "--set lora.r=8" in text
     assert "--set 'lora.target_modules=[q_proj, v_proj]'" in text
     assert text.count("--set ") == 3
+
+
+def test_sources_are_groups_too(root: Path) -> None:
+    plain = make_evaluation().groups
+    more = plain[0].model_copy(update={"by": "source", "name": "wiki"})
+    text = Page(report(root, groups=(*plain, more))).text
+    assert "By length and source" in text
+    assert "wiki 120" in text
 
 
 def test_a_run_without_samples_or_groups(root: Path) -> None:

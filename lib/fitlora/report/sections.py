@@ -154,7 +154,8 @@ def quality(run: Run) -> Html:
     )
     parts = [pictures, models]
     if found.groups:
-        parts += [tag("h3", "By length and source"), _groups(found)]
+        kinds = dict.fromkeys(group.by for group in found.groups)
+        parts += [tag("h3", f"By {' and '.join(kinds)}"), _groups(found)]
     parts += [tag("h3", "Is the merged model the one that was trained?"), *_gate(found)]
     return section(
         "Quality",
