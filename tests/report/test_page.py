@@ -214,6 +214,17 @@ def test_sources_are_groups_too(root: Path) -> None:
     assert "wiki 120" in text
 
 
+def test_plans_for_a_gpu_are_held_against_cards(root: Path) -> None:
+    assert "48 GiB" not in Page(report(root)).text
+    found = MemoryEstimate.read(root / MEMORY_ESTIMATE)
+    plan = found.default.plan.replace(device="cuda")
+    default = found.default.model_copy(update={"plan": plan, "process_bytes": 13 * 2**30})
+    found.model_copy(update={"default": default, "neighbours": {}}).write(root / MEMORY_ESTIMATE)
+    text = Page(report(root)).text
+    assert "in 1.00 GiB 8 GiB 12 GiB 16 GiB 24 GiB 40 GiB 48 GiB 80 GiB" in text
+    assert "13.00 GiB fits ✗ ✗ ✓ ✓ ✓ ✓ ✓" in text
+
+
 def test_a_run_without_samples_or_groups(root: Path) -> None:
     page = Page(report(root, samples=(), groups=(), fidelity={
         "merged": make_evaluation().fidelity["merged"]}))  # fmt: skip

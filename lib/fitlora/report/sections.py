@@ -14,7 +14,6 @@ from fitlora.artifacts import (
     PLAN,
     TRAINING_LOG,
     Dataset,
-    Estimate,
     Evaluation,
     Hardware,
     MemoryEstimate,
@@ -36,9 +35,10 @@ from fitlora.plan import Plan
 from fitlora.report.charts import MODELS
 from fitlora.report.html import Content, Html, chart, escaped, facts, section, table, tag
 from fitlora.report.log import TrainingLog
-from fitlora.units import format_bytes
+from fitlora.units import GIB, format_bytes
 
 _ON_ORIGINAL = "adapter_on_original"
+_CARDS = (8, 12, 16, 24, 40, 48, 80)  # GiB of memory that GPUs are sold with
 
 
 @dataclass(frozen=True)
@@ -334,24 +334,29 @@ def memory(run: Run) -> Html:
 
 
 def _fits(estimate: MemoryEstimate) -> Html:
-    def row(name: str, found: Estimate) -> tuple[Content, ...]:
-        verdict = tag("span", "fits", class_="right")
-        if not found.fits:
-            verdict = tag("span", "does not fit", class_="wrong")
-        return (
+    """Each plan against the budget, and on a GPU against cards of the usual sizes.
+
+    A whole process on a CPU says nothing of one on a GPU, which has a context and computes otherwise.
+    """
+    plans = {"default plan": estimate.default, **estimate.neighbours}
+    cards = _CARDS if estimate.default.plan.device == "cuda" else ()
+    head = ["", "plan", "peak", "whole process", f"in {format_bytes(estimate.budget_bytes)}"]
+    rows = [
+        (
             tag("strong", name),
             found.plan.describe(),
             format_bytes(found.peak_allocated_bytes),
             format_bytes(found.process_bytes),
-            verdict,
+            _verdict(found.fits, "fits", "does not fit"),
+            *(_verdict(found.process_bytes <= size * GIB, "✓", "✗") for size in cards),
         )
+        for name, found in plans.items()
+    ]
+    return table([*head, *(f"{size} GiB" for size in cards)], rows, numbers=(2, 3))
 
-    plans = {"default plan": estimate.default, **estimate.neighbours}
-    return table(
-        ("", "plan", "peak", "whole process", f"in {format_bytes(estimate.budget_bytes)}"),
-        [row(name, found) for name, found in plans.items()],
-        numbers=(2, 3),
-    )
+
+def _verdict(fits: bool, yes: str, no: str) -> Html:
+    return tag("span", yes if fits else no, class_="right" if fits else "wrong")
 
 
 # --- what went in ---------------------------------------------------------------------------------
