@@ -223,6 +223,12 @@ def test_plans_for_a_gpu_are_held_against_cards(root: Path) -> None:
     text = Page(report(root)).text
     assert "in 1.00 GiB 8 GiB 12 GiB 16 GiB 24 GiB 40 GiB 48 GiB 80 GiB" in text
     assert "13.00 GiB fits ✗ ✗ ✓ ✓ ✓ ✓ ✓" in text
+    assert "pinned on the host" not in text
+    away = default.model_copy(update={"host_pinned_bytes": 5 * 2**30})
+    found.model_copy(update={"default": away, "neighbours": {}}).write(root / MEMORY_ESTIMATE)
+    text = Page(report(root)).text
+    assert "whole process pinned on the host in 1.00 GiB" in text
+    assert "13.00 GiB 5.00 GiB fits ✗" in text
 
 
 def test_a_run_without_samples_or_groups(root: Path) -> None:

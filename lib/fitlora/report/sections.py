@@ -340,19 +340,23 @@ def _fits(estimate: MemoryEstimate) -> Html:
     """
     plans = {"default plan": estimate.default, **estimate.neighbours}
     cards = _CARDS if estimate.default.plan.device == "cuda" else ()
-    head = ["", "plan", "peak", "whole process", f"in {format_bytes(estimate.budget_bytes)}"]
+    pinned = any(found.host_pinned_bytes for found in plans.values())
+    head = ["", "plan", "peak", "whole process", *["pinned on the host"] * pinned]
+    head.append(f"in {format_bytes(estimate.budget_bytes)}")
     rows = [
         (
             tag("strong", name),
             found.plan.describe(),
             format_bytes(found.peak_allocated_bytes),
             format_bytes(found.process_bytes),
+            *[format_bytes(found.host_pinned_bytes)] * pinned,
             _verdict(found.fits, "fits", "does not fit"),
             *(_verdict(found.process_bytes <= size * GIB, "✓", "✗") for size in cards),
         )
         for name, found in plans.items()
     ]
-    return table([*head, *(f"{size} GiB" for size in cards)], rows, numbers=(2, 3))
+    numbers = (2, 3, 4) if pinned else (2, 3)
+    return table([*head, *(f"{size} GiB" for size in cards)], rows, numbers=numbers)
 
 
 def _verdict(fits: bool, yes: str, no: str) -> Html:
