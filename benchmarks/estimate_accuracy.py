@@ -1,0 +1,653 @@
+"""Is the estimate true? Predicted without a GPU, measured on one, for plans that are drawn at random.
+
+    python -m benchmarks.estimate_accuracy --json benchmarks/results/estimate_accuracy.h200.json
+    python -m benchmarks.estimate_accuracy --cases 0:20 --json …      some of them; other rows stay
+    python -m benchmarks.estimate_accuracy --fit --json …             the draw that constants may be fitted on
+    python -m benchmarks.estimate_accuracy --tiny --json /tmp/x.json  everything once on the CPU, in seconds
+
+The draw is the seed's: it was fixed before anything was measured. Every choice is dealt from a deck
+that is reshuffled when it is empty, so that all of them come equally often; a case that would take
+more memory than `MOST_BYTES` or more work than `MOST_OPERATIONS` gets fewer tokens. The fitting draw
+has another seed and `FIT_MODELS` only, so that four families are unseen by whatever is fitted on it.
+
+Three processes work side by side. One describes the hardware as the product does, and ends. One
+predicts, in several workers that see no GPU. One measures: it builds the step on noise, runs the very
+rehearsal that was traced, and asks the allocator. Between cases it gives back all memory, cuBLAS's
+workspaces included, so that each begins as in a new process. If it dies, its case's row says so, and
+another goes on. A row is written when both sides of it are known.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pynvml
+import torch
+
+from benchmarks.common import ROOT, SHAPES, device_label, device_name, shape_config, write_result
+from fitlora.artifacts import Hardware, SequenceSize
+from fitlora.device import (
+    device_used_bytes,
+    give_back_memory,
+    gpu_uuid,
+    is_lost,
+    limit_memory,
+    nvml_session,
+    process_used_bytes,
+)
+from fitlora.hardware import profile
+from fitlora.memory.estimate import Estimator, Load, rehearse, trace_step
+from fitlora.offload.host_memory import HostMemory, anonymous_bytes
+from fitlora.offload.residency import spread
+from fitlora.offload.transport import make_transport
+from fitlora.params import check_params
+from fitlora.plan import Plan
+from fitlora.planner.search import loss_chunk
+from fitlora.step.build import build_step
+from fitlora.step.settings import StepSettings
+from fitlora.step.weights import RandomWeights
+from fitlora.units import GIB
+
+SEED, FIT_SEED, COUNT, FIT_COUNT, TINY_COUNT = 20261123, 7, 64, 24, 8
+MOST_BYTES = 100 * GIB  # by the rough formula of `_fits`, on a GPU of 139 GiB
+MOST_OPERATIONS = 1.2e15  # of one case: a few seconds
+MOST_PINNED_BYTES = 10 * GIB
+
+MODELS = tuple(name for name in SHAPES if name not in ("tiny", "benchmark"))
+FIT_MODELS = ("tinyllama-1.1b", "llama-3-8b", "mistral-7b", "qwen2.5-1.5b", "qwen2.5-7b")
+GENERAL = (
+    "olmo2",
+)  # families that autograd does: they keep all or nothing, and no checkpoint leaves
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "micro_batch": (1, 2, 4, 8),
+    "accumulation": (1, 2, 3),
+    "sequence_length": (512, 1024, 2048, 4096, 8192, 16384),
+    "packed": (False, True),
+    "evaluation": ("one", "as in training"),
+    "learned": (1.0, 0.6, 0.2),
+    "recompute": ("none", "some", "all"),
+    "keeps": ((), ("attention",)),
+    "offload": (
+        (),
+        ("checkpoints",),
+        ("embedding",),
+        ("head",),
+        ("optimizer_device",),
+        ("streamed_layers",),
+        ("checkpoints", "embedding", "head", "optimizer_device", "streamed_layers"),
+    ),
+    "streamed": ("few", "quarter", "most"),
+    "slots": (2, 3),
+    "optimizer": ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
+    "rank": (4, 8, 16, 32, 64, 128),
+    "dropout": (0.0, 0.05),
+    "targets": ("all-linear", "attention"),
+    "storage": ("nf4", "nf4", "fp4", "16 bits"),
+}
+
+
+# --- the draw ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked. sizes: tokens, learned tokens and parts of each sequence, the longest first."""
+
+    number: int
+    model: str
+    storage: str
+    rank: int
+    dropout: float
+    targets: str
+    packed: bool
+    sizes: list[tuple[int, int, list[int]]]
+    plan: dict[str, Any]
+
+
+class Deck:
+    """Values in random order, each as often as the others."""
+
+    def __init__(self, values: Sequence[Any], draw: random.Random) -> None:
+        self._values, self._draw, self._left = values, draw, list[Any]()
+
+    def deal(self) -> Any:
+        if not self._left:
+            self._left = self._draw.sample(self._values, len(self._values))
+        return self._left.pop()
+
+
+def draw_cases(*, fit: bool, tiny: bool) -> list[Case]:
+    """The cases, always the same ones."""
+    count = TINY_COUNT if tiny else FIT_COUNT if fit else COUNT
+    draw = random.Random(FIT_SEED if fit else SEED)
+    models = Deck(FIT_MODELS if fit else MODELS, draw)
+    decks = {name: Deck(values, draw) for name, values in CHOICES.items()}
+    cases = []
+    for number in range(count):
+        asked = {name: deck.deal() for name, deck in decks.items()}
+        cases.append(_case(number, models.deal(), asked, draw, tiny))
+    return cases
+
+
+def _case(number: int, model: str, asked: dict[str, Any], draw: random.Random, tiny: bool) -> Case:
+    config = config_of(model, tiny)
+    _reconcile(asked, config)
+    if model == "llama-3-70b":  # 16-bit weights would fill the device, large adapters the time
+        asked["storage"] = "nf4" if asked["storage"] == "16 bits" else asked["storage"]
+        asked["rank"] = min(asked["rank"], 32)
+    if tiny:
+        asked["sequence_length"] //= 32
+        asked["optimizer"] = asked["optimizer"].removeprefix("paged_")
+    layers = config.num_hidden_layers
+    recomputed = {"none": 0, "some": draw.randint(1, layers - 1), "all": layers}[asked["recompute"]]
+    while not _fits(config, asked, recomputed):
+        key = "micro_batch" if asked["micro_batch"] > 1 else "sequence_length"
+        asked[key] //= 2
+    micro, accumulation = asked["micro_batch"], asked["accumulation"]
+    sizes = _sizes(asked, draw)
+    host = {part: "host" for part in asked["offload"] if part != "streamed_layers"}
+    plan = {
+        "effective_batch_size": micro * accumulation,
+        "micro_batch_size": micro,
+        "evaluation_batch_size": 1 if asked["evaluation"] == "one" else micro,
+        "sequence_length": sizes[0][0],
+        "recompute_layers": tuple(range(recomputed)),
+        "recompute_keeps": asked["keeps"] if recomputed else (),
+        "optimizer": asked["optimizer"],
+        "loss_chunk_tokens": loss_chunk(config.vocab_size),
+        **host,
+    }
+    if "streamed_layers" in asked["offload"]:
+        plan["streamed_layers"] = spread(layers, _streamed(config, asked))
+        plan["streaming_slots"] = asked["slots"]
+    return Case(
+        number=number,
+        model=model,
+        storage=asked["storage"],
+        rank=asked["rank"],
+        dropout=asked["dropout"],
+        targets=asked["targets"],
+        packed=asked["packed"],
+        sizes=sizes,
+        plan=plan,
+    )
+
+
+def _reconcile(asked: dict[str, Any], config: Any) -> None:
+    """Makes the choices such that a step can be built of them, changing as few as it takes."""
+    offload = set(asked["offload"])
+    if config.model_type in GENERAL:
+        asked["keeps"] = ()
+        offload.discard("checkpoints")
+        if "streamed_layers" in offload:
+            asked["recompute"] = "all"
+    if config.tie_word_embeddings and offload & {"embedding", "head"}:
+        offload |= {"embedding", "head"}
+    if "checkpoints" in offload and asked["recompute"] == "none":
+        asked["recompute"] = "all"
+    if "optimizer_device" in offload:
+        asked["optimizer"] = "adamw"  # bitsandbytes' work on the device alone
+    asked["offload"] = tuple(sorted(offload))
+
+
+def _layer_parameters(config: Any) -> int:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attended = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * head
+    return int(config.hidden_size * (attended + 3 * config.intermediate_size))
+
+
+def _weight_bytes(asked: dict[str, Any]) -> float:
+    return 2.0 if asked["storage"] == "16 bits" else 0.53
+
+
+def _streamed(config: Any, asked: dict[str, Any]) -> int:
+    layers = config.num_hidden_layers
+    wanted = {"few": asked["slots"] + 1, "quarter": layers // 4, "most": layers - 2}
+    most = int(MOST_PINNED_BYTES / (_layer_parameters(config) * _weight_bytes(asked)))
+    return max(1, min(wanted[asked["streamed"]], most))
+
+
+def _fits(config: Any, asked: dict[str, Any], recomputed: int) -> bool:
+    """Roughly: within the memory and the work that a case may have."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    tables = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    weights = layers * _layer_parameters(config)
+    tokens = asked["micro_batch"] * asked["sequence_length"]
+    kept = (layers - recomputed) * 2 * (6 * hidden + 3 * config.intermediate_size)
+    activations = tokens * (kept + recomputed * 6 * hidden + 2 * 20 * hidden)
+    adapters = 16 * layers * asked["rank"] * (10 * hidden + 3 * config.intermediate_size)
+    count = weights * _weight_bytes(asked) + 2 * tables + activations + adapters
+    passes = 3 * (1 + min(2, asked["accumulation"])) + 1
+    operations = 2 * (weights + tables) * tokens * passes
+    return bool(count <= MOST_BYTES and operations <= MOST_OPERATIONS)
+
+
+def _sizes(asked: dict[str, Any], draw: random.Random) -> list[tuple[int, int, list[int]]]:
+    """A micro-batch of sequences: packed ones are full, others as long as they happen to be."""
+    most, found = asked["sequence_length"], []
+    for index in range(asked["micro_batch"]):
+        tokens = most if index == 0 or asked["packed"] else draw.randint(most // 2, most)
+        parts: list[int] = []
+        if asked["packed"]:
+            cuts = sorted(draw.sample(range(1, tokens // 8), draw.randint(1, 5)))
+            edges = [0, *(8 * cut for cut in cuts), tokens]
+            parts = [end - start for start, end in zip(edges, edges[1:], strict=False)]
+        predicted = tokens - max(1, len(parts))
+        found.append((tokens, max(1, int(asked["learned"] * predicted)), parts))
+    return sorted(found, key=lambda size: -size[0])
+
+
+# --- what a case is made of ----------------------------------------------------------------------
+
+
+def config_of(model: str, tiny: bool) -> Any:
+    """The model's config; a tiny one of the same family, window and ties where `tiny`."""
+    if not tiny:
+        return shape_config(model)
+    shape = SHAPES[model]
+    changes = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "vocab_size": 512,
+        "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 4 if shape["num_key_value_heads"] == shape["num_attention_heads"] else 2,
+    }  # fmt: skip
+    if shape.get("sliding_window"):
+        changes["sliding_window"] = 32
+    return shape_config(model, **changes)
+
+
+def settings_of(case: Case, config: Any) -> StepSettings:
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if config.model_type == "phi3":
+        attention = ["qkv_proj", "o_proj"]
+    quantization: dict[str, Any] = {"bits": 4, "type": case.storage}
+    if case.storage == "16 bits":
+        quantization = {"bits": 16}
+    targets = case.targets if case.targets == "all-linear" else attention
+    lora = {"r": case.rank, "alpha": 2.0 * case.rank, "dropout": case.dropout}
+    return StepSettings.of(
+        check_params(
+            {
+                "quantization": quantization,
+                "lora": {**lora, "target_modules": targets},
+                "train": {"optimizer": case.plan["optimizer"]},
+            }
+        )
+    )
+
+
+def plan_of(case: Case, device: str) -> Plan:
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    return Plan.model_validate({**case.plan, "device": device, "compute_dtype": dtype})
+
+
+def load_of(case: Case) -> Load:
+    sizes = [SequenceSize(tokens=t, target_tokens=n, parts=tuple(p)) for t, n, p in case.sizes]
+    return Load(sizes, sizes)
+
+
+def asked_of(case: Case, plan: Plan, config: Any) -> dict[str, Any]:
+    """The columns that say what the case is."""
+    host = [p for p in ("checkpoints", "embedding", "head", "optimizer_device") if case.plan.get(p)]
+    return {
+        "case": case.number,
+        "model": case.model,
+        "family": config.model_type,
+        "plan": plan.fingerprint(),
+        "layers": config.num_hidden_layers,
+        "micro_batch": plan.micro_batch_size,
+        "accumulation": plan.accumulation,
+        "evaluation_batch": plan.evaluation_batch_size,
+        "sequence_length": plan.sequence_length,
+        "tokens": sum(size[0] for size in case.sizes),
+        "target_tokens": sum(size[1] for size in case.sizes),
+        "packed": case.packed,
+        "recomputed_layers": len(plan.recompute_layers),
+        "recompute_keeps": " ".join(plan.recompute_keeps),
+        "streamed_layers": len(plan.streamed_layers),
+        "streaming_slots": plan.streaming_slots,
+        "on_host": " ".join(host),
+        "optimizer": plan.optimizer,
+        "compute_dtype": plan.compute_dtype,
+        "storage": case.storage,
+        "rank": case.rank,
+        "dropout": case.dropout,
+        "targets": case.targets,
+    }
+
+
+# --- predicting ----------------------------------------------------------------------------------
+
+
+def predict_case(case: Case, hardware: Hardware, tiny: bool) -> dict[str, Any]:
+    """In a process that sees no GPU."""
+    assert not torch.cuda.is_available()
+    torch.set_num_threads(1)
+    config = config_of(case.model, tiny)
+    plan = plan_of(case, hardware.device)
+    start, cpu = time.perf_counter(), time.process_time()
+    found = Estimator(config, settings_of(case, config), load_of(case), hardware)(plan)
+    return {
+        "predicted_allocated_bytes": found.peak_allocated_bytes,
+        "predicted_process_bytes": found.process_bytes,
+        "predicted_host_pinned_bytes": found.host_pinned_bytes,
+        "instant": found.instant,
+        "estimate_seconds": time.perf_counter() - start,
+        "estimate_cpu_seconds": time.process_time() - cpu,
+    }
+
+
+def predict(cases: Sequence[Case], hardware: Hardware, work: Path, *, tiny: bool) -> None:
+    """Every case, in several processes; a line of `predictions` each."""
+    workers = 1 if tiny else max(1, min(8, len(os.sched_getaffinity(0)) - 3))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(predict_case, case, hardware, tiny): case for case in cases}
+        for done in as_completed(waiting):
+            case, error = waiting[done], done.exception()
+            found = done.result() if error is None else {"predict_error": _words(error)}
+            _append(work / "predictions", {"case": case.number, **found})
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def measure(cases: Sequence[Case], hardware: Hardware, work: Path, *, tiny: bool) -> None:
+    """Every case, one after the other; a line of `measurements` each."""
+    used_before = None
+    if hardware.device == "cuda":
+        used_before = _device_used()
+        limit_memory(hardware)
+    for case in cases:
+        _append(work / "begun", {"case": case.number})
+        try:
+            found = _measure_case(case, hardware, used_before, tiny)
+        # whatever a case comes to is its row; only a device that is gone ends them all
+        except Exception as error:
+            traceback.print_exc()
+            if is_lost(error) or "illegal" in str(error):
+                raise
+            found = {"error": _words(error)}
+        _append(work / "measurements", {"case": case.number, **found})
+        give_back_memory()
+
+
+def _measure_case(
+    case: Case, hardware: Hardware, used_before: int | None, tiny: bool
+) -> dict[str, Any]:
+    config = config_of(case.model, tiny)
+    settings, load = settings_of(case, config), load_of(case)
+    plan = plan_of(case, hardware.device)
+    device = torch.device(hardware.device)
+    start = time.perf_counter()
+    if device.type == "cpu":
+        peak = trace_step(config, plan, settings, load, RandomWeights(device)).peak_bytes
+        return {
+            "measured_allocated_bytes": peak,
+            "measured_reserved_bytes": None,
+            "measure_seconds": time.perf_counter() - start,
+        }
+    torch._C._cuda_clearCublasWorkspaces()
+    give_back_memory()
+    torch.cuda.reset_peak_memory_stats(device)
+    at_start, anonymous = torch.cuda.memory_allocated(device), anonymous_bytes()
+    transport = make_transport(device, HostMemory(hardware.host_budget_bytes))
+    step = build_step(config, plan, settings, RandomWeights(device), transport)
+    torch.cuda.synchronize(device)
+    built = time.perf_counter()
+    rehearse(step, load)
+    torch.cuda.synchronize(device)
+    used = _device_used()
+    found = {
+        "measured_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "measured_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "measured_end_allocated_bytes": torch.cuda.memory_allocated(device),
+        "start_allocated_bytes": at_start,
+        "nvml_process_bytes": _own_used(),
+        "nvml_device_grown_bytes": used - used_before if used and used_before else None,
+        "measured_host_pinned_bytes": transport.pinned_bytes,
+        "measured_host_anonymous_bytes": anonymous_bytes() - anonymous,
+        "allocator_retries": torch.cuda.memory_stats(device)["num_alloc_retries"],
+        "by_hand": bool(getattr(step.network, "layers", None)),
+        "build_seconds": built - start,
+        "measure_seconds": time.perf_counter() - start,
+    }
+    del step, transport
+    give_back_memory()
+    # what libraries have taken in the allocator and keep
+    found["measured_workspace_bytes"] = torch.cuda.memory_allocated(device)
+    return found
+
+
+def _device_used() -> int | None:
+    """All that is used on the GPU; None where NVML does not tell."""
+    try:
+        with nvml_session() as nvml:
+            return device_used_bytes(nvml, gpu_uuid())
+    except pynvml.NVMLError:
+        return None
+
+
+def _own_used() -> int | None:
+    try:
+        with nvml_session() as nvml:
+            return process_used_bytes(nvml, gpu_uuid(), os.getpid())
+    except pynvml.NVMLError:
+        return None
+
+
+# --- bringing both together ----------------------------------------------------------------------
+
+
+def _append(path: Path, found: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(found) + "\n")
+
+
+def _lines(path: Path) -> dict[int, dict[str, Any]]:
+    """By case. A line that is still being written is not there yet."""
+    text = path.read_text() if path.is_file() else ""
+    found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return {line["case"]: line for line in found}
+
+
+def _words(error: BaseException) -> str:
+    text = str(error).strip() or "nothing said"
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
+
+
+def error_share(predicted: float | None, measured: float | None) -> float | None:
+    """(predicted - measured) / measured; None where one of them is not there."""
+    if predicted is None or not measured:
+        return None
+    return predicted / measured - 1
+
+
+def make_row(
+    asked: dict[str, Any],
+    predicted: dict[str, Any],
+    measured: dict[str, Any],
+    hardware: Hardware,
+) -> dict[str, Any]:
+    row = {**asked, **predicted, **measured, "context_bytes": hardware.context_bytes}
+    row["workspace_bytes"] = hardware.workspace_bytes
+    for name in ("allocated", "reserved", "host_pinned"):
+        row[f"{name}_error"] = error_share(
+            row.get(f"predicted_{name}_bytes"), row.get(f"measured_{name}_bytes")
+        )
+    process = row.get("nvml_process_bytes") or row.get("nvml_device_grown_bytes")
+    row["process_error"] = error_share(row.get("predicted_process_bytes"), process)
+    row["safe_margin"] = error_share(row.get("safe_peak_bytes"), row.get("measured_reserved_bytes"))
+    return row
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and worst of each error over the rows that have it, and how safe the safe peak was."""
+    summary: dict[str, Any] = {
+        "cases": len(rows),
+        "failed": sum("error" in row or "predict_error" in row for row in rows),
+        "families": len({row["family"] for row in rows}),
+    }
+    for name in ("allocated", "reserved", "process", "host_pinned"):
+        errors = [abs(e) for row in rows if (e := row[f"{name}_error"]) is not None]
+        if errors:
+            summary[f"{name}_mean_error"] = statistics.fmean(errors)
+            summary[f"{name}_worst_error"] = max(errors)
+    margins = [row["safe_margin"] for row in rows if row["safe_margin"] is not None]
+    if margins:
+        summary |= {"safe_least_margin": min(margins), "safe_most_margin": max(margins)}
+    seconds = [row["estimate_seconds"] for row in rows if "estimate_seconds" in row]
+    if seconds:
+        summary["estimate_mean_seconds"] = statistics.fmean(seconds)
+        summary["estimate_most_seconds"] = max(seconds)
+    return summary
+
+
+def line(row: dict[str, Any]) -> str:
+    def share(name: str) -> str:
+        return "–" if row[name] is None else f"{row[name]:+.2%}"
+
+    problem = row.get("error") or row.get("predict_error") or ""
+    return (
+        f"{row['case']:>3} {row['model']:>14} {row['micro_batch']}x{row['sequence_length']:<6} "
+        f"allocated {share('allocated_error'):>7}, reserved {share('reserved_error'):>7}, "
+        f"process {share('process_error'):>7} {problem}"
+    )
+
+
+class Child:
+    """A role of this program in a process of its own; its log is in the work folder."""
+
+    def __init__(self, role: str, cases: Sequence[Case], args: argparse.Namespace) -> None:
+        self.role, self.cases, self.log = role, cases, args.work / f"{role}.log"
+        hidden = {} if role in ("profile", "measure") else {"CUDA_VISIBLE_DEVICES": ""}
+        numbers = ",".join(str(case.number) for case in cases)
+        command = [sys.executable, "-m", "benchmarks.estimate_accuracy", "--role", role]
+        command += ["--work", str(args.work), f"--numbers={numbers}"]
+        command += [flag for flag in ("--fit", "--tiny") if getattr(args, flag[2:])]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **hidden}
+            )
+
+    def last_words(self) -> str:
+        lines = self.log.read_text().strip().splitlines()
+        return lines[-1][:300] if lines else "nothing said"
+
+
+def run(cases: list[Case], args: argparse.Namespace) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Each case when both sides of it are known."""
+    for name in ("predictions", "measurements", "begun"):
+        (args.work / name).unlink(missing_ok=True)
+    describing = Child("profile", [], args)
+    if describing.process.wait() != 0:
+        sys.exit(f"the hardware could not be described: {describing.last_words()}")
+    predicting, measuring = Child("predict", cases, args), Child("measure", cases, args)
+    left = {case.number: case for case in cases}
+    while left:
+        time.sleep(0.5)
+        ended = predicting.process.poll() is not None, measuring.process.poll() is not None
+        predictions, measurements = (
+            _lines(args.work / "predictions"),
+            _lines(args.work / "measurements"),
+        )
+        for number in [n for n in left if n in predictions and n in measurements]:
+            yield left.pop(number), {**predictions[number], **measurements[number]}
+        unmeasured = [case for case in cases if case.number not in measurements]
+        if ended[1] and unmeasured:  # it died of the first of these, or before it began
+            died = unmeasured[0].number
+            _append(args.work / "measurements", {"case": died, "error": measuring.last_words()})
+            if unmeasured[1:]:
+                measuring = Child("measure", unmeasured[1:], args)
+        if ended[0]:
+            for case in cases:
+                if case.number not in predictions:
+                    words = predicting.last_words()
+                    _append(
+                        args.work / "predictions", {"case": case.number, "predict_error": words}
+                    )
+
+
+def act(role: str, cases: list[Case], args: argparse.Namespace) -> None:
+    """What a child does."""
+    described = args.work / "hardware.json"
+    if role == "profile":
+        asked = {"device": "cpu"} if args.tiny else {}
+        profile(check_params({"hardware": asked}).hardware, args.work).write(described)
+        named = {"label": device_label(), "name": device_name()}
+        (args.work / "device.json").write_text(json.dumps(named))
+        return
+    hardware = Hardware.read(described)
+    (predict if role == "predict" else measure)(cases, hardware, args.work, tiny=args.tiny)
+
+
+def chosen(args: argparse.Namespace) -> list[Case]:
+    cases = draw_cases(fit=args.fit, tiny=args.tiny)
+    if args.numbers is not None:
+        wanted = [int(number) for number in args.numbers.split(",") if number]
+        return [cases[number] for number in wanted]
+    start, _, end = (args.cases or ":").partition(":")
+    return cases[int(start or 0) : int(end or len(cases))]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", help="A:B, numbers from A up to before B")
+    parser.add_argument("--fit", action="store_true", help="the draw that constants are fitted on")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--list", action="store_true", help="print the draw and end")
+    parser.add_argument("--work", type=Path, default=ROOT / ".fitlora" / "estimate_accuracy")
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--role", choices=("profile", "predict", "measure"), help=argparse.SUPPRESS)
+    parser.add_argument("--numbers", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    cases = chosen(args)
+    if args.role is not None:
+        act(args.role, cases, args)
+        return
+    if args.list:
+        for case in cases:
+            print(json.dumps(asdict(case)))
+        return
+    began = time.perf_counter()
+    rows: dict[int, dict[str, Any]] = {}
+    if args.json is not None and args.json.is_file():
+        rows = {row["case"]: row for row in json.loads(args.json.read_text())["rows"]}
+    for case, found in run(cases, args):
+        hardware = Hardware.read(args.work / "hardware.json")
+        device = json.loads((args.work / "device.json").read_text())
+        config = config_of(case.model, args.tiny)
+        asked = asked_of(case, plan_of(case, hardware.device), config)
+        rows[case.number] = make_row(asked, found, {}, hardware)
+        print(line(rows[case.number]), flush=True)
+        name = f"estimate_accuracy{'_fit' if args.fit else ''}.{device['label']}.json"
+        path = args.json or ROOT / "benchmarks" / "results" / name
+        ordered = [rows[number] for number in sorted(rows)]
+        write_result(
+            path,
+            "estimate_accuracy",
+            ordered,
+            device=device["name"],
+            seed=FIT_SEED if args.fit else SEED,
+            summary=summarize(ordered),
+            seconds=time.perf_counter() - began,
+            host_cores=psutil.cpu_count(),
+        )
+    print(json.dumps(summarize(list(rows.values())), indent=1))
+
+
+if __name__ == "__main__":
+    main()
