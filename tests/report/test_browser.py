@@ -26,6 +26,13 @@ TOO_WIDE = """[...document.querySelectorAll('body *')].filter(element =>
     element.getBoundingClientRect().right > innerWidth + 1 && !element.closest('.scroll')
 ).map(element => element.outerHTML.slice(0, 80))"""
 
+CUT = """[...document.querySelectorAll('.chart')].flatMap(chart =>
+    [...chart.querySelectorAll('svg text')].filter(text => {
+        const [inner, outer] = [text.getBoundingClientRect(), chart.getBoundingClientRect()];
+        return inner.right > outer.right + 1 || inner.left < outer.left - 1;
+    }).map(text => `${chart.id}: ${text.textContent}`)
+)"""
+
 
 @pytest.fixture(scope="module")
 def tab() -> Iterator[Browser]:
@@ -58,6 +65,7 @@ def test_the_page_is_whole_at_any_width(tab: Browser, page: Path, width: int, da
     assert all(count > 0 for count in marks.values()), marks
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.evaluate(TOO_WIDE) == []
+    assert tab.evaluate(CUT) == []
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     red = int(background.removeprefix("rgb(").split(",")[0])
     assert (red < 64) == dark

@@ -239,13 +239,13 @@ def phases(default: Estimate, log: TrainingLog) -> Spec:
     bars = {
         "mark": {"type": "bar", "cornerRadiusEnd": 2},
         "encoding": {
-            "y": {
+            "x": {
                 "field": "value",
                 "type": "quantitative",
                 "title": f"peak ({name})",
                 "axis": {"tickCount": 5},
             },
-            "xOffset": {"field": "what", "sort": ["predicted", "measured"]},
+            "yOffset": {"field": "what", "sort": ["predicted", "measured"]},
             "color": _color("what", ["predicted", *["measured"] * bool(measured)]),
             "tooltip": [
                 {"field": "phase", "type": "nominal"},
@@ -254,9 +254,9 @@ def phases(default: Estimate, log: TrainingLog) -> Spec:
             ],
         },
     }
-    x: Spec = {"field": "phase", "type": "nominal", "sort": list(PHASES), "title": None}
-    x["axis"] = {"labelAngle": 0, "labelOverlap": False, "labelLimit": 70}
-    return _layers(rows, [bars], x=x, height=220)
+    shown = [phase for phase in PHASES if phase in default.phase_peak_bytes or phase in measured]
+    y: Spec = {"field": "phase", "type": "nominal", "sort": shown, "title": None}
+    return _layers(rows, [bars], y=y, height=230)
 
 
 # --- what they have in common ---------------------------------------------------------------------

@@ -5,6 +5,12 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const drawn = [];
 
+  // Legends begin where bars do, behind the names of these, so on a phone there is room for one column.
+  function columns(spec, container) {
+    const colors = spec.layer.map((layer) => layer.encoding.color?.scale?.domain.length ?? 0);
+    return container.clientWidth < 480 && Math.max(...colors) > 3 ? 1 : 3;
+  }
+
   function theme() {
     const style = getComputedStyle(document.documentElement);
     const color = (name) => style.getPropertyValue(name).trim();
@@ -25,7 +31,7 @@
       },
       axisY: { domain: false, ticks: false, labelPadding: 6 },
       legend: {
-        orient: "top", direction: "horizontal", columns: 3, labelColor: color("--ink"),
+        orient: "top", direction: "horizontal", labelColor: color("--ink"),
         labelFontSize: 12, labelFont: font, symbolType: "circle", symbolStrokeWidth: 2,
         labelLimit: 0, offset: 8,
       },
@@ -41,6 +47,7 @@
       const container = document.getElementById(`chart-${name}`);
       if (!container) continue;
       container.replaceChildren();
+      config.legend.columns = columns(spec, container);
       const compiled = vegaLite.compile(spec, { config }).spec;
       const view = new vega.View(vega.parse(compiled), { renderer: "svg", container, hover: true });
       drawn.push(view);
