@@ -66,6 +66,22 @@ def untimed(run: Run) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in times} for r in run.log.records]
 
 
+def test_an_overflow_just_after_the_update_does_not_update_twice(tmp_path: Path) -> None:
+    expected = real_run(tmp_path / "whole")()
+    run = real_run(tmp_path / "after")
+    plain, calls = run.step._drop_gradients, iter(range(100))
+
+    def drop() -> None:
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        plain()
+
+    run.step._drop_gradients = drop  # type: ignore[method-assign]
+    found = run()
+    for name, tensor in expected.last.items():
+        assert torch.equal(found.last[name], tensor)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("cut", [0, 1, 3, 5])
 def test_a_run_cut_short_ends_as_if_it_had_not_been(

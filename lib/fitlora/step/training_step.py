@@ -145,8 +145,8 @@ class TrainingStep:
             group["lr"] = learning_rate
         self.half_updated = True
         self.optimizer.step()
-        self.half_updated = False
         self._drop_gradients()
+        self.half_updated = False  # the last thing: what fails before it must not be done twice
         return norm
 
     def _clip(self, also_reduced: list[Tensor], reduce: Any) -> Tensor:
