@@ -161,7 +161,8 @@ def quality(run: Run) -> Html:
         "Quality",
         *parts,
         note=f"The same {found.rows:,} held-out rows for all, answered greedily. Intervals are "
-        "bootstrapped over rows, with the same draws for every model.",
+        "bootstrapped over rows, with the same draws for every model; where all rows came out alike, "
+        "the exact binomial's.",
     )
 
 
