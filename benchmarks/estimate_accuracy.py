@@ -2,8 +2,8 @@
 
     python -m benchmarks.estimate_accuracy --json benchmarks/results/estimate_accuracy.h200.json
     python -m benchmarks.estimate_accuracy --cases 0:20 --json …      some of them; other rows stay
-    python -m benchmarks.estimate_accuracy --fit --json …             the draw that constants may be fitted on
-    python -m benchmarks.estimate_accuracy --tiny --json /tmp/x.json  everything once on the CPU, in seconds
+    python -m benchmarks.estimate_accuracy --fit --json …             the draw for fitting constants
+    python -m benchmarks.estimate_accuracy --tiny --json /tmp/x.json  all of it on the CPU, in seconds
 
 The draw is the seed's: it was fixed before anything was measured. Every choice is dealt from a deck
 that is reshuffled when it is empty, so that all of them come equally often; a case that would take
@@ -29,6 +29,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,7 @@ def _sizes(asked: dict[str, Any], draw: random.Random) -> list[tuple[int, int, l
         if asked["packed"]:
             cuts = sorted(draw.sample(range(1, tokens // 8), draw.randint(1, 5)))
             edges = [0, *(8 * cut for cut in cuts), tokens]
-            parts = [end - start for start, end in zip(edges, edges[1:], strict=False)]
+            parts = [end - start for start, end in pairwise(edges)]
         predicted = tokens - max(1, len(parts))
         found.append((tokens, max(1, int(asked["learned"] * predicted)), parts))
     return sorted(found, key=lambda size: -size[0])
