@@ -340,14 +340,22 @@ def predict_case(case: Case, hardware: Hardware, tiny: bool) -> dict[str, Any]:
     config = config_of(case.model, tiny)
     plan = plan_of(case, hardware.device)
     start, cpu = time.perf_counter(), time.process_time()
-    found = Estimator(config, settings_of(case, config), load_of(case), hardware)(plan)
+    estimator = Estimator(config, settings_of(case, config), load_of(case), hardware)
+    found = estimator(plan)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    start = time.perf_counter()
+    reserved = estimator.reserved_bytes(plan)
     return {
         "predicted_allocated_bytes": found.peak_allocated_bytes,
-        "predicted_process_bytes": found.process_bytes,
+        "predicted_reserved_bytes": reserved,
+        "safe_peak_bytes": found.safe_peak_bytes,
+        "predicted_paged_bytes": found.paged_bytes,
+        "predicted_process_bytes": reserved + found.paged_bytes + hardware.context_bytes,
         "predicted_host_pinned_bytes": found.host_pinned_bytes,
         "instant": found.instant,
-        "estimate_seconds": time.perf_counter() - start,
-        "estimate_cpu_seconds": time.process_time() - cpu,
+        "estimate_seconds": seconds,
+        "estimate_cpu_seconds": cpu_seconds,
+        "replay_seconds": time.perf_counter() - start,
     }
 
 

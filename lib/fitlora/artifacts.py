@@ -295,7 +295,14 @@ class Estimate(Record):
 
     plan: Plan
     peak_allocated_bytes: int
-    process_bytes: int = Field(description="the peak, the context, and what fragmentation may cost")
+    safe_peak_bytes: int | None = Field(
+        None, description="what the allocator will not reserve more than; None in older records"
+    )
+    peak_reserved_bytes: int | None = Field(
+        None, description="what the allocator will reserve; None where it was not replayed"
+    )
+    paged_bytes: int = Field(0, description="of paged optimizer states, beside the allocator")
+    process_bytes: int = Field(description="the safe peak, paged states and the context")
     host_pinned_bytes: int = Field(0, description="of host memory, for what is not on the device")
     fits: bool
     instant: str = Field(description="when the peak is reached: phase and module")
@@ -331,7 +338,9 @@ class MemoryEstimate(Artifact):
     default: Estimate
     neighbours: dict[str, Estimate] = Field(description="by what was changed of the default")
     over_step: tuple[Moment, ...] = Field(
-        (), strict=False, description="the default's step from its forward to its evaluation, in order"
+        (),
+        strict=False,
+        description="the default's step from its forward to its evaluation, in order",
     )
     found: Found | None = Field(None, description="None where no param says auto")
 

@@ -220,6 +220,23 @@ class PlanParams(Section):
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="bfloat16 where the GPU has it, float32 on the CPU"
     )
+    stream_layers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="decoder layers whose frozen weights come from host memory: N, 0 for none",
+    )
+    checkpoints: Literal["auto", "device", "host"] = Field(
+        "auto", description="where the inputs of recomputed layers wait for the backward pass"
+    )
+    embedding: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description="where the embedding's table is; the head's is the same where it is tied",
+    )
+    head: Literal["auto", "device", "host"] = Field(
+        "auto", description="where the language-model head's table is"
+    )
+    optimizer_device: Literal["auto", "device", "host"] = Field(
+        "auto", description="where the optimizer's state is, and where it computes"
+    )
 
 
 class TrainParams(Section):

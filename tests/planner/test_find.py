@@ -16,7 +16,7 @@ from fitlora.planner.find import MAX_PROBES, find_plan
 from fitlora.planner.probe import ProbeResult, probe, write_log
 from fitlora.step.settings import StepSettings
 from fitlora.units import GIB
-from tests.planner.test_search import Linear, hardware
+from tests.planner.test_search import NO_HOST, Linear, hardware
 from tests.planner.test_search import estimate as fake_estimate
 from tests.step import steps
 
@@ -62,12 +62,12 @@ def fake_estimates(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
         return real(**{**options, "estimator": estimator})
 
     monkeypatch.setattr(find, "Search", search)
-    monkeypatch.setattr(find.ModelSize, "of", lambda config: find.ModelSize(32, 32_000))
+    monkeypatch.setattr(find.ModelSize, "of", lambda config, **_: find.ModelSize(32, 32_000))
 
 
 def find_large(budget: int, **options: Any) -> Any:
     """`find_plan` on the formula: 32 sequences of 1024 tokens."""
-    asked = check_params({"plan": options.pop("plan", {})})
+    asked = check_params({"plan": {**NO_HOST, **options.pop("plan", {})}})
     return find_plan(
         CONFIG, asked, StepSettings.of(asked), Load.uniform(32, 1024), hardware(budget, **options)
     )

@@ -3,7 +3,7 @@
 import pytest
 
 from fitlora.plan import Plan
-from fitlora.planner.ladder import CALM_STEPS, Ladder, Rung, smaller, smaller_evaluation
+from fitlora.planner.ladder import CALM_STEPS, Ladder, Rung, faster, smaller, smaller_evaluation
 from tests.step import steps
 
 LAYERS = 5
@@ -46,6 +46,15 @@ def test_layers_that_recompute_keep_less_and_less() -> None:
         loss_chunk_tokens=64,
     )  # fmt: skip
     assert [p.recompute_keeps for p in smaller(plan, 2)] == [("qkv",), ()]
+
+
+def test_what_more_memory_would_buy() -> None:
+    plan = steps.plan(micro_batch_size=3, recompute_layers=(0, 1))
+    assert faster(plan) == {
+        "no layer recomputed": steps.plan(micro_batch_size=3),
+        "twice the micro-batch": steps.plan(micro_batch_size=6, recompute_layers=(0, 1)),
+    }
+    assert faster(steps.plan(micro_batch_size=7)) == {}
 
 
 def test_rungs_of_an_evaluation() -> None:

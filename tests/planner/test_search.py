@@ -27,6 +27,11 @@ from fitlora.units import GIB, MIB
 LAYERS = 32
 TOKENS = 1024  # of every sequence: four keep the device busy
 Bytes = Callable[[Plan], int]
+# What keeps every part of the step on the device.
+NO_HOST = {
+    "stream_layers": 0, "checkpoints": "device", "embedding": "device", "head": "device",
+    "optimizer_device": "device",
+}  # fmt: skip
 
 
 def hardware(budget: int = 8 * GIB, **changes: Any) -> Hardware:
@@ -93,7 +98,10 @@ def search(
 ) -> Search:
     """A search whose `calls` are the plans it had estimated. plan: keys of params' plan section."""
     params = check_params(
-        {"train": {"effective_batch_size": effective, **(train or {})}, "plan": plan}
+        {
+            "train": {"effective_batch_size": effective, **(train or {})},
+            "plan": {**NO_HOST, **plan},
+        }
     )
     here = hardware(budget)
     model = ModelSize(LAYERS, 32_000)

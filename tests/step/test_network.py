@@ -198,3 +198,30 @@ def test_an_unknown_family_goes_the_general_way() -> None:
     for index in range(1, 6):
         after = float(made.run(steps.sequences(7), step=index, learning_rate=1e-2).loss)
     assert after < before
+
+
+def test_float8_products_are_near() -> None:
+    """Per gradient within fp8's rounding of fp32 on the same dequantized weights, and it learns."""
+    wide = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+    (loss, exact), _ = both_ways(make("qwen2", config=wide))
+    made = make("qwen2", config=wide, dtype="float8")
+    assert isinstance(made.network, HandNetwork)
+    assert all(group.float8 is not None for group in made.network.layers[0].groups)
+    (found_loss, found), _ = both_ways(made)
+    assert found_loss == pytest.approx(loss, rel=0.01)
+    flat, reference = (torch.cat([d[n].float().flatten() for n in exact]) for d in (found, exact))
+    assert 0.01 < float((flat - reference).norm() / reference.norm()) < 0.15
+    made = make("qwen2", config=wide, dtype="float8")
+    losses = [
+        float(made.run(steps.sequences(7), step=i, learning_rate=1e-2).loss) for i in range(6)
+    ]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_what_fp8_cannot_take_stays_in_bf16() -> None:
+    made = make("llama", dtype="float8", config={"intermediate_size": 90})
+    assert isinstance(made.network, HandNetwork)
+    layer = made.network.layers[0]
+    assert layer.qkv.float8 is not None
+    assert layer.down.float8 is None
+    assert float(made.run(steps.sequences(7), step=0, learning_rate=0.0).loss) > 0

@@ -6,24 +6,27 @@ second with two micro-batches where the Plan accumulates (its second finds gradi
 evaluation.
 
 What the trace cannot see is added by name: library workspaces inside the allocator and the CUDA
-context beside it, both measured by the hardware profile. What is left out: the allocator's
-fragmentation, for which `FRAGMENTATION` of the peak is set aside when deciding whether a plan fits.
+context beside it, both measured by the hardware profile. Paged optimizer states are beside the
+allocator as well, and are counted apart. The allocator's fragmentation is set aside as `FRAGMENTATION`
+of the peak when deciding whether a plan fits; `Estimator.reserved_bytes` replays the whole step through
+a model of the allocator, which takes a trace at full depth.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fitlora.artifacts import Components, Dataset, Estimate, Hardware, SequenceSize
+from fitlora.memory.allocator import replay
 from fitlora.memory.timeline import Level, Segment, Timeline, deepen, levels
 from fitlora.memory.trace import MemoryTrace
 from fitlora.model import decoder_layers, empty_model
 from fitlora.offload.transport import make_transport
-from fitlora.plan import Plan
+from fitlora.plan import PAGED_OPTIMIZERS, Plan
 from fitlora.step.batch import PackedSequence, TokenSequence
 from fitlora.step.build import step_skeleton
 from fitlora.step.settings import StepSettings
@@ -33,6 +36,9 @@ from fitlora.step.weights import EmptyWeights, Weights
 # Share of the peak that cached blocks of the wrong size may take beside it. With expandable segments
 # the caching allocator stayed within this in benchmarks/results/three_ways.*.json.
 FRAGMENTATION = 0.05
+
+# bitsandbytes pages states of parameters from this many elements on (`Optimizer8bit.get_state_buffer`).
+PAGED_NUMEL = 100_000
 
 # The stacks of layers that a Plan makes.
 RECOMPUTED, KEPT = "recomputed layers", "kept layers"
@@ -138,6 +144,15 @@ def _states(step: TrainingStep) -> list[torch.Tensor]:
     ]
 
 
+def _paged(step: TrainingStep) -> list[torch.Tensor]:
+    """States that are in managed memory on a GPU, where the caching allocator does not know them."""
+    if step.optimizer is None or step.plan.optimizer not in PAGED_OPTIMIZERS:
+        return []
+    states = step.optimizer.state.values()
+    found = [state[name] for state in states for name in ("state1", "state2") if name in state]
+    return [state for state in found if state.numel() >= PAGED_NUMEL]
+
+
 @dataclass(frozen=True)
 class TraceResult:
     """What a trace of the step found."""
@@ -164,10 +179,15 @@ def rehearse(step: TrainingStep, load: Load) -> None:
 
 @dataclass(frozen=True)
 class Traced:
-    """The highest level of each segment by purpose, and what is pinned on the host."""
+    """The highest level of each segment by purpose, and what there is beside the allocator.
+
+    timeline: every event, where the trace is at full depth.
+    """
 
     levels: dict[Segment, Level]
     host_pinned_bytes: int
+    paged_bytes: int
+    timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
 
 def trace_levels(
@@ -190,8 +210,13 @@ def trace_levels(
         step.phase = booking.phase
         step.network.watch = booking.watch
         rehearse(step, load)
+        paged = 0
+        for number in trace.numbers_of(_paged(step)):
+            block = timeline.blocks[number]
+            paged += block.size
+            timeline.blocks[number] = replace(block, size=0)
         found = levels(timeline, booking.purposes(), rest="temporary_buffers")
-    return Traced(found, transport.pinned_bytes)
+    return Traced(found, transport.pinned_bytes, paged, timeline)
 
 
 def _result(found: Mapping[Segment, Level]) -> TraceResult:
@@ -263,12 +288,15 @@ class Estimator:
         workspace = self.hardware.workspace_bytes
         components = Components(**found.components, library_workspaces=workspace)
         peak = found.peak_bytes + workspace
-        process = int(peak * (1 + FRAGMENTATION)) + self.hardware.context_bytes
+        safe = int(peak * (1 + FRAGMENTATION))
+        process = safe + traced.paged_bytes + self.hardware.context_bytes
         pinned = traced.host_pinned_bytes
         fits = process <= self.hardware.budget_bytes and pinned <= self.hardware.host_budget_bytes
         return Estimate(
             plan=plan,
             peak_allocated_bytes=peak,
+            safe_peak_bytes=safe,
+            paged_bytes=traced.paged_bytes,
             process_bytes=process,
             host_pinned_bytes=pinned,
             fits=fits,
@@ -276,6 +304,21 @@ class Estimator:
             phase_peak_bytes=found.phase_peak_bytes,
             components=components,
         )
+
+    def reserved_bytes(self, plan: Plan) -> int:
+        """The most that the allocator will have reserved, from a replay of the step at full depth.
+
+        It traces the whole model, which takes several times as long as an estimate. Libraries take
+        their workspaces at the first product. Raises `allocator.Overflow` where the budget is too small.
+        """
+        traced = trace_levels(self.config, plan, self.settings, self.load)
+        timeline = traced.timeline
+        assert timeline is not None
+        first = next(at for at, segment in timeline.entered if segment.phase == "forward")
+        sizes = [block.size for block in timeline.blocks] + [self.hardware.workspace_bytes]
+        events = [*timeline.events[:first], len(timeline.blocks), *timeline.events[first:]]
+        limit = self.hardware.allocator_bytes if self.hardware.device == "cuda" else None
+        return replay(sizes, events, limit_bytes=limit).peak_reserved_bytes
 
     def trace(self, plan: Plan) -> Traced:
         """What is found at the model's full depth.
@@ -299,13 +342,14 @@ class Estimator:
             for kind, count in counts.items()
             if count > few[kind]
         ]
+
+        def grown(of: Callable[[Traced], int]) -> int:
+            return of(base) + sum(times * (of(other) - of(base)) for other, times in deeper)
+
         return Traced(
             deepen(base.levels, [(other.levels, times) for other, times in deeper]),
-            base.host_pinned_bytes
-            + sum(
-                times * (other.host_pinned_bytes - base.host_pinned_bytes)
-                for other, times in deeper
-            ),
+            grown(lambda traced: traced.host_pinned_bytes),
+            grown(lambda traced: traced.paged_bytes),
         )
 
     def _shallow(self, plan: Plan, counts: Mapping[tuple[bool, bool], int]) -> Traced:
@@ -321,7 +365,8 @@ class Estimator:
         key = plan.replace(recompute_layers=(*plan.recompute_layers, layers))
         if key not in self._traces:
             config = self.config if layers == self._layers else shallow(self.config, layers)
-            self._traces[key] = trace_levels(config, plan, self.settings, self.load)
+            traced = trace_levels(config, plan, self.settings, self.load)
+            self._traces[key] = replace(traced, timeline=None)  # which is long
         return self._traces[key]
 
 

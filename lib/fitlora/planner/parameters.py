@@ -5,7 +5,8 @@ In this order, each by estimates of the step and never by running it:
 1. Sequence length (`data.max_length`): the longest row of the data, to a multiple of 8, so that nothing
    is cut and no limit is higher than it need be; at most what the model has positions for.
 2. Rank (`lora.r`): the highest of the templates', halved until the smallest layout of the step (one
-   sequence at once, every layer recomputed, unless params say otherwise) fits the budget.
+   sequence at once, every layer recomputed, all on the host that may be there, unless params say
+   otherwise) fits the budget.
 3. If not even the lowest rank fits, the sequence length is halved until it does; what is longer is cut
    and counted. The planner then says what would help where nothing fits at all.
 
@@ -22,7 +23,8 @@ from fitlora.errors import UserError
 from fitlora.memory.estimate import Load, estimate
 from fitlora.model import has_tokenizer
 from fitlora.params import Params, with_found
-from fitlora.planner.search import ModelSize, default_plan
+from fitlora.planner.find import model_size
+from fitlora.planner.search import ModelSize, default_plan, smallest_plan
 from fitlora.step.settings import StepSettings
 from fitlora.training.data import load_splits
 
@@ -61,7 +63,7 @@ def find_parameters(
             lora_alpha=2.0 * rank if lora.alpha == "auto" else lora.alpha,
             max_length=tokens,
         )
-        if _smallest_fits(config, with_found(params, found, "this"), size, tokens, hardware):
+        if _smallest_fits(config, with_found(params, found, "this"), tokens, hardware):
             break
     if given == "auto":
         cut = f"shortened from {length} to fit" if tokens < length else "as the longest row needs"
@@ -100,17 +102,13 @@ def _halves(highest: int, lowest: int) -> list[int]:
     return found
 
 
-def _smallest_fits(
-    config: Any, params: Params, size: ModelSize, tokens: int, hardware: Hardware
-) -> bool:
+def _smallest_fits(config: Any, params: Params, tokens: int, hardware: Hardware) -> bool:
     """Whether the smallest layout that params leave fits. tokens: of every sequence."""
-    micro = 1 if params.plan.micro_batch_size == "auto" else params.plan.micro_batch_size
-    held_out = params.plan.evaluation_batch_size
+    settings = StepSettings.of(params)
+    size = model_size(config, settings)
     sequence = SequenceSize(tokens=tokens, target_tokens=tokens - 1)
-    load = Load([sequence] * micro, [sequence] * (1 if held_out == "auto" else held_out))
-    plan = default_plan(params, hardware, size, load.tokens, sequence_length=tokens).replace(
-        micro_batch_size=micro, evaluation_batch_size=1 if held_out == "auto" else held_out
-    )
-    if params.plan.recompute == "auto":
-        plan = plan.replace(recompute_layers=tuple(range(size.layers)))
-    return estimate(config, plan, StepSettings.of(params), load, hardware).fits
+    load = Load([sequence] * params.train.effective_batch_size, [sequence])
+    start = default_plan(params, hardware, size, load.tokens, sequence_length=tokens)
+    plan = smallest_plan(params, size, start)
+    load = Load([sequence] * plan.micro_batch_size, [sequence] * plan.evaluation_batch_size)
+    return estimate(config, plan, settings, load, hardware).fits

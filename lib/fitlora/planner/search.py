@@ -15,12 +15,14 @@ This module imports no torch: it is handed the function that estimates.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fitlora.artifacts import Estimate, Hardware
 from fitlora.errors import UserError
 from fitlora.params import Params
 from fitlora.plan import PAGED_OPTIMIZERS, ComputeDtype, Plan
+from fitlora.planner.chain import Freedom, less, segments, smallest
 from fitlora.units import GIB, MIB, format_bytes
 
 # Tokens of a micro-batch from which a GPU's products run near their best rate: an 8B shape on an
@@ -42,12 +44,21 @@ class ModelSize:
 
     layers: int
     vocabulary: int
+    tied: bool = False  # the head's table is the embedding's
+    head_moves: bool = True  # the head can be on the host
+    by_hand: bool = True  # its layers have a step by hand (`fitlora.step.families`)
 
     @classmethod
-    def of(cls, config: Any) -> "ModelSize":
+    def of(cls, config: Any, *, by_hand: bool = True) -> "ModelSize":
         """Of a transformers config."""
         text = config.get_text_config()
-        return cls(text.num_hidden_layers, text.vocab_size)
+        return cls(
+            layers=text.num_hidden_layers,
+            vocabulary=text.vocab_size,
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+            head_moves=not getattr(text, "final_logit_softcapping", None),
+            by_hand=by_hand,
+        )
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,48 @@ def default_plan(
         compute_dtype=dtype,
         optimizer=params.train.optimizer,
         loss_chunk_tokens=loss_chunk(model.vocabulary),
+        **_placed(params, model),
     )
+
+
+def _placed(params: Params, model: ModelSize) -> dict[str, Any]:
+    """Where params want the parts of the step; on the device where they say auto."""
+    asked = params.plan
+    streamed: tuple[int, ...] = ()
+    if asked.stream_layers not in ("auto", 0):
+        from fitlora.offload.residency import spread  # torch comes with it
+
+        if asked.stream_layers > model.layers:
+            raise UserError(
+                f"plan.stream_layers is {asked.stream_layers}, and the model has {model.layers} layers"
+            )
+        streamed = spread(model.layers, asked.stream_layers)
+    sides = {
+        name: "device" if getattr(asked, name) == "auto" else getattr(asked, name)
+        for name in ("checkpoints", "embedding", "head", "optimizer_device")
+    }
+    if model.tied and sides["embedding"] != sides["head"]:
+        if "auto" not in (asked.embedding, asked.head):
+            raise UserError(
+                f"plan.embedding is {asked.embedding} and plan.head is {asked.head}, and this model has "
+                "one table for both; set them alike, or one of them to auto"
+            )
+        sides["embedding"] = sides["head"] = "host"
+    if sides["head"] == "host" and not model.head_moves:
+        raise UserError(
+            "plan.head is host, and this model caps its logits, which needs it on the device"
+        )
+    if sides["optimizer_device"] == "host" and params.train.optimizer != "adamw":
+        raise UserError(
+            f"plan.optimizer_device is host, and train.optimizer {params.train.optimizer} has kernels "
+            "for the device only; use adamw"
+        )
+    if not model.by_hand and sides["checkpoints"] == "host":
+        raise UserError(
+            "plan.checkpoints is host, which needs a family of models that FitLoRA does by hand; set it "
+            "to auto"
+        )
+    return {"streamed_layers": streamed, **sides}
 
 
 def enough_sequences(sizes: Sequence[int], tokens: Callable[[int], int]) -> int:
@@ -136,10 +188,33 @@ def enough_sequences(sizes: Sequence[int], tokens: Callable[[int], int]) -> int:
     return busy[-1] if busy else sizes[0]
 
 
+def freedom(params: Params, model: ModelSize, start: Plan) -> Freedom:
+    """What params leave open. start: the plan with all that they fix."""
+    return Freedom.of(
+        params.plan,
+        start,
+        layers=model.layers,
+        by_hand=model.by_hand,
+        tied=model.tied,
+        head_moves=model.head_moves,
+    )
+
+
+def smallest_plan(params: Params, model: ModelSize, start: Plan) -> Plan:
+    """The plan that takes the least memory of all that params allow, by its nature and not by trace."""
+    asked = params.plan
+    micro = 1 if asked.micro_batch_size == "auto" else asked.micro_batch_size
+    held_out = 1 if asked.evaluation_batch_size == "auto" else asked.evaluation_batch_size
+    start = start.replace(micro_batch_size=micro, evaluation_batch_size=held_out)
+    return smallest(start, freedom(params, model, start))
+
+
 def _recomputed(params: Params, model: ModelSize) -> tuple[int, ...] | None:
     """The layers that the user wants recomputed; None where the planner may choose."""
     asked = params.plan.recompute
     if asked == "auto":
+        if params.plan.stream_layers not in ("auto", 0) and not model.by_hand:
+            return tuple(range(model.layers))  # no others stream
         return None
     count = {"none": 0, "all": model.layers}.get(str(asked), asked)
     assert isinstance(count, int)
@@ -178,14 +253,24 @@ class Search:
         self.seen.append(found)
         return found
 
-    def _plan(self, micro_batch_size: int, layers: int) -> Plan:
+    @cached_property
+    def free(self) -> Freedom:
+        """What may be chosen beside the micro-batch."""
+        return freedom(self.params, self.model, self.start)
+
+    def _plan(self, micro_batch_size: int, base: Plan | None = None) -> Plan:
         evaluation = self.params.plan.evaluation_batch_size
-        return self.start.replace(
+        return (base or self.start).replace(
             micro_batch_size=micro_batch_size,
             # nothing is kept for a backward pass, so what trains also evaluates
             evaluation_batch_size=evaluation if evaluation != "auto" else micro_batch_size,
-            recompute_layers=tuple(range(layers)),
         )
+
+    def _fits(self, found: Estimate, limit: int) -> bool:
+        return found.process_bytes <= limit and self._host_has_room(found)
+
+    def _host_has_room(self, found: Estimate) -> bool:
+        return found.host_pinned_bytes <= self.hardware.host_budget_bytes
 
     def fitting(self) -> Iterator[Choice]:
         """Plans that fit, the preferred one first, each traced itself.
@@ -202,36 +287,61 @@ class Search:
 
     def _best(self, limit: int) -> tuple[Estimate | None, Estimate]:
         """The preferred plan within `limit` bytes, and the smallest that was looked at."""
-        fixed = _recomputed(self.params, self.model)
-        fewest, most = (0, self.model.layers) if fixed is None else (len(fixed), len(fixed))
         sizes = [self.start.micro_batch_size]
         if self.params.plan.micro_batch_size == "auto":
             sizes = micro_batch_sizes(self.start.sequences_per_device)
         enough = enough_sequences(sizes, self.tokens)
         larger = [size for size in reversed(sizes) if size >= enough]
-        smaller = [size for size in reversed(sizes) if size <= enough]
+        smaller = [size for size in reversed(sizes) if size < enough]
 
-        smallest = self._estimate(self._plan(enough, fewest))
-        if smallest.process_bytes <= limit:
-            if fewest > 0:
-                return smallest, smallest
+        first = self._estimate(self._plan(enough))
+        if self._fits(first, limit):
+            if first.plan.recompute_layers:
+                return first, first
             # a larger micro-batch is worth having only where it costs no recomputation
-            return self._last([self._plan(size, 0) for size in larger], limit), smallest
-        micro = enough
-        smallest = self._estimate(self._plan(enough, most))
-        if smallest.process_bytes > limit:
-            smallest = self._estimate(self._plan(smaller[0], most))
-            if smallest.process_bytes > limit:
-                return None, smallest
-            least = self._last([self._plan(size, most) for size in smaller], limit)
-            micro = least.plan.micro_batch_size
-        plans = [self._plan(micro, count) for count in range(most, fewest - 1, -1)]
-        return self._last(plans, limit), smallest
+            return self._last([self._plan(size) for size in larger], limit), first
+        if not self._host_has_room(first):
+            return None, first  # what params move there is too much
+        found, least = self._along(enough, limit)
+        if found is not None or not smaller:
+            return found, least
+        ends = [self._plan(size, least.plan) for size in smaller]
+        least = self._estimate(ends[0])
+        if not self._fits(least, limit):
+            return None, least
+        micro = self._last(ends, limit).plan.micro_batch_size
+        return self._along(micro, limit)
+
+    def _along(self, micro: int, limit: int) -> tuple[Estimate | None, Estimate]:
+        """The first plan of the micro-batch's chain that fits, and the last corner looked at."""
+        free, start = self.free, self._plan(micro)
+        while True:
+            before, parts = start, segments(start, free)
+            if not parts:
+                corner = self._estimate(start)
+                return (corner if self._fits(corner, limit) else None), corner
+            for name, part in parts.items():
+                corner = self._estimate(part[-1])
+                if not self._host_has_room(corner):
+                    free = less(free, name, self._most_streamed(before, corner))
+                    break
+                if corner.process_bytes <= limit:
+                    return self._last([*reversed(part), before], limit), corner
+                before = part[-1]
+            else:
+                return None, corner
+
+    def _most_streamed(self, before: Plan, corner: Estimate) -> int:
+        """How many of the corner's streamed layers the host has room for."""
+        streamed = len(corner.plan.streamed_layers) - len(before.streamed_layers)
+        others = self._estimate(before).host_pinned_bytes
+        room = self.hardware.host_budget_bytes - others
+        return max(0, streamed * room // max(1, corner.host_pinned_bytes - others))
 
     def _last(self, plans: Sequence[Plan], limit: int) -> Estimate:
         """The last of `plans` within `limit` bytes. They are in order of memory; the first fits."""
         low, high = 0, len(plans) - 1
-        if self._estimate(plans[high]).process_bytes <= limit:
+        if self._fits(self._estimate(plans[high]), limit):
             return self._estimate(plans[high])
         guesses = 0
         while high - low > 1:
@@ -242,7 +352,7 @@ class Search:
             else:
                 at = (low + high) // 2
             guesses += 1
-            if self._estimate(plans[at]).process_bytes <= limit:
+            if self._fits(self._estimate(plans[at]), limit):
                 low = at
             else:
                 high = at
@@ -254,8 +364,9 @@ class Search:
         share = (limit - ends[0]) / max(1, ends[1] - ends[0])
 
         def place(plan: Plan) -> float:
-            # along one of the two, the other is constant
-            return self.tokens(plan.micro_batch_size) - len(plan.recompute_layers)
+            # along one of these, the others are constant
+            moved = len(plan.recompute_layers) + len(plan.streamed_layers)
+            return self.tokens(plan.micro_batch_size) - moved
 
         first, last = place(plans[0]), place(plans[-1])
         within = [
@@ -288,10 +399,44 @@ class Search:
                 "as params say" if asked.evaluation_batch_size != "auto" else "as in training"
             ),
             "recompute_layers": recompute,
+            **self._reasons_of_places(plan),
             "compute_dtype": dtype_reason,
             "optimizer": "as params say",
             "loss_chunk_tokens": f"fp32 logits stay within {format_bytes(LOSS_CHUNK_BYTES)}",
         }
+
+    def _reasons_of_places(self, plan: Plan) -> dict[str, str]:
+        asked = self.params.plan
+        streamed = len(plan.streamed_layers)
+        if asked.stream_layers != "auto":
+            streams = "as params say"
+        elif plan.device == "cpu":
+            streams = "the device is the host"
+        elif not streamed:
+            streams = "all layers fit the device"
+        elif streamed == self.model.layers:
+            streams = "the budget leaves room for no layer's weights"
+        else:
+            streams = "as few as fit the budget"
+        found = {"streamed_layers": streams}
+        on_host = {
+            "checkpoints": "they travel while layers compute",
+            "embedding": "a look-up there costs nothing",
+            "head": "the budget has no room for its table",
+            "optimizer_device": "the budget has no room for its state",
+        }
+        for name, reason in on_host.items():
+            if getattr(asked, name) != "auto":
+                found[name] = "as params say"
+            elif getattr(plan, name) == "host":
+                found[name] = reason
+            elif plan.device == "cpu":
+                found[name] = "the device is the host"
+            else:
+                found[name] = "there is room"
+        if not plan.recompute_layers and asked.checkpoints == "auto":
+            found["checkpoints"] = "there are none"
+        return found
 
     def _nothing_fits(self, least: Estimate) -> str:
         asked = self.params.plan
@@ -299,8 +444,18 @@ class Search:
             f"a budget of {-(-least.process_bytes // (GIB // 4)) / 4:.2f} GiB would carry the "
             f"smallest plan tried ({least.plan.describe()})"
         ]
+        if not self._host_has_room(least):
+            ways = [
+                "a larger hardware.host_memory_budget: the plan pins "
+                f"{format_bytes(least.host_pinned_bytes)} of "
+                f"{format_bytes(self.hardware.host_budget_bytes)}"
+            ]
         if asked.micro_batch_size != "auto" or asked.recompute != "auto":
             ways.append("plan.micro_batch_size and plan.recompute: auto leave more choice")
+        places = ("stream_layers", "checkpoints", "embedding", "head", "optimizer_device")
+        kept = [name for name in places if getattr(asked, name) != "auto"]
+        if kept and self.hardware.device == "cuda":
+            ways.append(f"auto for plan.{', plan.'.join(kept)}, which may use host memory")
         if asked.evaluation_batch_size not in ("auto", 1):
             ways.append("a lower plan.evaluation_batch_size")
         ways += ["a lower data.max_length", "a lower lora.r", "a smaller model"]

@@ -53,8 +53,10 @@ class StepSkeleton:
 
         transport: what moves bytes between host and device; None makes one where the Plan needs it.
         """
-        placement = Placement(self.model, self.plan, weights, transport)
         layers = decoder_layers(self.model)
+        if not self.layers:
+            self._check_general()
+        placement = Placement(self.model, self.plan, weights, transport)
         beyond = [index for index in self.plan.recompute_layers if index >= len(layers)]
         if beyond:
             raise UserError(
@@ -65,7 +67,6 @@ class StepSkeleton:
         if self.layers:
             network = by_hand = HandNetwork(self.model, self.layers, self.plan, placement)
         else:
-            self._check_general(len(layers))
             network = AutogradNetwork(self.model, self.context, self.plan, placement)
         arrange(layers, self.plan.recompute_layers, at_home=placement.at_home)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -85,7 +86,7 @@ class StepSkeleton:
             self.model, self.plan, self.settings, self.context, network, optimizer, weights.device
         )
 
-    def _check_general(self, layers: int) -> None:
+    def _check_general(self) -> None:
         """What the general way cannot do, said before anything is loaded."""
         kept = set(self.plan.streamed_layers) - set(self.plan.recompute_layers)
         if kept:

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fitlora.step.float8_products import Float8Products
 from fitlora.step.linear import AnyFrozenLinear, LoraLinear
 
 
@@ -38,6 +39,12 @@ class LinearGroup:
         self.b: list[Tensor] = []  # (out, r) of each adapter
         self.grad_a: Tensor | None = None
         self.grad_b: list[Tensor] = []
+        self.float8: Float8Products | None = None
+
+    def in_float8(self) -> None:
+        """From now on takes the frozen products in fp8, where all its layers can."""
+        if Float8Products.fits(self.frozen):
+            self.float8 = Float8Products(self.frozen, fused=self.fused)
 
     # --- the products ----------------------------------------------------------------------------
 
@@ -48,6 +55,11 @@ class LinearGroup:
         adapters' first matrices make of x: (tokens, adapters * r), None without adapters.
         """
         h = self.narrow(x, keys)
+        if self.float8 is not None:
+            outputs = self.float8.forward(x)
+            for index, out in enumerate(outputs):
+                self._small_part(index, h, out, add=True)
+            return outputs, h
         if self.fused:
             whole = x.new_empty(len(x), sum(self.sizes))
             outputs = list(whole.split(self.sizes, 1))
@@ -65,21 +77,21 @@ class LinearGroup:
             outputs.append(out.addmm_(x, module.compute_weight(x.dtype).t()))
         return outputs, h
 
-    def _small_part(self, index: int, h: Tensor | None, out: Tensor) -> None:
-        """out (tokens, out) = bias + adapter. The frozen product is then added as it is stored.
+    def _small_part(self, index: int, h: Tensor | None, out: Tensor, *, add: bool = False) -> None:
+        """out (tokens, out) = bias + adapter, or has them added.
 
-        In this order the wide output is written, read and written; the other way round once more.
+        The frozen product is best added to it where it is stored: in this order the wide output is
+        written, read and written; the other way round it is read and written once more.
         """
         bias, lora = self.frozen[index].bias, self.adapted[index]
         if bias is not None:
-            out.copy_(bias)
+            out.add_(bias) if add else out.copy_(bias)
         if lora is not None:
             assert h is not None
             place = self.adapters.index(lora)
-            part = self._parts(h)[place]
-            beta = 0 if bias is None else 1
-            out.addmm_(part, self.b[place].t(), beta=beta, alpha=lora.scale)
-        elif bias is None:
+            beta = 0 if bias is None and not add else 1
+            out.addmm_(self._parts(h)[place], self.b[place].t(), beta=beta, alpha=lora.scale)
+        elif bias is None and not add:
             out.zero_()
 
     def narrow(self, x: Tensor, keys: Tensor | None) -> Tensor | None:
@@ -99,7 +111,9 @@ class LinearGroup:
         dh = self._narrow_gradient(gradients)
         if not wanted:
             return None, dh
-        if self.fused:
+        if self.float8 is not None:
+            dx = self.float8.input_gradient([joined(gradients)] if self.fused else gradients)
+        elif self.fused:
             whole = joined(gradients)
             dx = torch.mm(whole, self._fused_weight(whole))
         else:

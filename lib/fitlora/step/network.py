@@ -61,6 +61,10 @@ class HandNetwork:
             getattr(torch, plan.storage_dtype),
             leaving=plan.optimizer_device == "host",
         )
+        if plan.compute_dtype == "float8":
+            for layer in layers:
+                for group in layer.groups:
+                    group.in_float8()
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
         self.watch: Watch = _nobody

@@ -22,8 +22,7 @@ from fitlora.offload.host_memory import HostMemory
 from fitlora.offload.transport import make_transport
 from fitlora.params import Params
 from fitlora.plan import Plan
-from fitlora.planner.ladder import Ladder
-from fitlora.planner.search import neighbours
+from fitlora.planner.ladder import Ladder, faster
 from fitlora.step.build import lora_targets, step_skeleton
 from fitlora.step.settings import StepSettings
 from fitlora.step.weights import CheckpointWeights
@@ -37,9 +36,6 @@ from fitlora.training.progress import Expected, TrainingProgress
 from fitlora.training.recovery import Recovery, predictor
 from fitlora.training.start import check_start, read_start
 from fitlora.training.trackers import start_accelerator
-
-# Neighbours of a plan that would be faster, by their names, the more promising first.
-FASTER = ("no layer recomputed", "twice the micro-batch")
 
 
 @dataclass(frozen=True)
@@ -189,16 +185,13 @@ def _advice(
         budget_bytes=budget_bytes,
         phase_bytes=tracker.phase_peaks,
     )
-    faster: dict[str, Plan] = {}
-    if measured.is_idle:
-        every = neighbours(plan, len(decoder_layers(run.step.model)))
-        faster = {name: every[name] for name in FASTER if name in every}
+    larger = faster(plan) if measured.is_idle else {}
     lengths = [len(sequence.tokens) for sequence in run.batches.sequences]
     return list(
         recommendations(
             measured,
             padding_share(lengths, plan.micro_batch_size),
-            [(name, estimator(other).process_bytes) for name, other in faster.items()],
+            [(name, estimator(other).process_bytes) for name, other in larger.items()],
         )
     )
 
