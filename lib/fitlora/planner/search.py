@@ -146,8 +146,8 @@ def _placed(params: Params, model: ModelSize) -> dict[str, Any]:
     """Where params want the parts of the step; on the device where they say auto."""
     asked = params.plan
     streamed: tuple[int, ...] = ()
-    if asked.stream_layers not in ("auto", 0):
-        from fitlora.offload.residency import spread  # torch comes with it
+    if asked.stream_layers != "auto" and asked.stream_layers:
+        from fitlora.offload.residency import spread  # here, as torch comes with it
 
         if asked.stream_layers > model.layers:
             raise UserError(
