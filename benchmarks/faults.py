@@ -35,9 +35,9 @@ from benchmarks.faults_bench import (
     LimitedMemory,
     Result,
     saved,
-    signal_after,
+    signal_at,
 )
-from fitlora.artifacts import HARDWARE, PLAN, QUANTIZED_MODEL
+from fitlora.artifacts import HARDWARE, PLAN, QUANTIZED_MODEL, TRAINING_LOG
 from fitlora.training.checkpoint import MANIFEST, TENSORS
 
 PHASES = ("forward", "backward", "optimizer", "evaluation", "save")
@@ -123,10 +123,13 @@ class Faults:
     def signals(self, number: signal.Signals, count: int) -> Iterator[Found]:
         """A signal at any instant of the run, from its start; the same command then goes on."""
         orderly = number != signal.SIGKILL
+        lines = len(self.undisturbed.records)
         for _ in range(count):
             folder = self.bench.project()
-            after = self.draw.uniform(0.02, 0.95) * self.seconds
-            hit = self.bench.train_apart(folder, signal_after(after, number))
+            at_line = self.draw.randrange(lines)
+            after = self.draw.uniform(0, 2 * self.seconds / lines)
+            disturb = signal_at(folder / TRAINING_LOG, at_line, after, number)
+            hit = self.bench.train_apart(folder, disturb)
             at = hit.last_step
             again = self.bench.train_apart(folder)
             lost = max(0, at - again.resumed_at) if hit.status != 0 else 0

@@ -249,10 +249,16 @@ def saved(folder: Path) -> list[Path]:
     return sorted((folder / SCRATCH / FOLDER).glob("*/step-*"))
 
 
-def signal_after(seconds: float, number: signal.Signals) -> Callable[[int], None]:
-    """Sends a signal after a while."""
+def signal_at(
+    log: Path, lines: int, seconds: float, number: signal.Signals
+) -> Callable[[int], None]:
+    """Sends a signal `seconds` after a run's log has so many lines, wherever the run then is."""
 
     def disturb(pid: int) -> None:
+        while lines and not (log.is_file() and log.read_bytes().count(b"\n") >= lines):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return  # it came to its end first
+            time.sleep(0.005)
         time.sleep(seconds)
         os.kill(pid, number)
 
