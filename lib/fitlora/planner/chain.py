@@ -20,8 +20,9 @@ from fitlora.plan import Plan
 class Freedom:
     """What may be chosen: what params leave open, less what the model or the device cannot do.
 
-    layers: of the model. tied: whether the head's table is the embedding's. most_streamed: layers that
-    the host's budget has room for.
+    layers: of the model. by_hand: whether those are done by hand; where not, only recomputed ones
+    stream, nothing is kept of these, and checkpoints stay. tied: whether the head's table is the
+    embedding's. most_streamed: layers that the host's budget has room for.
     """
 
     layers: int
@@ -31,6 +32,7 @@ class Freedom:
     embedding: bool
     head: bool
     optimizer: bool
+    by_hand: bool
     tied: bool
     most_streamed: int
 
@@ -45,11 +47,7 @@ class Freedom:
         tied: bool,
         head_moves: bool,
     ) -> "Freedom":
-        """start: the plan with all that params fix.
-
-        by_hand: whether layers are done by hand; where not, only recomputed ones stream, and checkpoints
-        stay. head_moves: whether the head can stream.
-        """
+        """start: the plan with all that params fix. head_moves: whether the head can stream."""
         on_gpu = start.device == "cuda"
         recompute = asked.recompute == "auto"
         whole = recompute or len(start.recompute_layers) == layers
@@ -65,6 +63,7 @@ class Freedom:
             head=on_gpu and head,
             # bitsandbytes' optimizers have states of their own kind, and pages of their own
             optimizer=on_gpu and asked.optimizer_device == "auto" and start.optimizer == "adamw",
+            by_hand=by_hand,
             tied=tied,
             most_streamed=layers,
         )

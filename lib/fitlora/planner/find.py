@@ -10,6 +10,7 @@ from fitlora.params import Params
 from fitlora.plan import Plan
 from fitlora.planner.probe import ProbeResult, probe
 from fitlora.planner.search import Choice, ModelSize, Search, default_plan
+from fitlora.planner.speed import Shape
 from fitlora.step.build import step_skeleton
 from fitlora.step.settings import StepSettings
 from fitlora.units import format_bytes
@@ -48,6 +49,8 @@ def find_plan(
     known: estimates that were made already. A GPU that is described and not here is planned for
     without a probe. Raises UserError where nothing fits, or where probe after probe overflows.
     """
+    rank = params.lora.r
+    assert rank != "auto", "with_found has the number"
     model = model_size(config, settings)
     start = default_plan(
         params,
@@ -65,6 +68,7 @@ def find_plan(
         estimator=Estimator(config, settings, load, hardware),
         tokens=load.tokens,
         seen=list(known),
+        shape=Shape.of(config, bits=params.quantization.bits, rank=rank),
     )
     probes: list[ProbeResult] = []
     for choice in search.fitting():

@@ -1,9 +1,13 @@
 """Which Plan: the preferred one that fits, found with a handful of traces.
 
-Preference, until there is a speed model: enough tokens in flight to keep the device busy come first
-(`BUSY_TOKENS`), then as little recomputation as fits, then a larger micro-batch. Recomputing a layer
-costs a third more of its time (one more forward pass beside a forward and a backward); a starved
-device costs more.
+Preference, where the machine's rates are not known: enough tokens in flight to keep the device busy
+come first (`BUSY_TOKENS`), then as little recomputation as fits, then a larger micro-batch. Recomputing
+a layer costs a third more of its time (one more forward pass beside a forward and a backward); a starved
+device costs more. What the host can take is moved there in the order of `fitlora.planner.chain`.
+
+Where rates are known, the preferred plan is where a second search begins: as long as
+`fitlora.planner.rivals` names a plan that promises to be `WORTH` faster and to fit, it is traced, up to
+`MOST_RIVALS` of them.
 
 Peak memory grows with the micro-batch and falls with the layers that recompute, mostly in straight
 lines, with a bend where the peak moves to another instant of the step. So along each of the two the
@@ -23,6 +27,8 @@ from fitlora.errors import UserError
 from fitlora.params import Params
 from fitlora.plan import PAGED_OPTIMIZERS, ComputeDtype, Plan
 from fitlora.planner.chain import Freedom, less, segments, smallest
+from fitlora.planner.rivals import Rivals
+from fitlora.planner.speed import Shape
 from fitlora.units import GIB, MIB, format_bytes
 
 # Tokens of a micro-batch from which a GPU's products run near their best rate: an 8B shape on an
@@ -35,7 +41,15 @@ LOSS_CHUNK_BYTES = 256 * MIB
 # estimate is off by at most, so that a few probes get out of any error that is still to be expected.
 STEP_BACK = 0.03
 
+# A plan is worth another trace only where it promises to be this much faster: about what the speed
+# model is off by between two plans.
+WORTH = 0.02
+MOST_RIVALS = 3
+
 Estimator = Callable[[Plan], Estimate]
+
+
+_BY_SPEED = "part of the fastest plan within the budget, by the rates measured"
 
 
 @dataclass(frozen=True)
@@ -233,8 +247,8 @@ def micro_batch_sizes(share: int) -> list[int]:
 class Search:
     """Finds the preferred plan that fits, with a handful of estimates.
 
-    tokens: tokens of the heaviest micro-batch, by its size. Every estimate that was made is kept in
-    `seen`, in order.
+    tokens: tokens of the heaviest micro-batch, by its size. shape: what the model's speed depends on,
+    None where that is not known. Every estimate that was made is kept in `seen`, in order.
     """
 
     params: Params
@@ -244,6 +258,7 @@ class Search:
     estimator: Estimator
     tokens: Callable[[int], int]
     seen: list[Estimate] = field(default_factory=list)
+    shape: Shape | None = None
 
     def _estimate(self, plan: Plan) -> Estimate:
         for known in self.seen:
@@ -278,18 +293,44 @@ class Search:
         Whoever asks for another one says that the last did not fit in truth: the next takes
         `STEP_BACK` less. Raises UserError, with figures, where nothing fits from the start.
         """
-        best, smallest = self._best(self.hardware.budget_bytes)
+        limit = self.hardware.budget_bytes
+        best, least = self._best(limit)
         if best is None:
-            raise UserError(self._nothing_fits(smallest))
+            raise UserError(self._nothing_fits(least))
         while best is not None:
-            yield Choice(best, self._reasons(best.plan))
-            best, _ = self._best(int(best.process_bytes * (1 - STEP_BACK)))
+            faster = self._faster(best, limit)
+            yield Choice(faster, self._reasons(faster.plan, by_speed=faster is not best))
+            limit = int(faster.process_bytes * (1 - STEP_BACK))
+            best, _ = self._best(limit)
+
+    def _faster(self, best: Estimate, limit: int) -> Estimate:
+        """A plan within `limit` that the speed model ranks before `best`; `best` where there is none."""
+        if self.shape is None:
+            return best
+        bases = [self._plan(size) for size in self._sizes()]
+        rivals = Rivals(self.shape, self.free, self.hardware, bases, self.tokens)
+        for _ in range(MOST_RIVALS):
+            speed = rivals.forecast(best.plan)
+            if speed is None:
+                break
+            above = speed.tokens_per_second * (1 + WORTH)
+            plan = rivals.fastest(self.seen, limit, above)
+            if plan is None:
+                break
+            found = self._estimate(plan)
+            if self._fits(found, limit):
+                best = found
+        return best
+
+    def _sizes(self) -> list[int]:
+        """The micro-batch sizes that params allow, largest first."""
+        if self.params.plan.micro_batch_size != "auto":
+            return [self.start.micro_batch_size]
+        return micro_batch_sizes(self.start.sequences_per_device)
 
     def _best(self, limit: int) -> tuple[Estimate | None, Estimate]:
         """The preferred plan within `limit` bytes, and the smallest that was looked at."""
-        sizes = [self.start.micro_batch_size]
-        if self.params.plan.micro_batch_size == "auto":
-            sizes = micro_batch_sizes(self.start.sequences_per_device)
+        sizes = self._sizes()
         enough = enough_sequences(sizes, self.tokens)
         larger = [size for size in reversed(sizes) if size >= enough]
         smaller = [size for size in reversed(sizes) if size < enough]
@@ -374,11 +415,13 @@ class Search:
         ]
         return min(max(1, within[-1] if within else 1), len(plans) - 2)
 
-    def _reasons(self, plan: Plan) -> dict[str, str]:
+    def _reasons(self, plan: Plan, *, by_speed: bool) -> dict[str, str]:
         asked = self.params.plan
         _, dtype_reason = compute_dtype(self.params, self.hardware)
         if asked.micro_batch_size != "auto":
             micro = "as params say"
+        elif by_speed:
+            micro = _BY_SPEED
         elif plan.micro_batch_size == plan.sequences_per_device:
             micro = "the whole effective batch fits at once"
         elif self.tokens(plan.micro_batch_size) >= BUSY_TOKENS:
@@ -387,18 +430,22 @@ class Search:
             micro = "the largest that fits the budget"
         if asked.recompute != "auto":
             recompute = "as params say"
+        elif by_speed and plan.recompute_layers:
+            recompute = _BY_SPEED
         elif not plan.recompute_layers:
             recompute = "all activations fit, so nothing is computed twice"
         elif len(plan.recompute_layers) == self.model.layers:
             recompute = "the budget leaves room for no layer's activations"
         else:
             recompute = "the fewest layers with which the micro-batch fits"
+        keeps = "it takes more time to make again than memory to keep"
         return {
             "micro_batch_size": micro,
             "evaluation_batch_size": (
                 "as params say" if asked.evaluation_batch_size != "auto" else "as in training"
             ),
             "recompute_layers": recompute,
+            **({"recompute_keeps": keeps} if plan.recompute_keeps else {}),
             **self._reasons_of_places(plan),
             "compute_dtype": dtype_reason,
             "optimizer": "as params say",

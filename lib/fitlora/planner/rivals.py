@@ -1,0 +1,138 @@
+"""Which plan to trace next: the fastest by the speed model, of those that a guess says fit.
+
+There are thousands of plans, a forecast takes microseconds, and a trace takes seconds. So all plans are
+ranked, and a guess of each one's bytes sorts out those that cannot fit. The guess is a difference from
+the most alike plan that was traced, so it becomes exact where traces were made, and a rival that turned
+out not to fit teaches the next guess.
+
+Partly recomputed and partly streamed stacks are not mixed: four kinds of layers take long to trace and
+gain little. This module imports no torch.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fitlora.artifacts import Estimate, Hardware
+from fitlora.plan import Kept, Plan
+from fitlora.planner.chain import Freedom
+from fitlora.planner.speed import Forecast, Shape, forecast, guess_bytes, guess_host_bytes
+
+_ALIKE = ("micro_batch_size", "recompute_keeps", "checkpoints", "embedding", "head")
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """The plans that params allow. bases: one for each micro-batch size, nothing moved that may stay.
+
+    tokens: tokens of the heaviest micro-batch, by its size.
+    """
+
+    shape: Shape
+    free: Freedom
+    hardware: Hardware
+    bases: Sequence[Plan]
+    tokens: Callable[[int], int]
+
+    def forecast(self, plan: Plan) -> Forecast | None:
+        """The plan's speed; None where the machine's rates are not known."""
+        return forecast(plan, self.shape, self.hardware.rates, self.tokens(plan.micro_batch_size))
+
+    def fastest(self, seen: Sequence[Estimate], limit: int, above: float) -> Plan | None:
+        """The fastest plan beyond `above` tokens/s that is not in `seen` and may fit `limit` bytes."""
+        found = None
+        known = {estimate.plan for estimate in seen}
+        for plan in self._plans():
+            if self._speed(plan) <= above:
+                continue
+            for layout in self._streamed(plan, seen, limit):
+                speed = self._speed(layout)
+                if speed > above and layout not in known and self._may_fit(layout, seen, limit):
+                    found, above = layout, speed
+        return None if found is None else Plan.model_validate(found.model_dump())
+
+    def _speed(self, plan: Plan) -> float:
+        found = self.forecast(plan)
+        return 0.0 if found is None else found.tokens_per_second
+
+    def _plans(self) -> Iterator[Plan]:
+        """Every plan, but for streamed layers; copies that nobody has checked."""
+        fixed = len(self.bases[0].recompute_layers)
+        counts = range(self.free.layers + 1) if self.free.recompute else (fixed,)
+        keeps: tuple[tuple[Kept, ...], ...] = ((), ("attention",)) if self.free.by_hand else ((),)
+        for base, sides in itertools.product(self.bases, self._sides):
+            for count, kept in itertools.product(counts, keeps):
+                if count or not kept:
+                    layout = {"recompute_layers": tuple(range(count)), "recompute_keeps": kept}
+                    yield base.model_copy(update={**sides, **layout})
+
+    @cached_property
+    def _sides(self) -> list[dict[str, Any]]:
+        """What may be on the host beside layers: nothing, and then more and more, the cheapest first."""
+        free = self.free
+        order: list[dict[str, Any]] = []
+        if free.embedding and not free.tied:
+            order.append({"embedding": "host"})
+        if free.checkpoints:
+            order.append({"checkpoints": "host"})
+        if free.head:
+            order.append({"head": "host", **({"embedding": "host"} if free.tied else {})})
+        if free.optimizer:
+            order.append({"optimizer_device": "host"})
+        found: list[dict[str, Any]] = [{}]
+        for more in order:
+            found.append({**found[-1], **more})
+        return found
+
+    def _streamed(self, plan: Plan, seen: Sequence[Estimate], limit: int) -> Iterator[Plan]:
+        """The plan, and with as few streamed layers as make it fit."""
+        yield plan
+        free, recomputed = self.free, len(plan.recompute_layers)
+        whole = recomputed == free.layers
+        if not free.stream or not (whole or free.by_hand):
+            return
+        over = self._guess(plan, seen) - limit
+        if over <= 0:
+            return
+        count = free.layers
+        if whole or not recomputed:
+            count = plan.streaming_slots + -(-over // self.shape.layer_bytes)
+        if count <= free.most_streamed:
+            yield plan.model_copy(update={"streamed_layers": self._spread(count)})
+
+    def _spread(self, count: int) -> tuple[int, ...]:
+        from fitlora.offload.residency import spread  # here, as torch comes with it
+
+        return spread(self.free.layers, count)
+
+    def _may_fit(self, plan: Plan, seen: Sequence[Estimate], limit: int) -> bool:
+        like = self._like(plan, seen)
+        pinned = like.host_pinned_bytes + self._host(plan) - self._host(like.plan)
+        if pinned > self.hardware.host_budget_bytes:
+            return False
+        return self._guess(plan, seen) <= limit
+
+    def _guess(self, plan: Plan, seen: Sequence[Estimate]) -> int:
+        like = self._like(plan, seen)
+        # what is set aside for each byte that is allocated
+        margin = (like.process_bytes - self.hardware.context_bytes) / like.peak_allocated_bytes
+        return like.process_bytes + int(margin * (self._device(plan) - self._device(like.plan)))
+
+    def _like(self, plan: Plan, seen: Sequence[Estimate]) -> Estimate:
+        """The estimate of the plan that is most alike."""
+
+        def distance(estimate: Estimate) -> tuple[int, int]:
+            other = estimate.plan
+            layers = abs(len(other.recompute_layers) - len(plan.recompute_layers))
+            layers += abs(len(other.streamed_layers) - len(plan.streamed_layers))
+            return sum(getattr(other, name) != getattr(plan, name) for name in _ALIKE), layers
+
+        return min(seen, key=distance)
+
+    def _device(self, plan: Plan) -> int:
+        return guess_bytes(plan, self.shape, self.tokens(plan.micro_batch_size))
+
+    def _host(self, plan: Plan) -> int:
+        return guess_host_bytes(plan, self.shape, self.tokens(plan.micro_batch_size))
