@@ -47,7 +47,11 @@ def parser() -> argparse.ArgumentParser:
         help="recompute every layer's activations, or none's; default: as few as the budget asks for",
     )
     add("--memory_profiling", action="store_true", help="keep the memory of each step, show peaks")
-    add("--cpu_offloading", action="store_true", help="not there yet: says what to do instead")
+    add(
+        "--cpu_offloading",
+        action=argparse.BooleanOptionalAction,
+        help="keep on the host what the GPU has no room for (default: yes)",
+    )
     add("--auto_find_batch_size", action="store_true", help="the planner finds the micro-batch")
     add("--auto_find_parameters", action="store_true", help="find rank and sequence length")
     add("--device_map", help="cuda, cpu, or auto for the GPU where there is one")

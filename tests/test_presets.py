@@ -65,7 +65,7 @@ def test_what_the_seed_says_that_does_not_hold_is_said(tmp_path: Path) -> None:
         assert "never released" in preset_text(name, preset_params(name))
     assert "An RTX 4090 has 24 GB" in preset_text("16gb", preset_params("16gb"))
     assert "several GPUs" in preset_text("multi-gpu", preset_params("multi-gpu"))
-    assert "offloading is not part of FitLoRA yet" in preset_text("8gb", preset_params("8gb"))
+    assert "kept in host memory" in preset_text("8gb", preset_params("8gb"))
 
 
 def test_init_writes_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

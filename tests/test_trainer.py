@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fitlora
-from fitlora import CPUOffloadOptimizer, MemoryEfficientTrainer, UserError, hardware
+from fitlora import MemoryEfficientTrainer, UserError, hardware
 from fitlora.artifacts import ADAPTER, HARDWARE, PLAN, PlanArtifact
 from fitlora.params import Params, read_params
 from scripts import run_memory_efficient_training as script
@@ -198,7 +198,6 @@ def test_gradient_checkpointing(checkpointing: bool | None, auto: bool, recomput
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"cpu_offloading": True}, "cpu_offloading=True asks for offloading.*leave it out"),
         ({"bits": 8}, "quantization.bits: found 8"),
         ({"device_map": "balanced"}, "device_map is 'balanced'.*'cuda', 'cpu', or 'auto'"),
         ({"device_map": "cpu", "optim": "paged_adamw"}, "paged_adamw needs a CUDA device"),
@@ -234,9 +233,26 @@ def test_one_model_on_several_gpus_is_refused(
     trainer._check_devices(None, tmp_path)
 
 
-def test_offloading_optimizer_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="CPUOffloadOptimizer asks for offloading"):
-        CPUOffloadOptimizer(object())
+def test_offloading_is_the_planners_unless_it_is_forbidden() -> None:
+    names = ("stream_layers", "checkpoints", "embedding", "head", "optimizer_device")
+    for allowed in ({}, {"cpu_offloading": True}):
+        plan = params_of(**allowed).plan
+        assert {getattr(plan, name) for name in names} == {"auto"}
+    plan = params_of(cpu_offloading=False).plan
+    assert plan.stream_layers == 0
+    assert {getattr(plan, name) for name in names[1:]} == {"device"}
+
+
+def test_the_seeds_optimizer_wraps_another_one() -> None:
+    import torch
+
+    from fitlora import CPUOffloadOptimizer
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = CPUOffloadOptimizer(torch.optim.SGD([weight], lr=0.5))
+    weight.sum().backward()
+    optimizer.step()
+    assert weight.tolist() == [0.5] * 3
 
 
 def test_every_name_of_the_package_is_there() -> None:
@@ -266,7 +282,7 @@ def test_the_seeds_command(tmp_path: Path, data: dict[str, str]) -> None:
         "--model_name_or_path", "assets/sample_model", "--output_dir", str(tmp_path / "outputs"),
         "--bits", "4", "--lora_r", "16",
         "--auto_find_batch_size", "--auto_find_parameters", "--memory_profiling",
-        "--device_map", "cpu", "--max_steps", "1",
+        "--cpu_offloading", "--device_map", "cpu", "--max_steps", "1",
         "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1",
         "--train_file", data["train_file"], "--validation_file", data["validation_file"],
     ]  # fmt: skip
@@ -276,9 +292,3 @@ def test_the_seeds_command(tmp_path: Path, data: dict[str, str]) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "outputs" / "model" / "adapter_config.json").is_file()
-    refused = subprocess.run(
-        [*command, "--cpu_offloading"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert refused.returncode == 2
-    assert "cpu_offloading=True" in refused.stderr
-    assert "Traceback" not in refused.stderr

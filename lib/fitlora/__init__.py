@@ -10,7 +10,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "CPUOffloadOptimizer": "fitlora.trainer",
+    "CPUOffloadOptimizer": "fitlora.offload.optimizer",
     "MemoryEfficientTrainer": "fitlora.trainer",
     "MemoryTracker": "fitlora.memory.tracker",
     "Params": "fitlora.params",

@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 _QUANTIZATION, _LORA, _TRAIN = QuantizationParams(), LoraParams(), TrainParams()
 MEMORY_LOG = SCRATCH / "memory" / "memory.jsonl"  # where the run's tracker writes
 MEMORY_LOGS = Path("memory_logs")
+# What keeps the planner from host memory.
+_ALL_ON_DEVICE: dict[str, Any] = {
+    "stream_layers": 0,
+    "checkpoints": "device",
+    "embedding": "device",
+    "head": "device",
+    "optimizer_device": "device",
+}
 
 
 class MemoryEfficientTrainer:
@@ -50,6 +58,9 @@ class MemoryEfficientTrainer:
     bits: 4, or 16 for no quantization. double_quant, quant_type: how 4 bits are stored.
     lora_r: rank of the adapters; with `auto_find_parameters` the highest to consider.
     lora_alpha: twice the rank by default.
+    cpu_offloading: let the planner keep in host memory what the GPU has no room for: layers' frozen
+        weights, activation checkpoints, embedding, head, optimizer. False keeps all on the GPU. On the
+        CPU as the device there is nothing to choose.
     gradient_checkpointing: recompute the activations of every layer, or of none. Left out, or with
         `auto_find_parameters`, of as few as the budget asks for.
     auto_find_batch_size: the planner finds the micro-batch. Otherwise it is
@@ -85,7 +96,7 @@ class MemoryEfficientTrainer:
         lora_alpha: float | None = None,
         lora_dropout: float = _LORA.dropout,
         memory_profiling: bool = False,
-        cpu_offloading: bool = False,
+        cpu_offloading: bool = True,
         gradient_checkpointing: bool | None = None,
         auto_find_batch_size: bool = False,
         auto_find_parameters: bool = False,
@@ -102,8 +113,6 @@ class MemoryEfficientTrainer:
         from_adapter: str | Path | None = None,
         seed: int = _TRAIN.seed,
     ) -> None:
-        if cpu_offloading:
-            raise UserError(_NO_OFFLOADING.format("cpu_offloading=True"))
         if train_file is None and validation_file is not None:
             raise UserError("give train_file too: the sample data is not what you want to validate")
         if lora_r is not None and (not isinstance(lora_r, int) or lora_r < 1):
@@ -147,6 +156,7 @@ class MemoryEfficientTrainer:
                         "auto" if auto_find_batch_size else per_device_train_batch_size or 1
                     ),
                     "recompute": _recompute(gradient_checkpointing, auto_find_parameters),
+                    **({} if cpu_offloading else _ALL_ON_DEVICE),
                 },
                 "train": train,
             },
@@ -239,21 +249,6 @@ class MemoryEfficientTrainer:
         if not found.exists():
             raise UserError(f"{found} is not there yet: call {method} first")
         return found
-
-
-class CPUOffloadOptimizer:
-    """The seed's name for optimizer states in host memory, which FitLoRA does not have yet."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        raise UserError(_NO_OFFLOADING.format("CPUOffloadOptimizer"))
-
-
-_NO_OFFLOADING = (
-    "{} asks for offloading to the CPU, which FitLoRA does not have yet; leave it out. Recomputed "
-    "activations (gradient_checkpointing, or auto_find_parameters) make the step small, 8-bit AdamW "
-    "(optim='adamw_8bit') makes its states small, and on a GPU optim='paged_adamw_8bit' moves them to "
-    "host memory when the GPU's runs short"
-)
 
 
 def _effective_batch_size(per_device: int | None, accumulation: int | None) -> int:
