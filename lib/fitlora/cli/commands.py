@@ -10,6 +10,7 @@ import click
 
 from fitlora import __version__
 from fitlora.cli.compare import compare
+from fitlora.cli.estimate import estimate, probe
 from fitlora.cli.frame import (
     Commands,
     Project,
@@ -106,17 +107,7 @@ def profile(project: Project) -> Any:
     return profile_hardware(project.params, project.root)
 
 
-@main.command(epilog=_examples("fitlora estimate", "fitlora estimate --set lora.r=64 --json"))
-@answers()
-@project_options
-def estimate(project: Project) -> Any:
-    """Predict the memory of a training step, part by part.
-
-    Nothing runs but the tokenizer: the step is traced on tensors without content. Needs profile.
-    """
-    from fitlora.pipeline.estimate_memory import estimate_memory
-
-    return estimate_memory(project.params, project.root)
+main.add_command(estimate)
 
 
 @main.command(epilog=_examples("fitlora plan", "fitlora plan --set hardware.memory_budget=6GiB"))
@@ -274,3 +265,4 @@ def summary(root: Path | None) -> Any:
 
 
 main.add_command(compare)
+main.add_command(probe)

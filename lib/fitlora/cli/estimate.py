@@ -1,0 +1,389 @@
+"""`fitlora estimate MODEL` and `fitlora probe MODEL`: one plan, predicted and measured.
+
+Each decision of a Plan is an option; `--plan` takes a whole one. Nothing of a project is needed.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from fitlora.cli.frame import (
+    answers,
+    debug_option,
+    open_project,
+    params_option,
+    root_option,
+    set_option,
+)
+from fitlora.errors import UserError
+from fitlora.plan import KEPT, Optimizer, Plan
+from fitlora.units import GIB, format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from fitlora.artifacts import Estimate, Hardware
+    from fitlora.memory.question import Question
+
+CARDS_GIB = (8, 12, 16, 24, 40, 48, 80)
+_SIDE = click.Choice(["device", "host"])
+
+_OPTIONS = (
+    click.option("--revision", help="Of a hub id: the full commit."),
+    click.option("--gpu-memory", metavar="SIZE", help="Of the card, like 8GiB."),
+    click.option(
+        "--capability",
+        default="8.9",
+        show_default=True,
+        help="Of the card, as NVIDIA lists it: 8.6 for RTX 30, 8.9 for RTX 40, 9.0 for H100.",
+    ),
+    click.option("--host-memory", metavar="SIZE", help="That may be used; all of it by default."),
+    click.option("--seq-length", type=click.IntRange(2), default=2048, show_default=True),
+    click.option("--micro-batch", type=click.IntRange(1), default=1, show_default=True),
+    click.option("--accumulation", type=click.IntRange(1), default=1, show_default=True),
+    click.option("--evaluation-batch", type=click.IntRange(1), help="As --micro-batch by default."),
+    click.option(
+        "--recompute",
+        default="all",
+        show_default=True,
+        help="Layers whose activations are recomputed: none, all, or how many.",
+    ),
+    click.option(
+        "--keep",
+        "keeps",
+        multiple=True,
+        type=click.Choice(KEPT),
+        help="What layers that recompute keep all the same. May be repeated.",
+    ),
+    click.option("--stream", default=0, type=click.IntRange(0), help="Layers from host memory."),
+    click.option("--slots", default=2, type=click.IntRange(1), help="Streamed layers at one time."),
+    click.option("--checkpoints", type=_SIDE, default="device", show_default=True),
+    click.option("--embedding", type=_SIDE, default="device", show_default=True),
+    click.option("--head", type=_SIDE, default="device", show_default=True),
+    click.option("--optimizer-device", type=_SIDE, default="device", show_default=True),
+    click.option(
+        "--optimizer",
+        type=click.Choice(get_args(Optimizer)),
+        default="adamw",
+        show_default=True,
+    ),
+    click.option(
+        "--compute-dtype",
+        type=click.Choice(["bfloat16", "float32"]),
+        default="bfloat16",
+        show_default=True,
+    ),
+    click.option("--loss-chunk", type=click.IntRange(1), help="Rows of logits at one time."),
+    click.option("--rank", type=click.IntRange(1), default=16, show_default=True),
+    click.option(
+        "--target", "targets", multiple=True, help="Layers with adapters; all by default."
+    ),
+    click.option("--bits", type=click.Choice(["4", "16"]), default="4", show_default=True),
+    click.option("--quant-type", type=click.Choice(["nf4", "fp4"]), default="nf4"),
+    click.option(
+        "--plan",
+        "plan_file",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="A plan.json, in place of all decisions above.",
+    ),
+)
+
+
+def _asked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """All options of a plan; the command gets them as `asked`, by name."""
+
+    @functools.wraps(function)
+    def wrapper(**options: Any) -> Any:
+        asked = {name: options.pop(name) for name in names}
+        return function(asked=asked, **options)
+
+    names = []
+    for option in reversed(_OPTIONS):
+        wrapper = option(wrapper)
+        names.append(wrapper.__click_params__[-1].name)  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _question(model: str, asked: dict[str, Any], hardware: "Hardware") -> "Question":
+    from fitlora.memory.question import Question
+    from fitlora.model import load_config, resolve_model
+    from fitlora.params import check_params
+    from fitlora.step.settings import StepSettings
+
+    config = load_config(resolve_model(model, asked["revision"], weights=False))
+    plan = _read_plan(asked["plan_file"]) if asked["plan_file"] else _plan(asked, config, hardware)
+    lora = {"r": asked["rank"], "alpha": 2.0 * asked["rank"], "dropout": 0.0}
+    content = {
+        "quantization": {"bits": int(asked["bits"]), "type": asked["quant_type"]},
+        "lora": {**lora, "target_modules": list(asked["targets"]) or "all-linear"},
+        "train": {"optimizer": plan.optimizer},
+    }
+    return Question(config, StepSettings.of(check_params(content, "options")), plan, hardware)
+
+
+def _plan(asked: dict[str, Any], config: Any, hardware: "Hardware") -> Plan:
+    from pydantic import ValidationError
+
+    from fitlora.offload.residency import spread
+    from fitlora.planner.search import ModelSize, loss_chunk
+
+    model = ModelSize.of(config)
+    layers = {"none": 0, "all": model.layers}.get(asked["recompute"])
+    if layers is None:
+        if not asked["recompute"].isdigit() or int(asked["recompute"]) > model.layers:
+            raise UserError(f"--recompute is none, all or a number up to {model.layers}")
+        layers = int(asked["recompute"])
+    if asked["stream"] > model.layers:
+        raise UserError(f"--stream is {asked['stream']}, and the model has {model.layers} layers")
+    content = {
+        "device": hardware.device,
+        "effective_batch_size": asked["micro_batch"] * asked["accumulation"],
+        "micro_batch_size": asked["micro_batch"],
+        "evaluation_batch_size": asked["evaluation_batch"] or asked["micro_batch"],
+        "sequence_length": asked["seq_length"],
+        "recompute_layers": tuple(range(layers)),
+        "recompute_keeps": tuple(kind for kind in KEPT if layers and kind in asked["keeps"]),
+        "streamed_layers": spread(model.layers, asked["stream"]),
+        "streaming_slots": asked["slots"],
+        "loss_chunk_tokens": asked["loss_chunk"] or loss_chunk(model.vocabulary),
+    }
+    same = ("compute_dtype", "optimizer", "checkpoints", "embedding", "head", "optimizer_device")
+    try:
+        return Plan.model_validate({**content, **{name: asked[name] for name in same}})
+    except ValidationError as error:
+        raise UserError(f"the plan cannot be: {error.errors()[0]['msg']}") from None
+
+
+def _read_plan(file: Path) -> Plan:
+    """A Plan, or the one in a plan.json; raises UserError where there is none."""
+    from pydantic import ValidationError
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return Plan.model_validate_json(json.dumps(content.get("plan", content)))
+    except (OSError, ValueError, AttributeError, ValidationError) as error:
+        raise UserError(f"--plan {file} has no Plan: {str(error).splitlines()[0]}") from None
+
+
+def _card(asked: dict[str, Any], memory: str | None) -> "Hardware":
+    """A card that need not be here."""
+    from fitlora.hardware import profile
+    from fitlora.params import check_params
+
+    if memory is None:
+        raise UserError("say how much memory the card has: --gpu-memory 8GiB")
+    parse_bytes(memory)
+    target = {"name": memory, "memory": memory, "compute_capability": asked["capability"]}
+    content = {"hardware": {"target": target, "host_memory_budget": asked["host_memory"]}}
+    return profile(check_params(content, "options").hardware, Path())
+
+
+# --- estimate ------------------------------------------------------------------------------------
+
+
+def _answer(question: "Question", model: str) -> dict[str, Any]:
+    found, budget = question.estimate(), question.hardware.budget_bytes
+    longest = question.longest()
+    way_out = None if found.fits else question.way_out()
+    return {
+        "model": model,
+        "budget_bytes": budget,
+        "left_bytes": budget - found.process_bytes,
+        "estimate": found.model_dump(mode="json"),
+        "longest_sequence": longest and longest.plan.sequence_length,
+        "largest_micro_batch": longest and question.largest_micro_batch(longest),
+        "way_out": way_out
+        and {"changes": way_out[0], "estimate": way_out[1].model_dump(mode="json")},
+    }
+
+
+def _table(model: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """Three ways of training the model, and the cards that each fits."""
+    import torch
+
+    from fitlora.model import empty_model
+
+    question = _question(model, asked, _card(asked, "1024GiB"))
+    whole = empty_model(question.config, dtype=torch.bfloat16).parameters()
+    ways = dict(question.ways_out())
+    smallest = list(ways.values())[-1] if ways else question.plan
+    every = {"recompute_layers": tuple(range(question.layers))}
+    resident = {"checkpoints": "device", "embedding": "device", "head": "device"}
+    qlora = question.plan.replace(
+        **every, **resident, optimizer_device="device", streamed_layers=()
+    )
+    return {
+        "model": model,
+        "cards_gib": CARDS_GIB,
+        # 16-bit weights and gradients; no step of ours does this, so it is a bound and no estimate
+        "standard_fine_tuning_at_least_bytes": sum(4 * p.numel() for p in whole),
+        "qlora": question.estimate(qlora).model_dump(mode="json"),
+        "qlora_with_offload": question.estimate(smallest).model_dump(mode="json"),
+    }
+
+
+def _show(found: Any) -> None:
+    if not isinstance(found, dict):
+        return  # a stage says what it found by itself
+    for line in _table_lines(found) if "qlora" in found else _lines(found):
+        click.echo(line)
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    from fitlora.artifacts import Estimate
+
+    estimate = Estimate.model_validate_json(json.dumps(found["estimate"]))
+    yield f"{found['model']}: {estimate.plan.describe()}"
+    yield from _parts(estimate)
+    budget, left = found["budget_bytes"], found["left_bytes"]
+    verdict = f"fits, {format_bytes(left)} are left" if estimate.fits else "does not fit"
+    if left < 0:
+        verdict += f", {format_bytes(-left)} are lacking"
+    yield f"in {format_bytes(budget)}: {verdict}"
+    if found["longest_sequence"] is not None:
+        yield (
+            f"the longest context that fits is {found['longest_sequence']:,} tokens; of "
+            f"{estimate.plan.sequence_length:,} tokens the largest micro-batch is "
+            f"{found['largest_micro_batch']}"
+        )
+    way_out = found["way_out"]
+    if way_out is not None:
+        size = format_bytes(way_out["estimate"]["process_bytes"])
+        yield f"it fits with {'; '.join(way_out['changes'])}: {size}"
+    elif not estimate.fits:
+        yield "nothing helps but shorter sequences, a lower rank, a larger card or a smaller model"
+
+
+def _parts(estimate: "Estimate") -> Iterator[str]:
+    """The peak's bytes by what they are for, and what comes beside them."""
+    rows = {
+        **{k.replace("_", " "): v for k, v in estimate.components.model_dump().items()},
+        "peak allocated": estimate.peak_allocated_bytes,
+        "safe peak": estimate.safe_peak_bytes or 0,
+        "paged states": estimate.paged_bytes,
+        "whole process": estimate.process_bytes,
+        "pinned on the host": estimate.host_pinned_bytes,
+    }
+    for name, count in rows.items():
+        yield f"  {name:<20}{format_bytes(count):>12}"
+    yield f"  at: {estimate.instant}"
+
+
+def _table_lines(found: dict[str, Any]) -> Iterator[str]:
+    sizes = {
+        "standard fine-tuning": found["standard_fine_tuning_at_least_bytes"],
+        "QLoRA": found["qlora"]["process_bytes"],
+        "QLoRA + offload": found["qlora_with_offload"]["process_bytes"],
+    }
+    cards = "".join(f"{card:>5}" for card in found["cards_gib"])
+    yield f"{found['model']:<24}{'GPU memory':>14}  cards of{cards} GiB"
+    for name, count in sizes.items():
+        size = f"{'> ' if name.startswith('standard') else ''}{format_bytes(count)}"
+        fits = "".join(f"{'yes' if count <= c * GIB else 'no':>5}" for c in found["cards_gib"])
+        yield f"{name:<24}{size:>14}          {fits}"
+
+
+@click.command(
+    epilog="\n".join(
+        [
+            "\b",
+            "Examples:",
+            "  fitlora estimate ./model --gpu-memory 8GiB --seq-length 2048 --micro-batch 2",
+            "  fitlora estimate ./model --table",
+            "  fitlora estimate                    the project's model and data, as a stage",
+        ]
+    )
+)
+@answers(_show)
+@click.argument("model", required=False)
+@click.option("--table", is_flag=True, help="Three ways of training it, across cards.")
+@_asked
+@params_option
+@root_option
+@set_option
+@debug_option
+def estimate(
+    model: str | None,
+    table: bool,
+    asked: dict[str, Any],
+    params_file: Path | None,
+    root: Path | None,
+    changes: tuple[str, ...],
+) -> Any:
+    """Predict the memory of a training step, part by part.
+
+    MODEL is a folder with a config.json, or a hub id. Nothing runs: the step is traced on tensors
+    without content. Without MODEL it is the stage: the model and data of params.yaml, after profile.
+    """
+    if model is None:
+        from fitlora.pipeline.estimate_memory import estimate_memory
+
+        project = open_project(params_file, root, changes)
+        return estimate_memory(project.params, project.root)
+    if table:
+        return _table(model, asked)
+    return _answer(_question(model, asked, _card(asked, asked["gpu_memory"])), model)
+
+
+# --- probe ---------------------------------------------------------------------------------------
+
+
+def _show_probe(found: dict[str, Any]) -> None:
+    click.echo(found["plan"])
+    for name in ("allocated", "reserved"):
+        predicted, measured = found[f"predicted_{name}_bytes"], found[f"measured_{name}_bytes"]
+        if measured:
+            share = f"{predicted / measured - 1:+.2%}"
+            click.echo(
+                f"peak {name:<10} predicted {format_bytes(predicted)}, measured "
+                f"{format_bytes(measured)} ({share})"
+            )
+    if not found["fits"]:
+        click.echo("it did not fit")
+
+
+@click.command(
+    epilog="\n".join(
+        ["\b", "Examples:", "  fitlora probe ./model --seq-length 2048 --micro-batch 2"]
+    )
+)
+@answers(_show_probe)
+@click.argument("model")
+@_asked
+@debug_option
+def probe(model: str, asked: dict[str, Any]) -> Any:
+    """Run a training step with noise for weights, and compare its memory with the estimate.
+
+    It takes the options of `fitlora estimate MODEL`. --gpu-memory holds it to less than there is.
+    """
+    from fitlora.hardware import profile
+    from fitlora.memory.estimate import Load
+    from fitlora.params import check_params
+    from fitlora.planner.probe import probe as run
+
+    content = {
+        "hardware": {
+            "memory_budget": asked["gpu_memory"],
+            "host_memory_budget": asked["host_memory"],
+        }
+    }
+    hardware = profile(check_params(content, "options").hardware, Path(".fitlora"))
+    if hardware.device == "cpu":
+        asked["compute_dtype"] = "float32"
+    question = _question(model, asked, hardware)
+    predicted, plan = question.estimate(), question.plan
+    count = max(plan.micro_batch_size, plan.evaluation_batch_size)
+    load = Load.uniform(count, plan.sequence_length)
+    measured = run(question.config, plan, question.settings, load, hardware)
+    return {
+        "plan": plan.describe(),
+        "fits": measured.fits,
+        "predicted_allocated_bytes": predicted.peak_allocated_bytes,
+        "measured_allocated_bytes": measured.peak_allocated_bytes,
+        "predicted_reserved_bytes": predicted.safe_peak_bytes,
+        "measured_reserved_bytes": measured.peak_reserved_bytes,
+        "tokens_per_second": measured.tokens_per_second,
+    }

@@ -1,0 +1,133 @@
+"""Will it fit, how much of it would, and what else would: the questions that people have of a Plan.
+
+Every answer is an estimate of a Plan that was traced. What a micro-batch takes depends on its tokens
+alone (there is no padding, and attention keeps no scores), and as the largest of straight lines: a
+convex curve. So a chord between two traced plans lies above it, and the longest sequence that fits is
+closed in on with a handful of traces, from below by chords and from above by extending them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fitlora.artifacts import Estimate, Hardware
+from fitlora.memory.estimate import Estimator, Load
+from fitlora.offload.residency import spread
+from fitlora.plan import Plan
+from fitlora.step.settings import StepSettings
+
+LENGTH_STEP = 64  # tokens; a sequence's length is given in multiples
+LONGEST = 2**20  # tokens of a sequence beyond which nobody looks
+CLOSE_ENOUGH = 0.01  # of the budget left unused
+MOST_TRIALS = 5
+
+
+@dataclass
+class Question:
+    """A model with its settings, a Plan and a machine. Sequences are full and learned throughout."""
+
+    config: Any
+    settings: StepSettings
+    plan: Plan
+    hardware: Hardware
+    _known: dict[Plan, Estimate] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    def estimate(self, plan: Plan | None = None) -> Estimate:
+        """Of `plan`, or of the one that is asked about."""
+        plan = plan or self.plan
+        if plan not in self._known:
+            count = max(plan.micro_batch_size, plan.evaluation_batch_size)
+            load = Load.uniform(count, plan.sequence_length)
+            estimator = Estimator(self.config, self.settings, load, self.hardware)
+            self._known[plan] = estimator(plan)
+        return self._known[plan]
+
+    def of_length(self, tokens: int) -> Plan:
+        return self.plan.replace(sequence_length=tokens)
+
+    def longest(self) -> Estimate | None:
+        """The plan with the longest sequences that fit, to `CLOSE_ENOUGH`; None where none does."""
+        budget = self.hardware.budget_bytes
+        here = self.estimate()
+        fitting, beyond = (here, None) if here.fits else (None, here)
+        for _ in range(MOST_TRIALS):
+            if fitting is None:
+                assert beyond is not None
+                at = beyond.plan.sequence_length // 4
+            elif beyond is None:
+                at = self._extended(fitting, budget)
+            else:
+                at = _chord(fitting, beyond, budget)
+            at = min(at, LONGEST) // LENGTH_STEP * LENGTH_STEP
+            if at < LENGTH_STEP or (fitting and at <= fitting.plan.sequence_length):
+                break
+            found = self.estimate(self.of_length(at))
+            if found.fits:
+                fitting = found
+                if found.process_bytes > (1 - CLOSE_ENOUGH) * budget or at == LONGEST:
+                    break
+            else:
+                beyond = found
+        return fitting
+
+    def _extended(self, fitting: Estimate, budget: int) -> int:
+        """Where the line through the two longest known plans reaches the budget; at first, twice."""
+        known = sorted(
+            (e.plan.sequence_length, e.process_bytes)
+            for e in self._known.values()
+            if e.plan == self.of_length(e.plan.sequence_length)
+        )
+        length, count = fitting.plan.sequence_length, fitting.process_bytes
+        shorter = [k for k in known if k[0] < length and k[1] < count]
+        if not shorter:
+            return 2 * length
+        slope = (count - shorter[-1][1]) / (length - shorter[-1][0])
+        return length + max(LENGTH_STEP, int((budget - count) / slope))
+
+    def largest_micro_batch(self, longest: Estimate) -> int:
+        """Sequences of the asked length that have no more tokens than the longest micro-batch."""
+        tokens = longest.plan.sequence_length * longest.plan.micro_batch_size
+        return tokens // self.plan.sequence_length
+
+    def ways_out(self) -> Iterator[tuple[str, Plan]]:
+        """Plans that take less, each with the changes of those before it, the cheapest in time first."""
+        plan, layers = self.plan, self.layers
+        steps: list[tuple[str, dict[str, Any]]] = [
+            ("recompute every layer", {"recompute_layers": tuple(range(layers))}),
+            ("keep nothing of recomputed layers", {"recompute_keeps": ()}),
+            ("a micro-batch of 1", {"micro_batch_size": 1, "evaluation_batch_size": 1}),
+            ("everything but the layers on the host", self._all_on_host()),
+            ("half of the layers streamed", {"streamed_layers": spread(layers, layers // 2)}),
+            ("every layer streamed", {"streamed_layers": spread(layers, layers)}),
+        ]
+        for name, changes in steps:
+            smaller = plan.replace(**changes)
+            if smaller != plan:
+                yield name, smaller
+            plan = smaller
+
+    def _all_on_host(self) -> dict[str, Any]:
+        found = {"checkpoints": "host", "embedding": "host", "head": "host"}
+        if getattr(self.config, "final_logit_softcapping", None):
+            found = {"checkpoints": "host"}  # its head stays, and a tied table with it
+        return {**found, "optimizer_device": "host", "optimizer": "adamw"}
+
+    def way_out(self) -> tuple[list[str], Estimate] | None:
+        """The first of `ways_out` that fits, with all its changes by name; None where none does."""
+        names = []
+        for name, plan in self.ways_out():
+            names.append(name)
+            if self.estimate(plan).fits:
+                return names, self.estimate(plan)
+        return None
+
+
+def _chord(fitting: Estimate, beyond: Estimate, budget: int) -> int:
+    """The length at which the chord between the two reaches the budget; what is there fits."""
+    low, high = fitting.plan.sequence_length, beyond.plan.sequence_length
+    rise = max(1, beyond.process_bytes - fitting.process_bytes)
+    return low + int((high - low) * max(0, budget - fitting.process_bytes) / rise)
