@@ -70,6 +70,77 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# --- any model, any card --------------------------------------------------------------------------
+
+MODEL = str(ROOT / "assets/sample_model")
+
+
+def test_estimate_of_a_model_and_a_card() -> None:
+    asked = ("estimate", MODEL, "--gpu-memory", "700MiB", "--seq-length", "64")
+    done = fitlora(*asked, "--recompute", "1", "--keep", "attention", "--rank", "4", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    estimate = found["estimate"]
+    assert estimate["plan"]["recompute_keeps"] == ["attention"]
+    assert estimate["plan"]["recompute_layers"] == [0]
+    assert estimate["fits"] is (found["left_bytes"] >= 0) is True
+    assert found["longest_sequence"] >= 64
+    assert found["largest_micro_batch"] == found["longest_sequence"] // 64
+    assert found["way_out"] is None
+
+
+def test_estimate_takes_a_whole_plan_and_says_what_is_lacking(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    plan = {
+        "device": "cuda", "effective_batch_size": 4, "micro_batch_size": 4, "sequence_length": 128,
+        "evaluation_batch_size": 4, "compute_dtype": "bfloat16", "optimizer": "adamw",
+        "loss_chunk_tokens": 64,
+    }  # fmt: skip
+    file.write_text(json.dumps({"plan": plan}))
+    done = fitlora("estimate", MODEL, "--gpu-memory", "621MiB", "--plan", str(file))
+    assert done.exit_code == 0, done.output
+    assert "micro-batch 4 x 1 accumulation x 128 tokens" in done.stdout
+    assert re.search(r"in 621.00 MiB: does not fit, [\d.]+ [KM]iB are lacking", done.stdout)
+    assert "activations" in done.stdout
+
+
+def test_the_table_of_a_model() -> None:
+    done = fitlora("estimate", MODEL, "--table", "--seq-length", "64", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["cards_gib"] == [8, 12, 16, 24, 40, 48, 80]
+    streamed = found["qlora_with_offload"]
+    assert streamed["plan"]["streamed_layers"]
+    assert streamed["components"]["weights"] < found["qlora"]["components"]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("estimate", MODEL), "--gpu-memory 8GiB"),
+        (("estimate", MODEL, "--gpu-memory", "much"), "is not a size"),
+        (("estimate", "nowhere", "--gpu-memory", "8GiB"), "neither a folder nor a hub id"),
+        (("estimate", MODEL, "--gpu-memory", "8GiB", "--recompute", "99"), "a number up to"),
+        (("estimate", MODEL, "--gpu-memory", "8GiB", "--stream", "99"), "the model has"),
+        (("estimate", MODEL, "--gpu-memory", "8GiB", "--plan", "no.json"), "has no Plan"),
+        (("estimate", MODEL, "--gpu-memory", "8GiB", "--target", "nothing"), "nothing"),
+    ],
+)
+def test_estimate_says_what_is_wrong_with_a_question(arguments: tuple[str, ...], said: str) -> None:
+    done = fitlora(*arguments)
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr
+
+
+def test_probe_compares_the_estimate_with_the_device(project: Path) -> None:
+    done = fitlora("probe", MODEL, "--seq-length", "32", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["fits"]
+    error = found["predicted_allocated_bytes"] / found["measured_allocated_bytes"] - 1
+    assert abs(error) < 0.01
+
+
 # --- help -----------------------------------------------------------------------------------------
 
 
@@ -80,7 +151,7 @@ def commands() -> list[click.Command]:
 def test_the_commands_are_those_that_were_asked_for() -> None:
     assert set(main.commands) == {
         "init", "profile", "estimate", "plan", "quantize", "train", "evaluate", "run", "chat",
-        "summary", "compare",
+        "summary", "compare", "probe",
     }  # fmt: skip
 
 

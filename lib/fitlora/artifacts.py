@@ -310,6 +310,16 @@ class Estimate(Record):
     components: Components
 
 
+class Card(Record):
+    """Whether a GPU of one size would hold the step, and laid out how."""
+
+    gib: int
+    fits: bool
+    plan: str | None = Field(description="in words: the first of the plans tried that fits")
+    process_bytes: int | None
+    host_pinned_bytes: int | None
+
+
 class Moment(Record):
     """The highest level of a stretch of a step."""
 
@@ -341,6 +351,9 @@ class MemoryEstimate(Artifact):
         (),
         strict=False,
         description="the default's step from its forward to its evaluation, in order",
+    )
+    cards: tuple[Card, ...] = Field(
+        (), strict=False, description="GPUs of the usual sizes; empty where the CPU computes"
     )
     found: Found | None = Field(None, description="None where no param says auto")
 

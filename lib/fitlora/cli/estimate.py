@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fitlora.artifacts import Estimate, Hardware
     from fitlora.memory.question import Question
 
-CARDS_GIB = (8, 12, 16, 24, 40, 48, 80)
 _SIDE = click.Choice(["device", "host"])
 
 _OPTIONS = (
@@ -40,9 +39,27 @@ _OPTIONS = (
         help="Of the card, as NVIDIA lists it: 8.6 for RTX 30, 8.9 for RTX 40, 9.0 for H100.",
     ),
     click.option("--host-memory", metavar="SIZE", help="That may be used; all of it by default."),
-    click.option("--seq-length", type=click.IntRange(2), default=2048, show_default=True),
-    click.option("--micro-batch", type=click.IntRange(1), default=1, show_default=True),
-    click.option("--accumulation", type=click.IntRange(1), default=1, show_default=True),
+    click.option(
+        "--seq-length",
+        type=click.IntRange(2),
+        default=2048,
+        show_default=True,
+        help="Tokens of a sequence.",
+    ),
+    click.option(
+        "--micro-batch",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Sequences that go through the model at once.",
+    ),
+    click.option(
+        "--accumulation",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Micro-batches of an optimizer step.",
+    ),
     click.option("--evaluation-batch", type=click.IntRange(1), help="As --micro-batch by default."),
     click.option(
         "--recompute",
@@ -59,29 +76,65 @@ _OPTIONS = (
     ),
     click.option("--stream", default=0, type=click.IntRange(0), help="Layers from host memory."),
     click.option("--slots", default=2, type=click.IntRange(1), help="Streamed layers at one time."),
-    click.option("--checkpoints", type=_SIDE, default="device", show_default=True),
-    click.option("--embedding", type=_SIDE, default="device", show_default=True),
-    click.option("--head", type=_SIDE, default="device", show_default=True),
-    click.option("--optimizer-device", type=_SIDE, default="device", show_default=True),
+    click.option(
+        "--checkpoints",
+        type=_SIDE,
+        default="device",
+        show_default=True,
+        help="Where recomputed layers' inputs wait for the backward pass.",
+    ),
+    click.option(
+        "--embedding",
+        type=_SIDE,
+        default="device",
+        show_default=True,
+        help="Where the embedding's table is.",
+    ),
+    click.option(
+        "--head",
+        type=_SIDE,
+        default="device",
+        show_default=True,
+        help="Where the language-model head's table is.",
+    ),
+    click.option(
+        "--optimizer-device",
+        type=_SIDE,
+        default="device",
+        show_default=True,
+        help="Where the optimizer's state and work are.",
+    ),
     click.option(
         "--optimizer",
         type=click.Choice(get_args(Optimizer)),
         default="adamw",
         show_default=True,
+        help="8-bit and paged ones are bitsandbytes'.",
     ),
     click.option(
         "--compute-dtype",
         type=click.Choice(["bfloat16", "float32"]),
         default="bfloat16",
         show_default=True,
+        help="What products are computed in.",
     ),
     click.option("--loss-chunk", type=click.IntRange(1), help="Rows of logits at one time."),
-    click.option("--rank", type=click.IntRange(1), default=16, show_default=True),
+    click.option(
+        "--rank", type=click.IntRange(1), default=16, show_default=True, help="Of the adapters."
+    ),
     click.option(
         "--target", "targets", multiple=True, help="Layers with adapters; all by default."
     ),
-    click.option("--bits", type=click.Choice(["4", "16"]), default="4", show_default=True),
-    click.option("--quant-type", type=click.Choice(["nf4", "fp4"]), default="nf4"),
+    click.option(
+        "--bits",
+        type=click.Choice(["4", "16"]),
+        default="4",
+        show_default=True,
+        help="Of the frozen weights: 4 quantizes them.",
+    ),
+    click.option(
+        "--quant-type", type=click.Choice(["nf4", "fp4"]), default="nf4", help="4-bit code."
+    ),
     click.option(
         "--plan",
         "plan_file",
@@ -204,11 +257,12 @@ def _table(model: str, asked: dict[str, Any]) -> dict[str, Any]:
     """Three ways of training the model, and the cards that each fits."""
     import torch
 
+    from fitlora.memory.question import CARDS_GIB, ways_out
     from fitlora.model import empty_model
 
     question = _question(model, asked, _card(asked, "1024GiB"))
     whole = empty_model(question.config, dtype=torch.bfloat16).parameters()
-    ways = dict(question.ways_out())
+    ways = dict(ways_out(question.plan, question.config, question.settings))
     smallest = list(ways.values())[-1] if ways else question.plan
     every = {"recompute_layers": tuple(range(question.layers))}
     resident = {"checkpoints": "device", "embedding": "device", "head": "device"}

@@ -6,16 +6,19 @@ convex curve. So a chord between two traced plans lies above it, and the longest
 closed in on with a handful of traces, from below by chords and from above by extending them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fitlora.artifacts import Estimate, Hardware
+from fitlora.artifacts import Card, Estimate, Hardware
 from fitlora.memory.estimate import Estimator, Load
 from fitlora.offload.residency import spread
 from fitlora.plan import Plan
+from fitlora.step.build import step_skeleton
 from fitlora.step.settings import StepSettings
+from fitlora.units import GIB
 
+CARDS_GIB = (8, 12, 16, 24, 40, 48, 80)  # of memory that GPUs are sold with
 LENGTH_STEP = 64  # tokens; a sequence's length is given in multiples
 LONGEST = 2**20  # tokens of a sequence beyond which nobody looks
 CLOSE_ENOUGH = 0.01  # of the budget left unused
@@ -93,37 +96,66 @@ class Question:
         tokens = longest.plan.sequence_length * longest.plan.micro_batch_size
         return tokens // self.plan.sequence_length
 
-    def ways_out(self) -> Iterator[tuple[str, Plan]]:
-        """Plans that take less, each with the changes of those before it, the cheapest in time first."""
-        plan, layers = self.plan, self.layers
-        steps: list[tuple[str, dict[str, Any]]] = [
-            ("recompute every layer", {"recompute_layers": tuple(range(layers))}),
-            ("keep nothing of recomputed layers", {"recompute_keeps": ()}),
-            ("a micro-batch of 1", {"micro_batch_size": 1, "evaluation_batch_size": 1}),
-            ("everything but the layers on the host", self._all_on_host()),
-            ("half of the layers streamed", {"streamed_layers": spread(layers, layers // 2)}),
-            ("every layer streamed", {"streamed_layers": spread(layers, layers)}),
-        ]
-        for name, changes in steps:
-            smaller = plan.replace(**changes)
-            if smaller != plan:
-                yield name, smaller
-            plan = smaller
-
-    def _all_on_host(self) -> dict[str, Any]:
-        found = {"checkpoints": "host", "embedding": "host", "head": "host"}
-        if getattr(self.config, "final_logit_softcapping", None):
-            found = {"checkpoints": "host"}  # its head stays, and a tied table with it
-        return {**found, "optimizer_device": "host", "optimizer": "adamw"}
-
     def way_out(self) -> tuple[list[str], Estimate] | None:
         """The first of `ways_out` that fits, with all its changes by name; None where none does."""
         names = []
-        for name, plan in self.ways_out():
+        for name, plan in ways_out(self.plan, self.config, self.settings):
             names.append(name)
             if self.estimate(plan).fits:
                 return names, self.estimate(plan)
         return None
+
+
+def ways_out(plan: Plan, config: Any, settings: StepSettings) -> Iterator[tuple[str, Plan]]:
+    """Plans that take less, each with the changes of those before it, the cheapest in time first.
+
+    What the user decides (the optimizer, for one) stays as it is.
+    """
+    layers = int(config.get_text_config().num_hidden_layers)
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("every layer recomputed", {"recompute_layers": tuple(range(layers))}),
+        ("nothing kept of recomputed layers", {"recompute_keeps": ()}),
+        ("a micro-batch of 1", {"micro_batch_size": 1, "evaluation_batch_size": 1}),
+        ("everything but the layers on the host", _all_on_host(plan, config, settings)),
+        ("half of the layers streamed", {"streamed_layers": spread(layers, layers // 2)}),
+        ("every layer streamed", {"streamed_layers": spread(layers, layers)}),
+    ]
+    for name, changes in steps:
+        smaller = plan.replace(**changes)
+        if smaller != plan:
+            yield name, smaller
+        plan = smaller
+
+
+def _all_on_host(plan: Plan, config: Any, settings: StepSettings) -> dict[str, Any]:
+    found = {}
+    if step_skeleton(config, plan, settings).layers:  # else autograd keeps the checkpoints
+        found["checkpoints"] = "host"
+    if not getattr(config, "final_logit_softcapping", None):  # such a head stays, and a tied table
+        found |= {"embedding": "host", "head": "host"}
+    if plan.optimizer == "adamw":
+        found["optimizer_device"] = "host"
+    return found
+
+
+def fit_cards(estimates: Iterable[Estimate]) -> tuple[Card, ...]:
+    """For each of `CARDS_GIB` the first of the estimates, in order of preference, that it holds.
+
+    The host is asked nothing: what is pinned on it is in the plan's line.
+    """
+    known = list(estimates)
+
+    def card(size: int) -> Card:
+        found = next((e for e in known if e.process_bytes <= size * GIB), None)
+        return Card(
+            gib=size,
+            fits=found is not None,
+            plan=None if found is None else found.plan.describe(),
+            process_bytes=None if found is None else found.process_bytes,
+            host_pinned_bytes=None if found is None else found.host_pinned_bytes,
+        )
+
+    return tuple(card(size) for size in CARDS_GIB)
 
 
 def _chord(fitting: Estimate, beyond: Estimate, budget: int) -> int:

@@ -1,12 +1,16 @@
 """The default plan and its neighbours, in bytes -> memory_estimate.json, dataset.json."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fitlora.artifacts import (
     DATASET,
     HARDWARE,
     MEMORY_ESTIMATE,
+    Card,
     Dataset,
+    Estimate,
     Hardware,
     MemoryEstimate,
     SequenceSize,
@@ -15,6 +19,7 @@ from fitlora.console import say
 from fitlora.errors import UserError
 from fitlora.memory.estimate import Estimator, Load, count_parameters
 from fitlora.memory.moments import moments
+from fitlora.memory.question import fit_cards, ways_out
 from fitlora.model import has_tokenizer, load_config, resolve_model
 from fitlora.params import Params, with_found
 from fitlora.planner.parameters import find_parameters
@@ -56,22 +61,34 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
     start = default_plan(params, hardware, model, load.tokens, sequence_length=load.train[0].tokens)
     estimator = Estimator(config, settings, load, hardware)
     parameters, trainable = count_parameters(config, start, settings)
+    default = estimator(start)
+    others = {name: estimator(plan) for name, plan in neighbours(start, model.layers).items()}
     result = MemoryEstimate(
         model=params.model.id,
         parameters=parameters,
         trainable_parameters=trainable,
         budget_bytes=hardware.budget_bytes,
-        default=estimator(start),
-        neighbours={
-            name: estimator(plan) for name, plan in neighbours(start, model.layers).items()
-        },
+        default=default,
+        neighbours=others,
         over_step=moments(estimator.trace(start).levels, hardware.workspace_bytes),
+        cards=_cards([default, *others.values()], estimator, config),
         found=found,
     )
     result.write(root / MEMORY_ESTIMATE)
     for line in estimate_lines(result):
         say(line)
     return result
+
+
+def _cards(known: Sequence[Estimate], estimator: Estimator, config: Any) -> tuple[Card, ...]:
+    """GPUs of the usual sizes, with what is known and the plans that take least."""
+    plan = known[0].plan
+    if plan.device == "cpu":
+        return ()  # what a CPU takes says nothing of a GPU, which computes otherwise
+    smaller = [
+        estimator(other) for _, other in list(ways_out(plan, config, estimator.settings))[-3:]
+    ]
+    return fit_cards([*known, *smaller])
 
 
 def read_dataset(params: Params, folder: Path, vocabulary: int) -> Dataset:
