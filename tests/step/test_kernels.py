@@ -576,7 +576,7 @@ def test_quantizing_rows_on_gpu(shape: tuple[int, int], scaled: bool, dtype: tor
     factor = factor.cpu() if factor is not None else None
     torch.ops.fitlora.quantize_rows(x.cpu(), factor, expected, expected_scales)
     torch.testing.assert_close(scales.cpu(), expected_scales, rtol=1e-6, atol=0)
-    float8_close(out, expected, 1e-3)
+    float8_close(out, expected, 5e-3)
 
 
 @gpu
