@@ -165,3 +165,31 @@ def test_the_log(tmp_path: Path) -> None:
     assert made["peak_allocated_bytes"] == probes[0].peak_allocated_bytes
     assert made["fits"] is True
     assert made["tokens_per_second"] == probes[0].tokens_per_second
+
+
+@pytest.mark.slow
+def test_what_the_device_has_no_room_for_goes_to_the_host() -> None:
+    """Traced truly: a budget beneath all that stays on the device."""
+    config = steps.config(num_hidden_layers=4, tie_word_embeddings=False)
+    asked, load = params(), Load.uniform(6, 24)
+    settings = StepSettings.of(asked)
+
+    def plan_for(budget: int, host: int, **plan: Any) -> Any:
+        here = hardware(budget, host_budget_bytes=host, target="a card")
+        given = params(**plan) if plan else asked
+        choice, _ = find_plan(config, given, settings, load, here)
+        assert choice.estimate == estimate(config, choice.plan, settings, load, here)
+        return choice
+
+    resident = {**NO_HOST, "micro_batch_size": 1, "recompute": "all"}
+    least = plan_for(GIB, 0, **resident).estimate.process_bytes
+    choice = plan_for(least - 1, GIB, micro_batch_size=1)
+    assert choice.estimate.process_bytes < least
+    assert 0 < choice.estimate.host_pinned_bytes <= GIB
+    assert choice.plan.embedding == "host"
+    assert choice.plan.recompute_layers
+    smaller = plan_for(choice.estimate.process_bytes - 1, GIB, micro_batch_size=1)
+    assert smaller.plan.uses_host
+    assert smaller.plan.streamed_layers
+    with pytest.raises(UserError, match=r"larger hardware\.host_memory_budget|nothing fits"):
+        plan_for(least - 1, 0, micro_batch_size=1)

@@ -49,7 +49,7 @@ class Freedom:
     ) -> "Freedom":
         """start: the plan with all that params fix. head_moves: whether the head can stream."""
         on_gpu = start.device == "cuda"
-        recompute = asked.recompute == "auto"
+        recompute = asked.recompute == "auto" and (by_hand or not start.streamed_layers)
         whole = recompute or len(start.recompute_layers) == layers
         embedding, head = asked.embedding == "auto", asked.head == "auto" and head_moves
         if tied:

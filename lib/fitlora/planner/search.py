@@ -430,6 +430,8 @@ class Search:
             micro = "the largest that fits the budget"
         if asked.recompute != "auto":
             recompute = "as params say"
+        elif not self.free.recompute:
+            recompute = "no others of this model stream"
         elif by_speed and plan.recompute_layers:
             recompute = _BY_SPEED
         elif not plan.recompute_layers:

@@ -1,0 +1,257 @@
+"""The search with the host and the speed model, on estimators that know a plan's bytes by formula."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from fitlora.artifacts import Estimate, Rates
+from fitlora.errors import UserError
+from fitlora.params import check_params
+from fitlora.plan import Plan
+from fitlora.planner.chain import segments
+from fitlora.planner.search import MOST_RIVALS, ModelSize, Search, default_plan
+from fitlora.planner.speed import forecast, guess_bytes, guess_host_bytes
+from fitlora.units import GIB
+from tests.planner.test_search import estimate, hardware
+from tests.planner.test_speed import H200, LAYERS, NOT_MEASURED, shape
+
+TOKENS = 2048
+PLACES = ("checkpoints", "embedding", "head", "optimizer_device")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What plans take: the guess's own sum, off by what it leaves out and by shares of it."""
+
+    left_out: int = GIB // 2
+    share: float = 1.0
+    of_tokens: float = 1.0  # what each sequence adds beyond the guess
+
+    def __call__(self, plan: Plan) -> int:
+        tokens = int(plan.micro_batch_size * TOKENS * self.of_tokens)
+        return self.left_out + int(self.share * guess_bytes(plan, shape(), tokens))
+
+
+def make(
+    truth: Callable[[Plan], int],
+    gib: float,
+    *,
+    rates: Rates = H200,
+    host: int = 128 * GIB,
+    model: ModelSize | None = None,
+    train: dict[str, Any] | None = None,
+    device: str = "cuda",
+    **asked: Any,
+) -> Search:
+    params = check_params({"train": {"effective_batch_size": 8, **(train or {})}, "plan": asked})
+    budget = int(gib * GIB)
+    gpus = {} if device == "cuda" else {"gpus": ()}
+    here = hardware(budget, rates=rates, host_budget_bytes=host, device=device, **gpus)
+    size = model or ModelSize(LAYERS, 128_256)
+
+    def tokens(micro: int) -> int:
+        return micro * TOKENS
+
+    def estimator(plan: Plan) -> Estimate:
+        pinned = guess_host_bytes(plan, shape(), tokens(plan.micro_batch_size))
+        found = estimate(plan, truth(plan), budget)
+        return found.model_copy(update={"host_pinned_bytes": pinned})
+
+    start = default_plan(params, here, size, tokens, sequence_length=TOKENS)
+    return Search(params, here, size, start, estimator, tokens, shape=shape())
+
+
+def first(made: Search) -> Plan:
+    choice = next(made.fitting())
+    assert choice.estimate.process_bytes <= made.hardware.budget_bytes
+    assert choice.estimate.host_pinned_bytes <= made.hardware.host_budget_bytes
+    return choice.plan
+
+
+def hosted(plan: Plan) -> list[str]:
+    return [name for name in PLACES if getattr(plan, name) == "host"]
+
+
+def place(made: Search, plan: Plan) -> int:
+    """Where along its chain a plan is, from what is fastest."""
+    start = made._plan(plan.micro_batch_size)
+    chain = [start, *(p for part in segments(start, made.free).values() for p in part)]
+    return chain.index(plan)
+
+
+@pytest.mark.parametrize("gib", [40, 24, 16, 12, 9, 8, 7, 6, 5, 4, 3, 2])
+def test_without_rates_the_first_of_the_chain_that_fits(gib: int) -> None:
+    truth = Truth()
+    made = make(truth, gib, rates=NOT_MEASURED)
+    plan = first(made)
+    start = made._plan(plan.micro_batch_size)
+    chain = [start, *(p for part in segments(start, made.free).values() for p in part)]
+    assert plan == next(p for p in chain if truth(p) <= gib * GIB)
+    assert len(made.seen) <= 14
+
+
+def test_ever_smaller_budgets_move_ever_more() -> None:
+    places, seen = [], set()
+    for gib in (30, 20, 12, 8, 6.5, 5, 4, 3.5, 3):
+        made = make(Truth(), gib, rates=NOT_MEASURED)
+        plan = first(made)
+        places.append((-plan.micro_batch_size, place(made, plan)))
+        seen |= set(hosted(plan))
+    assert places == sorted(places)
+    assert {"embedding", "checkpoints"} <= seen
+
+
+def test_a_batch_is_offloaded_before_it_is_starved() -> None:
+    plan = first(make(Truth(), 4.5, rates=NOT_MEASURED))
+    assert plan.micro_batch_size * TOKENS >= 4096
+    assert plan.streamed_layers
+
+
+def all_plans(made: Search) -> list[Plan]:
+    """Of a few sizes, recomputed and streamed layers and places, what params allow."""
+    found = []
+    for size in made._sizes():
+        for recomputed in range(0, LAYERS + 1, 4):
+            for streamed in ((), tuple(range(LAYERS))):
+                for keeps in ((), ("attention",)) if recomputed else ((),):
+                    for count in range(len(PLACES) + 1):
+                        moved = ("embedding", "checkpoints", "head", "optimizer_device")[:count]
+                        changes: dict[str, Any] = dict.fromkeys(moved, "host")
+                        found.append(
+                            made._plan(size).replace(
+                                recompute_layers=range(recomputed), recompute_keeps=keeps,
+                                streamed_layers=streamed, **changes,
+                            )
+                        )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("gib", [40, 24, 12, 8, 6, 4])
+@pytest.mark.parametrize("truth", [Truth(), Truth(2 * GIB, 1.05), Truth(GIB, 0.9, 1.2)])
+def test_by_speed_hardly_any_other_plan_is_faster(gib: int, truth: Truth) -> None:
+    made = make(truth, gib)
+    plan = first(made)
+
+    def speed(of: Plan) -> float:
+        told = forecast(of, shape(), H200, of.micro_batch_size * TOKENS)
+        assert told is not None
+        return told.tokens_per_second
+
+    best = max(speed(p) for p in all_plans(made) if truth(p) <= gib * GIB)
+    assert speed(plan) >= 0.95 * best
+    assert len(made.seen) <= 12 + MOST_RIVALS
+
+
+def test_what_is_fixed_is_kept_and_said_so() -> None:
+    for name in PLACES:
+        for side in ("device", "host"):
+            made = make(Truth(), 12, **{name: side})
+            choice = next(made.fitting())
+            assert getattr(choice.plan, name) == side
+            assert choice.reasons[name] == "as params say"
+    made = make(Truth(), 12, stream_layers=7)
+    choice = next(made.fitting())
+    assert len(choice.plan.streamed_layers) == 7
+    assert choice.reasons["streamed_layers"] == "as params say"
+
+
+def test_every_decision_has_its_reason() -> None:
+    for gib in (80, 12, 5, 3):
+        choice = next(make(Truth(), gib).fitting())
+        assert {"streamed_layers", *PLACES} <= set(choice.reasons) <= set(Plan.model_fields)
+
+
+def test_what_cannot_fit_is_refused_with_what_would() -> None:
+    made = make(Truth(), 5, stream_layers=0, embedding="device", head="device")
+    with pytest.raises(
+        UserError, match=r"auto for plan\.stream_layers, plan\.embedding, plan\.head"
+    ):
+        first(made)
+    made = make(Truth(), 80, host=GIB, stream_layers=LAYERS)
+    with pytest.raises(
+        UserError, match=r"larger hardware\.host_memory_budget: the plan pins 3\.\d+ GiB"
+    ):
+        first(made)
+
+
+@pytest.mark.parametrize(
+    ("asked", "model", "says"),
+    [
+        ({"stream_layers": 33}, {}, "plan.stream_layers is 33, and the model has 32 layers"),
+        ({"head": "host", "embedding": "device"}, {"tied": True}, "one table for both"),
+        ({"head": "host"}, {"head_moves": False}, "caps its logits"),
+        (
+            {"checkpoints": "host"},
+            {"by_hand": False},
+            "plan.checkpoints is host, which needs a family",
+        ),
+    ],
+)
+def test_what_the_model_cannot_do(asked: dict[str, Any], model: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        make(Truth(), 80, model=ModelSize(LAYERS, 128_256, **model), **asked)
+
+
+def test_only_torchs_optimizer_goes_to_the_host() -> None:
+    with pytest.raises(
+        UserError, match=r"optimizer_device is host, and train\.optimizer adamw_8bit"
+    ):
+        make(Truth(), 80, train={"optimizer": "adamw_8bit"}, optimizer_device="host")
+
+
+def test_one_table_is_in_one_place() -> None:
+    tied = ModelSize(LAYERS, 128_256, tied=True)
+    for asked in ({"head": "host"}, {"embedding": "host"}):
+        plan = first(make(Truth(), 40, model=tied, **asked))
+        assert (plan.embedding, plan.head) == ("host", "host")
+    for gib in (40, 8, 5, 4, 3):
+        plan = first(make(Truth(), gib, model=tied))
+        assert plan.embedding == plan.head
+
+
+def test_a_model_that_is_not_done_by_hand() -> None:
+    general = ModelSize(LAYERS, 128_256, by_hand=False)
+    for gib in (40, 8, 6, 5):
+        plan = first(make(Truth(), gib, model=general))
+        assert set(plan.streamed_layers) <= set(plan.recompute_layers)
+        assert plan.checkpoints == "device"
+        assert plan.recompute_keeps == ()
+    plan = first(make(Truth(), 40, model=general, stream_layers=3))
+    assert len(plan.recompute_layers) == LAYERS
+
+
+@pytest.mark.parametrize("host", [0, GIB // 2, GIB, 2 * GIB, 4 * GIB])
+def test_the_hosts_budget_is_kept(host: int) -> None:
+    seen = 0
+    for gib in (24, 8, 7, 6, 5, 4):
+        try:
+            plan = first(make(Truth(), gib, host=host))
+        except UserError:
+            continue
+        seen += 1
+        if host == 0:
+            assert hosted(plan) == []
+            assert plan.streamed_layers == ()
+    assert seen > 1
+
+
+def test_the_cpu_moves_nothing_by_itself() -> None:
+    here = make(Truth(), 12, device="cpu")
+    choice = next(here.fitting())
+    assert not choice.plan.uses_host
+    assert choice.reasons["streamed_layers"] == "the device is the host"
+
+
+def test_drawn_budgets_never_pass_what_fits() -> None:
+    draw = random.Random(3)
+    for _ in range(12):
+        truth = Truth(draw.randrange(4 * GIB), draw.uniform(0.8, 1.3), draw.uniform(0.8, 1.3))
+        made = make(truth, draw.uniform(2, 60), host=draw.randrange(64 * GIB))
+        try:
+            first(made)  # which asserts it
+        except UserError:
+            least = make(truth, 1000)
+            assert truth(least._plan(1)) > made.hardware.budget_bytes
