@@ -188,8 +188,11 @@ def test_what_the_device_has_no_room_for_goes_to_the_host() -> None:
     assert 0 < choice.estimate.host_pinned_bytes <= GIB
     assert choice.plan.embedding == "host"
     assert choice.plan.recompute_layers
-    smaller = plan_for(choice.estimate.process_bytes - 1, GIB, micro_batch_size=1)
-    assert smaller.plan.uses_host
-    assert smaller.plan.streamed_layers
+    unstreamed = {"recompute": "all", "stream_layers": 0, "head": "device"}
+    last = plan_for(
+        GIB, GIB, micro_batch_size=1, embedding="host", checkpoints="host", **unstreamed
+    )
+    streams = plan_for(last.estimate.process_bytes - 1, GIB, micro_batch_size=1)
+    assert streams.plan.streamed_layers
     with pytest.raises(UserError, match=r"larger hardware\.host_memory_budget|nothing fits"):
         plan_for(least - 1, 0, micro_batch_size=1)
