@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +26,12 @@ from fitlora.memory.timeline import Block as TimelineBlock
 from fitlora.memory.timeline import Segment, Timeline
 from fitlora.step.ops import scratch_bytes
 
+_DEVICE = torch.ops.prim.device.default
+# Operators that write to their first argument and return it as it was.
+_WRITERS = frozenset(
+    f"aten::{name}_"
+    for name in ("add", "addmm", "bitwise_xor", "copy", "div", "fill", "index_copy", "mul", "zero")
+)
 BLOCK = 512  # the CUDA allocator hands out multiples of this
 
 
@@ -159,9 +167,18 @@ class MemoryTrace(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        fake = bool(args) and isinstance(args[0], FakeTensor)
+        if fake and func is _DEVICE:
+            return args[0].fake_device  # more than half of all calls
         scratch = scratch_bytes.get(func._schema.name)
         extra = 0 if scratch is None else sum(self._size(block) for block in scratch(*args))
-        out = func(*args, **(kwargs or {}))
+        # what only writes has no result to find out, where there are no numbers
+        if fake and func._schema.name in _WRITERS:
+            out = args[0]
+        elif fake and not func._schema.returns:
+            out = None
+        else:
+            out = func(*args, **(kwargs or {}))
         grown = False
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
