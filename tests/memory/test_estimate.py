@@ -10,6 +10,7 @@ from transformers import Qwen2Config
 
 from fitlora.artifacts import Hardware, Rates, SequenceSize
 from fitlora.memory import estimate as memory_estimate
+from fitlora.memory.allocator import Overflow
 from fitlora.memory.estimate import (
     FRAGMENTATION,
     Estimator,
@@ -194,6 +195,35 @@ def test_what_fits_counts_context_and_fragmentation(monkeypatch: pytest.MonkeyPa
         found = estimate(CONFIG, steps.plan(), SETTINGS, LOAD, here)
         assert found.process_bytes == process
         assert found.fits is fits
+
+
+def test_paged_states_are_beside_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = steps.plan(device="cuda", optimizer="paged_adamw")
+    small = estimate(CONFIG, plan, SETTINGS, LOAD, hardware())  # too small to be paged
+    assert (small.paged_bytes, small.components.optimizer_states > 0) == (0, True)
+    monkeypatch.setattr(memory_estimate, "PAGED_NUMEL", 1)
+    paged = estimate(CONFIG, plan, SETTINGS, LOAD, hardware())
+    adapters = paged.components.adapters
+    assert paged.paged_bytes == pytest.approx(2 * adapters, rel=0.01)  # two fp32 states
+    assert paged.safe_peak_bytes is not None
+    assert paged.process_bytes == paged.safe_peak_bytes + paged.paged_bytes
+    assert paged.peak_allocated_bytes < small.peak_allocated_bytes
+
+
+def test_a_replay_reserves_the_peak_and_little_more() -> None:
+    estimator = Estimator(CONFIG, SETTINGS, LOAD, hardware(workspace_bytes=64 * 2**20))
+    peak = estimator(steps.plan()).peak_allocated_bytes
+    # a granule of each pool, at most, is not full at its end
+    assert peak <= estimator.reserved_bytes(steps.plan()) <= peak + 22 * 2**20
+
+
+def test_a_replay_within_a_budget_overflows_or_stays_within() -> None:
+    here = hardware(device="cuda", budget_bytes=100 * 2**20, workspace_bytes=0)
+    plan = steps.plan()
+    assert Estimator(CONFIG, SETTINGS, LOAD, here).reserved_bytes(plan) <= here.budget_bytes
+    small = hardware(device="cuda", budget_bytes=2**20)
+    with pytest.raises(Overflow):
+        Estimator(CONFIG, SETTINGS, LOAD, small).reserved_bytes(plan)
 
 
 def test_the_load_is_made_of_the_longest() -> None:
