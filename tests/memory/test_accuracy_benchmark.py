@@ -1,0 +1,94 @@
+"""The draw that the estimate is held to: always the same, all choices in it; and its summary."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks import estimate_accuracy as accuracy
+from fitlora.memory.estimate import sequences_of
+from fitlora.step.batch import PackedSequence
+from tests.memory.test_estimate import hardware
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[accuracy.Case]:
+    return accuracy.draw_cases(fit=False, tiny=False)
+
+
+def test_the_draw_is_the_seeds(cases: list[accuracy.Case]) -> None:
+    assert cases == accuracy.draw_cases(fit=False, tiny=False)
+    assert cases != accuracy.draw_cases(fit=True, tiny=False)[: len(cases)]
+
+
+def test_every_case_is_a_plan_and_every_choice_is_among_them(cases: list[accuracy.Case]) -> None:
+    plans = [accuracy.plan_of(case, "cuda") for case in cases]
+    assert len(cases) >= 60
+    configs = [accuracy.config_of(case.model, tiny=False) for case in cases]
+    assert len({config.model_type for config in configs}) >= 6
+    assert {plan.optimizer for plan in plans} == set(accuracy.CHOICES["optimizer"])
+    assert {plan.micro_batch_size for plan in plans} == {1, 2, 4, 8}
+    assert {plan.sequence_length for plan in plans if plan.micro_batch_size == 1} >= {512, 16384}
+    assert {case.rank for case in cases} == set(accuracy.CHOICES["rank"])
+    assert {case.storage for case in cases} == {"nf4", "fp4", "16 bits"}
+    assert {case.targets for case in cases} == {"all-linear", "attention"}
+    assert {plan.recompute_keeps for plan in plans} == {(), ("attention",)}
+    for part in ("checkpoints", "embedding", "head", "optimizer_device"):
+        assert {getattr(plan, part) for plan in plans} == {"device", "host"}
+    shares = {
+        (not plan.recompute_layers, len(plan.recompute_layers) == config.num_hidden_layers)
+        for plan, config in zip(plans, configs, strict=True)
+    }
+    assert shares == {(True, False), (False, False), (False, True)}
+    assert any(plan.streamed_layers for plan in plans)
+
+
+def test_sequences_are_what_a_case_says(cases: list[accuracy.Case]) -> None:
+    assert {case.packed for case in cases} == {False, True}
+    for case in (next(c for c in cases if c.packed == packed) for packed in (False, True)):
+        load = accuracy.load_of(case)
+        for size, made in zip(load.train, sequences_of(load.train), strict=True):
+            assert isinstance(made, PackedSequence) == case.packed
+            assert len(made.tokens) == size.tokens
+            assert made.target_tokens == size.target_tokens
+
+
+def test_families_of_the_fitting_draw_leave_two_unseen() -> None:
+    def families(models: tuple[str, ...]) -> set[str]:
+        return {accuracy.config_of(model, tiny=False).model_type for model in models}
+
+    assert len(families(accuracy.MODELS) - families(accuracy.FIT_MODELS)) >= 2
+
+
+def row(number: int, predicted: int, measured: int | None, **more: Any) -> dict[str, Any]:
+    asked = {"case": number, "family": "llama", "model": "tiny"}
+    found = {"predicted_allocated_bytes": predicted, "measured_allocated_bytes": measured, **more}
+    return accuracy.make_row(asked, found, {}, hardware())
+
+
+def test_a_summary_has_mean_and_worst_and_counts_failures() -> None:
+    rows = [
+        row(0, 101, 100, safe_peak_bytes=110, measured_reserved_bytes=100, estimate_seconds=2.0),
+        row(1, 97, 100, safe_peak_bytes=99, measured_reserved_bytes=100, estimate_seconds=4.0),
+        row(2, 50, None, error="OutOfMemoryError: "),
+    ]
+    found = accuracy.summarize(rows)
+    assert found["allocated_mean_error"] == pytest.approx(0.02)
+    assert found["allocated_worst_error"] == pytest.approx(0.03)
+    assert found["safe_least_margin"] == pytest.approx(-0.01)
+    assert found["safe_most_margin"] == pytest.approx(0.10)
+    assert found["estimate_most_seconds"] == 4.0
+    assert (found["cases"], found["failed"]) == (3, 1)
+    assert rows[2]["allocated_error"] is None
+
+
+def test_a_row_tells_the_whole_plan(cases: list[accuracy.Case]) -> None:
+    case = cases[0]
+    plan = accuracy.plan_of(case, "cuda")
+    asked = accuracy.asked_of(case, plan, accuracy.config_of(case.model, tiny=False))
+    assert asked["plan"] == plan.fingerprint()
+    assert asked["on_host"] == " ".join(
+        name
+        for name in ("checkpoints", "embedding", "head", "optimizer_device")
+        if getattr(plan, name) == "host"
+    )
+    assert asked["tokens"] == sum(size[0] for size in case.sizes)
