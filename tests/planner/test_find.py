@@ -14,6 +14,7 @@ from fitlora.plan import Plan
 from fitlora.planner import find
 from fitlora.planner.find import MAX_PROBES, find_plan
 from fitlora.planner.probe import ProbeResult, probe, write_log
+from fitlora.planner.search import ModelSize
 from fitlora.step.settings import StepSettings
 from fitlora.units import GIB
 from tests.planner.test_search import NO_HOST, Linear, hardware
@@ -62,7 +63,7 @@ def fake_estimates(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
         return real(**{**options, "estimator": estimator})
 
     monkeypatch.setattr(find, "Search", search)
-    monkeypatch.setattr(find.ModelSize, "of", lambda config, **_: find.ModelSize(32, 32_000))
+    monkeypatch.setattr(find, "model_size", lambda *_: ModelSize(32, 32_000))
 
 
 def find_large(budget: int, **options: Any) -> Any:

@@ -7,31 +7,15 @@ from fitlora.artifacts import Estimate, Hardware
 from fitlora.errors import UserError
 from fitlora.memory.estimate import Estimator, Load
 from fitlora.params import Params
-from fitlora.plan import Plan
+from fitlora.planner.model import model_size
 from fitlora.planner.probe import ProbeResult, probe
-from fitlora.planner.search import Choice, ModelSize, Search, default_plan
+from fitlora.planner.search import Choice, Search, default_plan
 from fitlora.planner.speed import Shape
-from fitlora.step.build import step_skeleton
 from fitlora.step.settings import StepSettings
 from fitlora.units import format_bytes
 
 # Probes that may fail before we say that the estimate does not hold on this machine.
 MAX_PROBES = 4
-
-
-def model_size(config: Any, settings: StepSettings) -> ModelSize:
-    """What candidates depend on, with whether the step has its layers by hand."""
-    like = Plan(
-        device="cpu",
-        effective_batch_size=1,
-        micro_batch_size=1,
-        evaluation_batch_size=1,
-        sequence_length=1,
-        compute_dtype="bfloat16",
-        optimizer="adamw",
-        loss_chunk_tokens=1,
-    )
-    return ModelSize.of(config, by_hand=bool(step_skeleton(config, like, settings).layers))
 
 
 def find_plan(

@@ -23,7 +23,7 @@ from fitlora.errors import UserError
 from fitlora.memory.estimate import Load, estimate
 from fitlora.model import has_tokenizer
 from fitlora.params import Params, with_found
-from fitlora.planner.find import model_size
+from fitlora.planner.model import model_size
 from fitlora.planner.search import ModelSize, default_plan, smallest_plan
 from fitlora.step.settings import StepSettings
 from fitlora.training.data import load_splits
