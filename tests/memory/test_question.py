@@ -3,6 +3,7 @@
 from functools import cache
 
 import pytest
+from transformers import Olmo2Config
 
 from fitlora.artifacts import Estimate
 from fitlora.memory.question import Question, fit_cards, ways_out
@@ -66,6 +67,17 @@ def test_ways_out_leave_what_the_user_decided() -> None:
         assert (last.optimizer_device == "host") == (optimizer == "adamw")
         assert last.effective_batch_size == plan.effective_batch_size
         assert last.streamed_layers == (0, 1)
+
+
+def test_ways_out_of_a_model_that_autograd_does_can_be_estimated() -> None:
+    config = Olmo2Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=128,
+    )  # fmt: skip
+    asked = Question(config, steps.settings(), PLAN, hardware(host_budget_bytes=GIB))
+    *_, (name, last) = ways_out(PLAN, config, steps.settings())
+    assert (name, last.checkpoints, last.embedding) == ("every layer streamed", "device", "device")
+    assert asked.estimate(last).host_pinned_bytes > 0
 
 
 def estimate(process_bytes: int, micro: int) -> Estimate:

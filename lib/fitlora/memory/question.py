@@ -129,10 +129,12 @@ def ways_out(plan: Plan, config: Any, settings: StepSettings) -> Iterator[tuple[
 
 def _all_on_host(plan: Plan, config: Any, settings: StepSettings) -> dict[str, Any]:
     found = {}
-    if step_skeleton(config, plan, settings).layers:  # else autograd keeps the checkpoints
+    if step_skeleton(config, plan, settings).layers:  # where autograd does them, they stay
         found["checkpoints"] = "host"
-    if not getattr(config, "final_logit_softcapping", None):  # such a head stays, and a tied table
-        found |= {"embedding": "host", "head": "host"}
+        if not getattr(
+            config, "final_logit_softcapping", None
+        ):  # as does a capped head, and its tie
+            found |= {"embedding": "host", "head": "host"}
     if plan.optimizer == "adamw":
         found["optimizer_device"] = "host"
     return found
