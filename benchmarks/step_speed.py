@@ -44,6 +44,7 @@ OURS: tuple[tuple[int, float, tuple[str, ...], tuple[str, ...]], ...] = (
     (1, 0.0, (), ("embedding",)),
     (2, 0.25, ("attention",), ("embedding",)),
     (2, 0.0, (), ("embedding",)),
+    (3, 0.0, (), ("embedding",)),
     (4, 0.0, (), ()),
     (6, 0.0, (), ()),
     (8, 0.0, (), ()),
@@ -84,7 +85,9 @@ def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {"model": args.model, "sequence_length": args.tokens, **case}
         for case in found
-        if case["system"] in args.systems and case["compute_dtype"] in args.dtypes
+        if case["system"] in args.systems
+        and case["compute_dtype"] in args.dtypes
+        and (args.micro_batches is None or case["micro_batch"] in args.micro_batches)
     ]
 
 
@@ -278,6 +281,15 @@ def best_within(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def case_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What was asked, of a row."""
+    keys = (
+        "system", "model", "sequence_length", "micro_batch", "compute_dtype", "recomputed_share",
+        "recompute_keeps", "on_the_host",
+    )  # fmt: skip
+    return {key: row.get(key) for key in keys}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -286,7 +298,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--systems", nargs="+", default=["fitlora", "peft", "peft+liger"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float8"])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--micro-batches", nargs="+", type=int)
+    parser.add_argument("--json", type=Path, help="result file; rows of other cases in it stay")
     parser.add_argument("--cases", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.cases is not None:
@@ -295,6 +308,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = args.json or ROOT / "benchmarks" / "results" / f"step_speed.{device_label()}.json"
     rows: list[dict[str, Any]] = []
     asked = cases(args)
+    if path.is_file():
+        known = json.loads(path.read_text())["rows"]
+        mine = [case_of(case) for case in asked]
+        rows = [r for r in known if "budget_gib" not in r and case_of(r) not in mine]
     systems = dict.fromkeys(case["system"] for case in asked)
     each = ([case for case in asked if case["system"] == system] for system in systems)
     for row in chain.from_iterable(map(in_process, each)):

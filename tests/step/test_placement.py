@@ -1,5 +1,7 @@
 """A step whose parts are on the host does what it does with everything on the device."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -144,3 +146,23 @@ def test_nothing_is_allocated_for_weights_in_a_step() -> None:
     assert [slot.data_ptr() for slot in residency.slot_tensors] == slots
     weights = sum(len(host) for host in residency._host.values())
     assert transport.uploaded_bytes > 4 * weights  # they came in every step, and more than once
+
+
+@pytest.mark.parametrize("case", ["llama", "olmo2"])
+@pytest.mark.parametrize(
+    "sides",
+    [
+        {"optimizer_device": "host"},
+        {"streamed_layers": LAYERS, "embedding": "host", "head": "host"},
+    ],
+    ids=str,
+)
+def test_a_step_that_is_dropped_leaves_nothing(case: str, sides: dict[str, Any]) -> None:
+    """Hooks and closures hold no tensor of a step that nobody has any more."""
+    made = make(case, recompute_layers=LAYERS, config=UNTIED, **sides)
+    made.run(steps.sequences(7), step=0, learning_rate=1e-2)
+    alive = [weakref.ref(p) for p in made.adapters.values()]
+    alive += [weakref.ref(p) for p in made.model.parameters() if p.device.type != "meta"]
+    del made
+    gc.collect()
+    assert not [ref for ref in alive if ref() is not None]

@@ -14,6 +14,7 @@ version and taken over, but for values that are the master's own, rounded. (Writ
 leaves no trace, and is seen only before the first step.)
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -280,8 +281,16 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         return [fp32, fp32, wire] if self._offload_gradients else [fp32, fp32]
 
     def _send_down_when_finished(self, one: _Master) -> None:
-        hook = cast(Any, one.parameter).register_post_accumulate_grad_hook
-        hook(lambda _: self._send_down(one))
+        # autograd keeps a hook as long as the parameter, out of the garbage collector's sight: a hook
+        # that held the optimizer, which holds the parameter, would keep both for ever
+        mine = weakref.ref(self)
+
+        def finished(parameter: Tensor) -> None:
+            optimizer = mine()
+            if optimizer is not None:
+                optimizer._send_down(optimizer._masters[parameter])
+
+        cast(Any, one.parameter).register_post_accumulate_grad_hook(finished)
 
     def _ordered(self) -> Iterator[_Master]:
         return (self._masters[p] for group in self.param_groups for p in group["params"])
