@@ -448,13 +448,13 @@ class Search:
             ),
             "recompute_layers": recompute,
             **({"recompute_keeps": keeps} if plan.recompute_keeps else {}),
-            **self._reasons_of_places(plan),
+            **self._reasons_of_places(plan, by_speed),
             "compute_dtype": dtype_reason,
             "optimizer": "as params say",
             "loss_chunk_tokens": f"fp32 logits stay within {format_bytes(LOSS_CHUNK_BYTES)}",
         }
 
-    def _reasons_of_places(self, plan: Plan) -> dict[str, str]:
+    def _reasons_of_places(self, plan: Plan, by_speed: bool) -> dict[str, str]:
         asked = self.params.plan
         streamed = len(plan.streamed_layers)
         if asked.stream_layers != "auto":
@@ -463,6 +463,8 @@ class Search:
             streams = "the device is the host"
         elif not streamed:
             streams = "all layers fit the device"
+        elif by_speed:
+            streams = _BY_SPEED
         elif streamed == self.model.layers:
             streams = "the budget leaves room for no layer's weights"
         else:
@@ -478,7 +480,9 @@ class Search:
             if getattr(asked, name) != "auto":
                 found[name] = "as params say"
             elif getattr(plan, name) == "host":
-                found[name] = reason
+                found[name] = (
+                    _BY_SPEED if by_speed and name in ("head", "optimizer_device") else reason
+                )
             elif plan.device == "cpu":
                 found[name] = "the device is the host"
             else:
