@@ -105,7 +105,11 @@ def test_estimate_takes_a_whole_plan_and_says_what_is_lacking(tmp_path: Path) ->
 
 
 def test_the_table_of_a_model() -> None:
-    done = fitlora("estimate", MODEL, "--table", "--seq-length", "64", "--json")
+    asked = ("estimate", MODEL, "--table", "--seq-length", "64")
+    standard, qlora = fitlora(*asked).stdout.splitlines()[1:3]
+    assert standard.split()[-7:] == ["?"] * 7  # a bound says when a card is too small, and no more
+    assert qlora.split()[-7:] == ["yes"] * 7
+    done = fitlora(*asked, "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["cards_gib"] == [8, 12, 16, 24, 40, 48, 80]

@@ -335,8 +335,10 @@ def _table_lines(found: dict[str, Any]) -> Iterator[str]:
     cards = "".join(f"{card:>5}" for card in found["cards_gib"])
     yield f"{found['model']:<24}{'GPU memory':>14}  cards of{cards} GiB"
     for name, count in sizes.items():
-        size = f"{'> ' if name.startswith('standard') else ''}{format_bytes(count)}"
-        fits = "".join(f"{'yes' if count <= c * GIB else 'no':>5}" for c in found["cards_gib"])
+        bound = name.startswith("standard")  # which can say that a card is too small, and no more
+        size = f"{'> ' if bound else ''}{format_bytes(count)}"
+        yes = "?" if bound else "yes"
+        fits = "".join(f"{yes if count <= c * GIB else 'no':>5}" for c in found["cards_gib"])
         yield f"{name:<24}{size:>14}          {fits}"
 
 
