@@ -12,7 +12,7 @@ from fitlora.errors import UserError
 from fitlora.params import check_params
 from fitlora.plan import Plan
 from fitlora.planner.chain import segments
-from fitlora.planner.search import MOST_RIVALS, ModelSize, Search, default_plan
+from fitlora.planner.search import MOST_RIVALS, ModelSize, Search, default_plan, smallest_plan
 from fitlora.planner.speed import forecast, guess_bytes, guess_host_bytes
 from fitlora.units import GIB
 from tests.planner.test_search import estimate, hardware
@@ -255,3 +255,13 @@ def test_drawn_budgets_never_pass_what_fits() -> None:
         except UserError:
             least = make(truth, 1000)
             assert truth(least._plan(1)) > made.hardware.budget_bytes
+
+
+def test_the_smallest_plan_with_the_host_and_without() -> None:
+    made = make(Truth(), 40)
+    here = smallest_plan(made.params, made.model, made.start, host=False)
+    moved = smallest_plan(made.params, made.model, made.start, host=True)
+    assert here.micro_batch_size == moved.micro_batch_size == 1
+    assert len(here.recompute_layers) == len(moved.streamed_layers) == LAYERS
+    assert hosted(here) == []
+    assert hosted(moved) == list(PLACES)

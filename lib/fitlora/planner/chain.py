@@ -68,6 +68,12 @@ class Freedom:
             most_streamed=layers,
         )
 
+    def without_host(self) -> "Freedom":
+        """The same with nothing to be moved to the host."""
+        return replace(
+            self, stream=False, checkpoints=False, embedding=False, head=False, optimizer=False
+        )
+
 
 def segments(start: Plan, free: Freedom) -> dict[str, list[Plan]]:
     """From `start`, by the freedom that is used, plans in ever less memory; the last is the corner.

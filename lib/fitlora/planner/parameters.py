@@ -20,11 +20,11 @@ from typing import Any
 from fitlora.artifacts import Found, Hardware, SequenceSize
 from fitlora.console import say
 from fitlora.errors import UserError
-from fitlora.memory.estimate import Load, estimate
+from fitlora.memory.estimate import Estimator, Load
 from fitlora.model import has_tokenizer
 from fitlora.params import Params, with_found
 from fitlora.planner.model import model_size
-from fitlora.planner.search import ModelSize, default_plan, smallest_plan
+from fitlora.planner.search import ModelSize, Search, default_plan, smallest_plan
 from fitlora.step.settings import StepSettings
 from fitlora.training.data import load_splits
 
@@ -106,9 +106,26 @@ def _smallest_fits(config: Any, params: Params, tokens: int, hardware: Hardware)
     """Whether the smallest layout that params leave fits. tokens: of every sequence."""
     settings = StepSettings.of(params)
     size = model_size(config, settings)
-    sequence = SequenceSize(tokens=tokens, target_tokens=tokens - 1)
-    load = Load([sequence] * params.train.effective_batch_size, [sequence])
+    sequences = [SequenceSize(tokens=tokens, target_tokens=tokens - 1)]
+    load = Load(sequences * params.train.effective_batch_size, sequences * _held_out(params))
     start = default_plan(params, hardware, size, load.tokens, sequence_length=tokens)
-    plan = smallest_plan(params, size, start)
-    load = Load([sequence] * plan.micro_batch_size, [sequence] * plan.evaluation_batch_size)
-    return estimate(config, plan, settings, load, hardware).fits
+    estimator = Estimator(config, settings, load, hardware)
+    for host in (False, True):
+        found = estimator(smallest_plan(params, size, start, host=host))
+        if found.fits:
+            return True
+    if found.process_bytes > hardware.budget_bytes:
+        return False
+    # the device has room where all is moved, and the host has not: a part of it may fit both
+    search = Search(params, hardware, size, start, estimator, load.tokens)
+    try:
+        next(search.fitting())
+    except UserError:
+        return False
+    return True
+
+
+def _held_out(params: Params) -> int:
+    """The most sequences that are evaluated at once."""
+    asked = params.plan.evaluation_batch_size
+    return params.train.effective_batch_size if asked == "auto" else asked

@@ -214,13 +214,17 @@ def freedom(params: Params, model: ModelSize, start: Plan) -> Freedom:
     )
 
 
-def smallest_plan(params: Params, model: ModelSize, start: Plan) -> Plan:
-    """The plan that takes the least memory of all that params allow, by its nature and not by trace."""
+def smallest_plan(params: Params, model: ModelSize, start: Plan, *, host: bool) -> Plan:
+    """The plan that takes the least memory of all that params allow, by its nature and not by trace.
+
+    host: whether it may move anything to the host that params leave open.
+    """
     asked = params.plan
     micro = 1 if asked.micro_batch_size == "auto" else asked.micro_batch_size
     held_out = 1 if asked.evaluation_batch_size == "auto" else asked.evaluation_batch_size
     start = start.replace(micro_batch_size=micro, evaluation_batch_size=held_out)
-    return smallest(start, freedom(params, model, start))
+    free = freedom(params, model, start)
+    return smallest(start, free if host else free.without_host())
 
 
 def _recomputed(params: Params, model: ModelSize) -> tuple[int, ...] | None:
