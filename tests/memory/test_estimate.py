@@ -100,7 +100,7 @@ def test_the_same_plan_gives_the_same_estimate() -> None:
     "changes", [{"micro_batch_size": 1, "recompute_layers": (0, 1)}, {"optimizer": "adamw_8bit"}]
 )
 def test_components_add_up_to_the_peak(changes: dict[str, Any]) -> None:
-    here = hardware(workspace_bytes=1000)
+    here = hardware(workspace_bytes=2000)  # half of it: one thread computes
     found = estimate(CONFIG, steps.plan(**changes), SETTINGS, LOAD, here)
     assert found.components.total == found.peak_allocated_bytes
     assert found.components.library_workspaces == 1000
@@ -191,7 +191,7 @@ def test_what_fits_counts_context_and_fragmentation(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(memory_estimate, "trace_step", lambda *arguments: traced(steps.plan()))
     process = int((peak + 512) * (1 + FRAGMENTATION)) + 10_000
     for budget, fits in ((process, True), (process - 1, False)):
-        here = hardware(context_bytes=10_000, workspace_bytes=512, budget_bytes=budget)
+        here = hardware(context_bytes=10_000, workspace_bytes=1024, budget_bytes=budget)
         found = estimate(CONFIG, steps.plan(), SETTINGS, LOAD, here)
         assert found.process_bytes == process
         assert found.fits is fits

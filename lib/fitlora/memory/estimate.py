@@ -29,6 +29,7 @@ from fitlora.offload.transport import make_transport
 from fitlora.plan import PAGED_OPTIMIZERS, Plan
 from fitlora.step.batch import PackedSequence, TokenSequence
 from fitlora.step.build import step_skeleton
+from fitlora.step.network import HandNetwork
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import EmptyWeights, Weights
@@ -187,6 +188,7 @@ class Traced:
     levels: dict[Segment, Level]
     host_pinned_bytes: int
     paged_bytes: int
+    by_hand: bool  # whether one thread does it all, or autograd's has the backward
     timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
 
@@ -216,19 +218,28 @@ def trace_levels(
             paged += block.size
             timeline.blocks[number] = replace(block, size=0)
         found = levels(timeline, booking.purposes(), rest="temporary_buffers")
-    return Traced(found, transport.pinned_bytes, paged, timeline)
+    by_hand = isinstance(step.network, HandNetwork)
+    return Traced(found, transport.pinned_bytes, paged, by_hand, timeline)
 
 
-def _result(found: Mapping[Segment, Level]) -> TraceResult:
-    highest = max(found.values(), key=lambda level: level.bytes)
+def _result(found: Mapping[Segment, Level], workspace_bytes: int = 0) -> TraceResult:
+    """workspace_bytes: what libraries take at their first product, which is after loading."""
+
+    def workspace(segment: Segment) -> int:
+        return 0 if segment.phase == "load" else workspace_bytes
+
+    highest = max(found, key=lambda segment: found[segment].bytes + workspace(segment))
     phases: dict[str, int] = {}
     for segment, level in found.items():
         phases[segment.phase] = max(phases.get(segment.phase, 0), level.bytes)
+    components = dict(found[highest].components)
+    if workspace_bytes:
+        components["library_workspaces"] = workspace(highest)
     return TraceResult(
-        peak_bytes=highest.bytes,
-        components=dict(highest.components),
+        peak_bytes=found[highest].bytes + workspace(highest),
+        components=components,
         phase_peak_bytes=phases,
-        instant=highest.instant,
+        instant=found[highest].instant,
     )
 
 
@@ -279,15 +290,15 @@ class Estimator:
         self._traces: dict[Plan, Traced] = {}
         kinds = layer_kinds(config)
         self._layers = len(kinds)
+        self._by_hand = False
         self._alike = len(set(kinds)) == 1 and config.get_text_config() is config
 
     def __call__(self, plan: Plan) -> Estimate:
         """The predicted memory of `plan`, in bytes."""
         traced = self.trace(plan)
-        found = _result(traced.levels)
-        workspace = self.hardware.workspace_bytes
-        components = Components(**found.components, library_workspaces=workspace)
-        peak = found.peak_bytes + workspace
+        found = _result(traced.levels, self.workspace_bytes)
+        components = Components(**{"library_workspaces": 0, **found.components})
+        peak = found.peak_bytes
         safe = int(peak * (1 + FRAGMENTATION))
         process = safe + traced.paged_bytes + self.hardware.context_bytes
         pinned = traced.host_pinned_bytes
@@ -305,6 +316,16 @@ class Estimator:
             components=components,
         )
 
+    @property
+    def workspace_bytes(self) -> int:
+        """What cuBLAS keeps: a workspace for each thread that computes.
+
+        The profile's is that of a forward and of autograd's backward, which has a thread of its own.
+        Where layers are done by hand one thread does both.
+        """
+        whole = self.hardware.workspace_bytes
+        return -(-whole // 2) if self._by_hand else whole
+
     def reserved_bytes(self, plan: Plan) -> int:
         """The most that the allocator will have reserved, from a replay of the step at full depth.
 
@@ -312,10 +333,10 @@ class Estimator:
         their workspaces at the first product. Raises `allocator.Overflow` where the budget is too small.
         """
         traced = trace_levels(self.config, plan, self.settings, self.load)
-        timeline = traced.timeline
+        self._by_hand, timeline = traced.by_hand, traced.timeline
         assert timeline is not None
         first = next(at for at, segment in timeline.entered if segment.phase == "forward")
-        sizes = [block.size for block in timeline.blocks] + [self.hardware.workspace_bytes]
+        sizes = [block.size for block in timeline.blocks] + [self.workspace_bytes]
         events = [*timeline.events[:first], len(timeline.blocks), *timeline.events[first:]]
         limit = self.hardware.allocator_bytes if self.hardware.device == "cuda" else None
         return replay(sizes, events, limit_bytes=limit).peak_reserved_bytes
@@ -350,6 +371,7 @@ class Estimator:
             deepen(base.levels, [(other.levels, times) for other, times in deeper]),
             grown(lambda traced: traced.host_pinned_bytes),
             grown(lambda traced: traced.paged_bytes),
+            base.by_hand,
         )
 
     def _shallow(self, plan: Plan, counts: Mapping[tuple[bool, bool], int]) -> Traced:
@@ -366,6 +388,7 @@ class Estimator:
         if key not in self._traces:
             config = self.config if layers == self._layers else shallow(self.config, layers)
             traced = trace_levels(config, plan, self.settings, self.load)
+            self._by_hand = traced.by_hand
             self._traces[key] = replace(traced, timeline=None)  # which is long
         return self._traces[key]
 

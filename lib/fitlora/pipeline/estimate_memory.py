@@ -70,7 +70,7 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
         budget_bytes=hardware.budget_bytes,
         default=default,
         neighbours=others,
-        over_step=moments(estimator.trace(start).levels, hardware.workspace_bytes),
+        over_step=moments(estimator.trace(start).levels, estimator.workspace_bytes),
         cards=_cards([default, *others.values()], estimator, config),
         found=found,
     )
