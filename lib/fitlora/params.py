@@ -217,8 +217,10 @@ class PlanParams(Section):
     recompute: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = Field(
         "auto", description="decoder layers that recompute their activations: none, all, or N"
     )
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="bfloat16 where the GPU has it, float32 on the CPU"
+    compute_dtype: Literal["auto", "bfloat16", "float32", "float8"] = Field(
+        "auto",
+        description="auto: bfloat16 where the GPU has it, float32 on the CPU. float8 takes the products "
+        "of frozen 4-bit weights in fp8 and all else in bfloat16; never chosen by itself",
     )
     stream_layers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto",

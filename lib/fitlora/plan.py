@@ -86,7 +86,7 @@ class Plan(BaseModel):
         return self.recompute_keeps if layer in self.recompute_layers else KEPT
 
     @property
-    def storage_dtype(self) -> str:
+    def storage_dtype(self) -> Literal["bfloat16", "float32"]:
         """What activations, and weights that are not quantized, are in."""
         return "bfloat16" if self.compute_dtype == "float8" else self.compute_dtype
 

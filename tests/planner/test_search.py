@@ -380,6 +380,19 @@ def test_dtypes() -> None:
         chosen("bfloat16", gpus=(old,))
 
 
+def test_float8_is_taken_where_it_can_be() -> None:
+    asked = check_params({"plan": {"compute_dtype": "float8"}})
+    newest = hardware(gpus=[hardware().gpus[0].model_copy(update={"fp8": True})])
+    assert compute_dtype(asked, newest)[0] == "float8"
+    older = hardware(gpus=[hardware().gpus[0].model_copy(update={"fp8": False})])
+    with pytest.raises(UserError, match="float8, which .* lacks"):
+        compute_dtype(asked, older)
+    with pytest.raises(UserError, match="float8, which the CPU lacks"):
+        compute_dtype(asked, hardware(device="cpu"))
+    with pytest.raises(UserError, match="does by hand"):
+        compute_dtype(asked, newest, by_hand=False)
+
+
 @pytest.mark.parametrize("vocabulary", [100, 32_000, 128_256, 262_144, 10**7])
 def test_loss_chunk(vocabulary: int) -> None:
     rows = loss_chunk(vocabulary)

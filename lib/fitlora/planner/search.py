@@ -87,7 +87,9 @@ class Choice:
         return self.estimate.plan
 
 
-def compute_dtype(params: Params, hardware: Hardware) -> tuple[ComputeDtype, str]:
+def compute_dtype(
+    params: Params, hardware: Hardware, *, by_hand: bool = True
+) -> tuple[ComputeDtype, str]:
     """What products are computed in, and why; raises UserError for what the device lacks."""
     asked = params.plan.compute_dtype
     has_bf16 = hardware.device == "cuda" and all(gpu.bf16 for gpu in hardware.gpus)
@@ -101,6 +103,17 @@ def compute_dtype(params: Params, hardware: Hardware) -> tuple[ComputeDtype, str
         raise UserError(
             f"plan.compute_dtype is bfloat16, which {hardware.gpus[0].name} lacks; use float32"
         )
+    if asked == "float8":
+        if hardware.device == "cpu" or not all(gpu.fp8 for gpu in hardware.gpus):
+            where = "the CPU" if hardware.device == "cpu" else hardware.gpus[0].name
+            raise UserError(
+                f"plan.compute_dtype is float8, which {where} lacks; use bfloat16 or auto"
+            )
+        if not by_hand:
+            raise UserError(
+                "plan.compute_dtype is float8, which needs a family of models that FitLoRA does by "
+                "hand; use bfloat16 or auto"
+            )
     return asked, "as params say"
 
 
@@ -130,7 +143,7 @@ def default_plan(
             f"train.optimizer {params.train.optimizer} needs a CUDA device, and the device here is the "
             "CPU; use adamw or adamw_8bit"
         )
-    dtype, _ = compute_dtype(params, hardware)
+    dtype, _ = compute_dtype(params, hardware, by_hand=model.by_hand)
     share = -(-params.train.effective_batch_size // devices)
     micro = asked.micro_batch_size
     if micro == "auto":

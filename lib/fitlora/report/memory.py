@@ -66,7 +66,8 @@ def plan_lines(
     """The Plan with the reason of each choice, and what the probe said of it."""
     plan = found.plan
     decisions = plan.model_dump()
-    decisions["recompute_layers"] = f"{len(plan.recompute_layers)} layers"
+    for name in ("recompute_layers", "streamed_layers"):
+        decisions[name] = f"{len(getattr(plan, name))} layers"
     for name, reason in reasons.items():
         yield f"{name:<22}{decisions[name]!s:<10} {reason}"
     yield f"{'accumulation':<22}{plan.accumulation!s:<10} makes the effective batch"

@@ -118,7 +118,9 @@ def _embed_from(embed: nn.Module, table: HostEmbedding) -> None:
     """Has the module look up on the host: for whoever calls the model itself."""
 
     def forward(input_ids: Tensor) -> Tensor:
-        rows = table.rows(input_ids.flatten().tolist()).view(*input_ids.shape, -1)
+        known = table.transport.computes  # shapes alone have no tokens
+        tokens = input_ids.flatten().tolist() if known else [0] * input_ids.numel()
+        rows = table.rows(tokens).view(*input_ids.shape, -1)
         return rows * torch.tensor(scale_of(embed), dtype=rows.dtype, device=rows.device)
 
     embed.forward = forward
