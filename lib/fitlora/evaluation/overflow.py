@@ -7,9 +7,7 @@ overflows is tried again with half as many, so that a wrong guess costs time and
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-import torch
-
-from fitlora.device import give_back_memory
+from fitlora.device import give_back_memory, is_overflow
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,16 +18,16 @@ def each_batch(
 ) -> Iterator[tuple[Sequence[Item], Result]]:
     """Each batch of at most `size` items, in order, with what `work` made of it.
 
-    A batch that overflows the device is halved, and so are those after it. Raises
-    torch.OutOfMemoryError where a single item overflows it.
+    A batch that overflows the device is halved, and so are those after it. Raises the overflow's own
+    error where a single item is too much.
     """
     start = 0
     while start < len(items):
         batch = items[start : start + size]
         try:
             result = work(batch)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
+        except (RuntimeError, MemoryError) as error:
+            if not is_overflow(error) or len(batch) == 1:
                 raise
             size = -(-len(batch) // 2)
         else:
