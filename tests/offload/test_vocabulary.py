@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,6 +17,7 @@ from fitlora.offload.vocabulary import (
 )
 from fitlora.step.loss import chunked_cross_entropy
 from tests.offload.transports import ClockedTransport, DelayedTransport
+from tests.step.test_loss import exact
 
 ROWS, HIDDEN, VOCABULARY = 37, 16, 101
 CPU = torch.device("cpu")
@@ -36,16 +36,6 @@ def on_host(table: Tensor, transport: Transport) -> Tensor:
     place.copy_(table)
     transport.pin()
     return place
-
-
-def exact(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> list[Tensor]:
-    """Summed loss and its gradient, in float64."""
-    hidden = hidden.double().requires_grad_()
-    logits = F.linear(hidden, weight.double(), None if bias is None else bias.double())
-    loss = F.cross_entropy(logits, targets, reduction="sum")
-    loss.backward()
-    assert hidden.grad is not None
-    return [loss.detach(), hidden.grad]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100, 101, 500])

@@ -56,12 +56,16 @@ class StepSkeleton:
         layers = decoder_layers(self.model)
         if not self.layers:
             self._check_general()
+        for verb, chosen in (
+            ("recomputes", self.plan.recompute_layers),
+            ("streams", self.plan.streamed_layers),
+        ):
+            beyond = [index for index in chosen if index >= len(layers)]
+            if beyond:
+                raise UserError(
+                    f"the Plan {verb} layer {beyond[0]}, and the model has {len(layers)}"
+                )
         placement = Placement(self.model, self.plan, weights, transport)
-        beyond = [index for index in self.plan.recompute_layers if index >= len(layers)]
-        if beyond:
-            raise UserError(
-                f"the Plan recomputes layer {beyond[0]}, and the model has {len(layers)}"
-            )
         network: Network
         by_hand = None
         if self.layers:

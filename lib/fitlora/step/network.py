@@ -223,8 +223,9 @@ class AutogradNetwork:
         self.model, self.context = cast(Any, model), context
         self.plan, self.placement = plan, placement
         self.watch: Watch = _nobody
-        for index, layer in enumerate(decoder_layers(model)):
-            self._announce(index, layer, last=index == len(decoder_layers(model)) - 1)
+        layers = decoder_layers(model)
+        for index, layer in enumerate(layers):
+            self._announce(index, layer, last=layer is layers[-1])
 
     def _announce(self, index: int, layer: nn.Module, *, last: bool) -> None:
         """Has the layer say when it is at work, forward and backward."""

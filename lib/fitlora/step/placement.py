@@ -36,11 +36,6 @@ class Placement:
         self.embedding: HostEmbedding | None = None
         self.head: StreamedHead | None = None
         self.transport = transport
-        layers = decoder_layers(model)
-        if plan.streamed_layers and plan.streamed_layers[-1] >= len(layers):
-            raise UserError(
-                f"the Plan streams layer {plan.streamed_layers[-1]}, and the model has {len(layers)}"
-            )
         if not plan.uses_host:
             fill(model, weights)
             return
@@ -48,7 +43,7 @@ class Placement:
         places: dict[int, Tensor] = {}
         if plan.streamed_layers:
             self.residency = Residency(
-                layers, plan.streamed_layers, move, slots=plan.streaming_slots
+                decoder_layers(model), plan.streamed_layers, move, slots=plan.streaming_slots
             )
             places |= self.residency.places
         ends = cast(Any, model)
