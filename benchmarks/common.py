@@ -122,13 +122,22 @@ def shape_config(name: str, **changes: Any) -> Any:
 
 
 def make_checkpoint(name: str, folder: Path, device: torch.device) -> None:
-    """A bf16 checkpoint of random weights in the named shape, one shard a layer, with a tokenizer."""
+    """A bf16 checkpoint of random weights in the named shape, one shard a layer, with a tokenizer.
+
+    One that an earlier benchmark left whole in the folder stays: its index is written last.
+    """
     from safetensors.torch import save_file
 
     from fitlora.model import empty_model
 
-    folder.mkdir(parents=True, exist_ok=True)
     config = shape_config(name)
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.is_file():
+        there = json.loads((folder / "config.json").read_text())
+        assert there["hidden_size"] == config.hidden_size, f"{folder} holds another model"
+        assert there["num_hidden_layers"] == config.num_hidden_layers, f"{folder}: other layers"
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     model = empty_model(config, dtype=torch.bfloat16)
     config.architectures = [type(model).__name__]
     config.dtype = "bfloat16"
@@ -157,7 +166,6 @@ def make_checkpoint(name: str, folder: Path, device: torch.device) -> None:
             weight_map[key] = file
             total += filled.numel() * 2
         save_file(shard, folder / file, metadata={"format": "pt"})
-    index_file = folder / "model.safetensors.index.json"
     index_file.write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
     )

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,8 @@ def train_case(
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.work.mkdir(parents=True, exist_ok=True)
-    predicted = estimates_elsewhere(args, device.type)
-    print(f"{len(predicted)} estimates", flush=True)
+    beside = ThreadPoolExecutor(1)
+    awaited = beside.submit(estimates_elsewhere, args, device.type)
     start = time.perf_counter()
     make_checkpoint(args.model, args.work / "model", device)
     made = time.perf_counter()
@@ -182,6 +183,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         f"checkpoint {made - start:.0f} s, quantized {time.perf_counter() - made:.0f} s", flush=True
     )
     write_rows(args, 2 * max(args.micro_batches))
+    predicted = awaited.result()  # before the profile, whose rates other work would spoil
+    print(f"{len(predicted)} estimates", flush=True)
     hardware = profile(params.hardware, args.work)
     rows = []
     for (micro_batch, recompute), first in zip(cases(args), predicted, strict=True):
