@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+PACKAGES = (
+    "torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "unsloth",
+)  # fmt: skip
 
 # Sizes as their makers published them. `model_type` is llama where it is left out.
 _LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0}
@@ -198,6 +200,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def commit() -> str | None:
+    """The commit that runs, None outside of a repository."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
 def write_result(
     path: Path,
     program: str,
@@ -207,21 +221,13 @@ def write_result(
     **more: Any,
 ) -> None:
     """Writes a result file as benchmarks/results/ has them. device: None asks torch here."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    commit = found.stdout.strip() if found.returncode == 0 else None
     content = {
         "program": program,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": device or device_name(),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit(),
         **more,
         "rows": list(rows),
     }
