@@ -1,24 +1,27 @@
 """Is the estimate true? Predicted without a GPU, measured on one, for plans that are drawn at random.
 
-    python -m benchmarks.estimate_accuracy --json benchmarks/results/estimate_accuracy.h200.json
-    python -m benchmarks.estimate_accuracy --cases 0:20 --json …      some of them; other rows stay
-    python -m benchmarks.estimate_accuracy --fit --json …             the draw for fitting constants
-    python -m benchmarks.estimate_accuracy --tiny --json /tmp/x.json  all of it on the CPU, in seconds
+    python -m benchmarks.estimate_accuracy --side measured --limit-seconds 540 --json FILE   on a GPU
+    python -m benchmarks.estimate_accuracy --side predicted --json FILE       anywhere, of those rows
+    python -m benchmarks.estimate_accuracy --plot predicted.svg --json FILE   a picture of them
+    python -m benchmarks.estimate_accuracy --cases 20: …     some of them; other rows stay
+    python -m benchmarks.estimate_accuracy --fit …           the draw for fitting constants
+    python -m benchmarks.estimate_accuracy --tiny …          all of it on the CPU, in seconds
 
 The draw is the seed's: it was fixed before anything was measured. Every choice is dealt from a deck
 that is reshuffled when it is empty, so that all of them come equally often; a case that would take
 more memory than `MOST_BYTES` or more work than `MOST_OPERATIONS` gets fewer tokens. The fitting draw
 has another seed and `FIT_MODELS` only, so that four families are unseen by whatever is fitted on it.
 
-Three processes work side by side. One describes the hardware as the product does, and ends. One
-predicts, in several workers that see no GPU. One measures: it builds the step on noise, runs the very
-rehearsal that was traced, and asks the allocator. Between cases it gives back all memory, cuBLAS's
-workspaces included, so that each begins as in a new process. If it dies, its case's row says so, and
-another goes on. A row is written when both sides of it are known.
+The two sides are apart, as they are in truth. Measuring describes the hardware as the product does,
+then builds each step on noise, runs the very rehearsal that is traced, and asks the allocator; between
+cases it gives back all memory, cuBLAS's workspaces included, so that each begins as in a new process,
+and where that does not succeed a new process goes on. If one dies, its case's row says so. Predicting
+is given that description and the case, and sees no GPU. Rows are written as they come.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -34,7 +37,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pynvml
 import torch
 
@@ -60,12 +62,13 @@ from fitlora.planner.search import loss_chunk
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
 from fitlora.step.weights import RandomWeights
-from fitlora.units import GIB
+from fitlora.units import GIB, MIB
 
 SEED, FIT_SEED, COUNT, FIT_COUNT, TINY_COUNT = 20261123, 7, 64, 24, 8
 MOST_BYTES = 100 * GIB  # by the rough formula of `_fits`, on a GPU of 139 GiB
 MOST_OPERATIONS = 1.2e15  # of one case: a few seconds
 MOST_PINNED_BYTES = 10 * GIB
+MOST_LEFT_OVER_BYTES = 8 * MIB
 
 MODELS = tuple(name for name in SHAPES if name not in ("tiny", "benchmark"))
 FIT_MODELS = ("tinyllama-1.1b", "llama-3-8b", "mistral-7b", "qwen2.5-1.5b", "qwen2.5-7b")
@@ -99,6 +102,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "targets": ("all-linear", "attention"),
     "storage": ("nf4", "nf4", "fp4", "16 bits"),
 }
+# Dealt by a seed of its own: what can be computed in fp8 was added when the draw above was fixed.
+DTYPES = ("bfloat16", "bfloat16", "bfloat16", "float8")
 
 
 # --- the draw ------------------------------------------------------------------------------------
@@ -137,10 +142,13 @@ def draw_cases(*, fit: bool, tiny: bool) -> list[Case]:
     draw = random.Random(FIT_SEED if fit else SEED)
     models = Deck(FIT_MODELS if fit else MODELS, draw)
     decks = {name: Deck(values, draw) for name, values in CHOICES.items()}
+    dtypes = Deck(DTYPES, random.Random(-SEED))
     cases = []
     for number in range(count):
         asked = {name: deck.deal() for name, deck in decks.items()}
         cases.append(_case(number, models.deal(), asked, draw, tiny))
+        if dtypes.deal() == "float8" and config_of(cases[-1].model, tiny).model_type not in GENERAL:
+            cases[-1].plan["compute_dtype"] = "float8"
     return cases
 
 
@@ -219,7 +227,7 @@ def _streamed(config: Any, asked: dict[str, Any]) -> int:
     layers = config.num_hidden_layers
     wanted = {"few": asked["slots"] + 1, "quarter": layers // 4, "most": layers - 2}
     most = int(MOST_PINNED_BYTES / (_layer_parameters(config) * _weight_bytes(asked)))
-    return max(1, min(wanted[asked["streamed"]], most))
+    return max(1, min(int(wanted[asked["streamed"]]), most))
 
 
 def _fits(config: Any, asked: dict[str, Any], recomputed: int) -> bool:
@@ -291,7 +299,7 @@ def settings_of(case: Case, config: Any) -> StepSettings:
 
 
 def plan_of(case: Case, device: str) -> Plan:
-    dtype = "bfloat16" if device == "cuda" else "float32"
+    dtype = case.plan.get("compute_dtype", "bfloat16") if device == "cuda" else "float32"
     return Plan.model_validate({**case.plan, "device": device, "compute_dtype": dtype})
 
 
@@ -339,29 +347,34 @@ def predict_case(case: Case, hardware: Hardware, tiny: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     config = config_of(case.model, tiny)
     plan = plan_of(case, hardware.device)
-    start, cpu = time.perf_counter(), time.process_time()
     estimator = Estimator(config, settings_of(case, config), load_of(case), hardware)
-    found = estimator(plan)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    start = time.perf_counter()
-    reserved = estimator.reserved_bytes(plan)
+    start, cpu = time.perf_counter(), time.process_time()
+    quick = estimator(plan)
+    quick_seconds, quick_cpu = time.perf_counter() - start, time.process_time() - cpu
+    start, cpu = time.perf_counter(), time.process_time()
+    found = estimator.replayed(plan)
+    reserved = found.peak_reserved_bytes or found.peak_allocated_bytes
     return {
         "predicted_allocated_bytes": found.peak_allocated_bytes,
+        "predicted_quickly_bytes": quick.peak_allocated_bytes,
         "predicted_reserved_bytes": reserved,
         "safe_peak_bytes": found.safe_peak_bytes,
         "predicted_paged_bytes": found.paged_bytes,
         "predicted_process_bytes": reserved + found.paged_bytes + hardware.context_bytes,
         "predicted_host_pinned_bytes": found.host_pinned_bytes,
         "instant": found.instant,
-        "estimate_seconds": seconds,
-        "estimate_cpu_seconds": cpu_seconds,
-        "replay_seconds": time.perf_counter() - start,
+        "quick_seconds": quick_seconds,
+        "quick_cpu_seconds": quick_cpu,
+        "estimate_seconds": time.perf_counter() - start,
+        "estimate_cpu_seconds": time.process_time() - cpu,
     }
 
 
 def predict(cases: Sequence[Case], hardware: Hardware, work: Path, *, tiny: bool) -> None:
     """Every case, in several processes; a line of `predictions` each."""
-    workers = 1 if tiny else max(1, min(8, len(os.sched_getaffinity(0)) - 3))
+    workers = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+    if tiny or len(cases) == 1:
+        workers = 1
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(predict_case, case, hardware, tiny): case for case in cases}
         for done in as_completed(waiting):
@@ -373,14 +386,20 @@ def predict(cases: Sequence[Case], hardware: Hardware, work: Path, *, tiny: bool
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def measure(cases: Sequence[Case], hardware: Hardware, work: Path, *, tiny: bool) -> None:
-    """Every case, one after the other; a line of `measurements` each."""
-    used_before = None
+def measure(
+    cases: Sequence[Case], hardware: Hardware, work: Path, *, tiny: bool, seconds: float
+) -> None:
+    """One case after the other for so long; a line of `measurements` each.
+
+    It also ends where memory is left over that it cannot give back: a new process then goes on.
+    """
+    began, used_before = time.perf_counter(), None
     if hardware.device == "cuda":
         used_before = _device_used()
         limit_memory(hardware)
     for case in cases:
-        _append(work / "begun", {"case": case.number})
+        if time.perf_counter() - began > seconds or (case is not cases[0] and _left_over(hardware)):
+            break
         try:
             found = _measure_case(case, hardware, used_before, tiny)
         # whatever a case comes to is its row; only a device that is gone ends them all
@@ -391,6 +410,15 @@ def measure(cases: Sequence[Case], hardware: Hardware, work: Path, *, tiny: bool
             found = {"error": _words(error)}
         _append(work / "measurements", {"case": case.number, **found})
         give_back_memory()
+
+
+def _left_over(hardware: Hardware) -> bool:
+    """Whether a case left memory behind; what cuBLAS keeps is given back before the next one."""
+    if hardware.device == "cpu":
+        return False
+    torch._C._cuda_clearCublasWorkspaces()
+    give_back_memory()
+    return torch.cuda.memory_allocated() > MOST_LEFT_OVER_BYTES
 
 
 def _measure_case(
@@ -484,13 +512,9 @@ def error_share(predicted: float | None, measured: float | None) -> float | None
     return predicted / measured - 1
 
 
-def make_row(
-    asked: dict[str, Any],
-    predicted: dict[str, Any],
-    measured: dict[str, Any],
-    hardware: Hardware,
-) -> dict[str, Any]:
-    row = {**asked, **predicted, **measured, "context_bytes": hardware.context_bytes}
+def make_row(found: dict[str, Any], hardware: Hardware) -> dict[str, Any]:
+    """What was asked, measured and predicted, with the errors of what is there of both sides."""
+    row = {**found, "context_bytes": hardware.context_bytes}
     row["workspace_bytes"] = hardware.workspace_bytes
     for name in ("allocated", "reserved", "host_pinned"):
         row[f"{name}_error"] = error_share(
@@ -506,6 +530,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean and worst of each error over the rows that have it, and how safe the safe peak was."""
     summary: dict[str, Any] = {
         "cases": len(rows),
+        "measured": sum("measure_seconds" in row for row in rows),
         "failed": sum("error" in row or "predict_error" in row for row in rows),
         "families": len({row["family"] for row in rows}),
     }
@@ -517,10 +542,10 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     margins = [row["safe_margin"] for row in rows if row["safe_margin"] is not None]
     if margins:
         summary |= {"safe_least_margin": min(margins), "safe_most_margin": max(margins)}
-    seconds = [row["estimate_seconds"] for row in rows if "estimate_seconds" in row]
-    if seconds:
-        summary["estimate_mean_seconds"] = statistics.fmean(seconds)
-        summary["estimate_most_seconds"] = max(seconds)
+    for name in ("quick_cpu_seconds", "estimate_cpu_seconds"):
+        seconds = [row[name] for row in rows if name in row]
+        if seconds:
+            summary |= {f"{name}_mean": statistics.fmean(seconds), f"{name}_most": max(seconds)}
     return summary
 
 
@@ -539,16 +564,21 @@ def line(row: dict[str, Any]) -> str:
 class Child:
     """A role of this program in a process of its own; its log is in the work folder."""
 
-    def __init__(self, role: str, cases: Sequence[Case], args: argparse.Namespace) -> None:
+    def __init__(
+        self, role: str, cases: Sequence[Case], args: argparse.Namespace, seconds: float = 0.0
+    ) -> None:
         self.role, self.cases, self.log = role, cases, args.work / f"{role}.log"
-        hidden = {} if role in ("profile", "measure") else {"CUDA_VISIBLE_DEVICES": ""}
         numbers = ",".join(str(case.number) for case in cases)
         command = [sys.executable, "-m", "benchmarks.estimate_accuracy", "--role", role]
-        command += ["--work", str(args.work), f"--numbers={numbers}"]
+        command += ["--work", str(args.work), f"--numbers={numbers}", f"--limit-seconds={seconds}"]
         command += [flag for flag in ("--fit", "--tiny") if getattr(args, flag[2:])]
+        # an optimizer on the host has threads, which must not spin while the device is waited for
+        changes = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(_threads())}
+        if role == "predict":
+            changes["CUDA_VISIBLE_DEVICES"] = ""
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **hidden}
+                command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **changes}
             )
 
     def last_words(self) -> str:
@@ -556,37 +586,54 @@ class Child:
         return lines[-1][:300] if lines else "nothing said"
 
 
-def run(cases: list[Case], args: argparse.Namespace) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Each case when both sides of it are known."""
-    for name in ("predictions", "measurements", "begun"):
-        (args.work / name).unlink(missing_ok=True)
+def _threads() -> int:
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+Found = Iterator[tuple[Case, dict[str, Any]]]
+
+
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """The hardware and the device's name, found by a process that ends."""
     describing = Child("profile", [], args)
     if describing.process.wait() != 0:
         sys.exit(f"the hardware could not be described: {describing.last_words()}")
-    predicting, measuring = Child("predict", cases, args), Child("measure", cases, args)
+    found: dict[str, Any] = json.loads((args.work / "device.json").read_text())
+    return found
+
+
+def measured(cases: list[Case], args: argparse.Namespace) -> Found:
+    """Each case when it was measured, until there is no time left for another."""
+    path, end = args.work / "measurements", time.perf_counter() + args.limit_seconds
+    path.unlink(missing_ok=True)
     left = {case.number: case for case in cases}
-    while left:
-        time.sleep(0.5)
-        ended = predicting.process.poll() is not None, measuring.process.poll() is not None
-        predictions, measurements = (
-            _lines(args.work / "predictions"),
-            _lines(args.work / "measurements"),
-        )
-        for number in [n for n in left if n in predictions and n in measurements]:
-            yield left.pop(number), {**predictions[number], **measurements[number]}
-        unmeasured = [case for case in cases if case.number not in measurements]
-        if ended[1] and unmeasured:  # it died of the first of these, or before it began
-            died = unmeasured[0].number
-            _append(args.work / "measurements", {"case": died, "error": measuring.last_words()})
-            if unmeasured[1:]:
-                measuring = Child("measure", unmeasured[1:], args)
-        if ended[0]:
-            for case in cases:
-                if case.number not in predictions:
-                    words = predicting.last_words()
-                    _append(
-                        args.work / "predictions", {"case": case.number, "predict_error": words}
-                    )
+    while left and time.perf_counter() < end:
+        child = Child("measure", list(left.values()), args, end - time.perf_counter())
+        running = True
+        while running:
+            running = child.process.poll() is None
+            for number, found in _lines(path).items():
+                if number in left:
+                    yield left.pop(number), found
+            time.sleep(0.2)
+        if child.process.returncode != 0 and left:  # it died of the first of these
+            yield left.pop(next(iter(left))), {"error": child.last_words()}
+
+
+def predicted(cases: list[Case], args: argparse.Namespace) -> Found:
+    """Each case when it was predicted."""
+    path = args.work / "predictions"
+    path.unlink(missing_ok=True)
+    left = {case.number: case for case in cases}
+    child, running = Child("predict", cases, args), True
+    while running:
+        running = child.process.poll() is None
+        for number, found in _lines(path).items():
+            if number in left:
+                yield left.pop(number), found
+        time.sleep(0.2)
+    for case in left.values():
+        yield case, {"predict_error": child.last_words()}
 
 
 def act(role: str, cases: list[Case], args: argparse.Namespace) -> None:
@@ -595,11 +642,14 @@ def act(role: str, cases: list[Case], args: argparse.Namespace) -> None:
     if role == "profile":
         asked = {"device": "cpu"} if args.tiny else {}
         profile(check_params({"hardware": asked}).hardware, args.work).write(described)
-        named = {"label": device_label(), "name": device_name()}
+        named = {"device_label": device_label(), "device": device_name()}
         (args.work / "device.json").write_text(json.dumps(named))
         return
     hardware = Hardware.read(described)
-    (predict if role == "predict" else measure)(cases, hardware, args.work, tiny=args.tiny)
+    if role == "predict":
+        predict(cases, hardware, args.work, tiny=args.tiny)
+    else:
+        measure(cases, hardware, args.work, tiny=args.tiny, seconds=args.limit_seconds)
 
 
 def chosen(args: argparse.Namespace) -> list[Case]:
@@ -613,49 +663,136 @@ def chosen(args: argparse.Namespace) -> list[Case]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--side", choices=("measured", "predicted"), help="the other stays as it is"
+    )
     parser.add_argument("--cases", help="A:B, numbers from A up to before B")
+    parser.add_argument("--limit-seconds", type=float, default=3600, help="to begin measuring in")
     parser.add_argument("--fit", action="store_true", help="the draw that constants are fitted on")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--list", action="store_true", help="print the draw and end")
+    parser.add_argument("--plot", type=Path, help="draw the rows that there are, and end")
     parser.add_argument("--work", type=Path, default=ROOT / ".fitlora" / "estimate_accuracy")
-    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--json", type=Path, help="rows of other cases in it stay")
     parser.add_argument("--role", choices=("profile", "predict", "measure"), help=argparse.SUPPRESS)
     parser.add_argument("--numbers", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.plot is not None:
+        if args.json is None:
+            parser.error("--plot needs --json")
+        args.plot.write_text(plot(json.loads(args.json.read_text())["rows"]))
+        return
     args.work.mkdir(parents=True, exist_ok=True)
     cases = chosen(args)
     if args.role is not None:
         act(args.role, cases, args)
-        return
-    if args.list:
+    elif args.list:
         for case in cases:
             print(json.dumps(asdict(case)))
-        return
-    began = time.perf_counter()
-    rows: dict[int, dict[str, Any]] = {}
+    else:
+        compare(cases, args)
+
+
+def compare(cases: list[Case], args: argparse.Namespace) -> None:
+    """Both sides of every case, or the one that is asked for, into the result file."""
+    before: dict[str, Any] = {}
     if args.json is not None and args.json.is_file():
-        rows = {row["case"]: row for row in json.loads(args.json.read_text())["rows"]}
-    for case, found in run(cases, args):
-        hardware = Hardware.read(args.work / "hardware.json")
-        device = json.loads((args.work / "device.json").read_text())
-        config = config_of(case.model, args.tiny)
-        asked = asked_of(case, plan_of(case, hardware.device), config)
-        rows[case.number] = make_row(asked, found, {}, hardware)
+        before = json.loads(args.json.read_text())
+    described = args.work / "hardware.json"
+    if args.side == "predicted":
+        if "hardware" not in before:
+            sys.exit("--side predicted needs --json FILE with what was measured")
+        about = {name: before[name] for name in ("device", "device_label")}
+        described.write_text(json.dumps(before["hardware"]))
+    else:
+        about = describe(args)
+    hardware = Hardware.read(described)
+    rows = {row["case"]: row for row in before.get("rows", [])}
+    name = f"estimate_accuracy{'_fit' if args.fit else ''}.{about['device_label']}.json"
+    path = args.json or ROOT / "benchmarks" / "results" / name
+
+    def keep(case: Case, found: dict[str, Any], error: str) -> None:
+        asked = asked_of(case, plan_of(case, hardware.device), config_of(case.model, args.tiny))
+        row = rows.get(case.number, {})
+        row = row if row.get("plan") == asked["plan"] else {}
+        row = {key: value for key, value in row.items() if key != error}
+        rows[case.number] = make_row({**row, **asked, **found}, hardware)
         print(line(rows[case.number]), flush=True)
-        name = f"estimate_accuracy{'_fit' if args.fit else ''}.{device['label']}.json"
-        path = args.json or ROOT / "benchmarks" / "results" / name
         ordered = [rows[number] for number in sorted(rows)]
         write_result(
             path,
             "estimate_accuracy",
             ordered,
-            device=device["name"],
+            **about,
             seed=FIT_SEED if args.fit else SEED,
             summary=summarize(ordered),
-            seconds=time.perf_counter() - began,
-            host_cores=psutil.cpu_count(),
+            hardware=json.loads(described.read_text()),
         )
+
+    if args.side != "predicted":
+        for case, found in measured(cases, args):
+            keep(case, found, "error")
+        unmeasured = [c.number for c in cases if "measure_seconds" not in rows.get(c.number, {})]
+        print(f"not measured: {unmeasured}")
+    if args.side != "measured":
+        for case, found in predicted([case for case in cases if case.number in rows], args):
+            keep(case, found, "predict_error")
     print(json.dumps(summarize(list(rows.values())), indent=1))
+
+
+# --- the picture ---------------------------------------------------------------------------------
+
+
+def plot(rows: Sequence[dict[str, Any]]) -> str:
+    """Predicted over measured reserved memory as an SVG, both axes logarithmic, a point a case."""
+    both = [
+        (row["measured_reserved_bytes"] / GIB, row["predicted_reserved_bytes"] / GIB, row["family"])
+        for row in rows
+        if row.get("reserved_error") is not None
+    ]
+    families = sorted({family for *_, family in both})
+    low, high = 0.5, 128.0
+    size, left, top = 360, 56, 16
+
+    def place(gib: float) -> float:
+        return size * math.log(gib / low) / math.log(high / low)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size + 190} {size + 64}" '
+        'font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="#ffffff"/>',
+    ]
+    ticks = [low * 2.0**step for step in range(9)]
+    for gib in ticks:
+        x, y = left + place(gib), top + size - place(gib)
+        grid = 'stroke="#dddddd"'
+        parts.append(f'<path d="M{x:.1f} {top}V{top + size}M{left} {y:.1f}H{left + size}" {grid}/>')
+        label = f"{gib:g}"
+        parts.append(
+            f'<text x="{x:.1f}" y="{top + size + 16}" text-anchor="middle">{label}</text>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+        )
+    parts.append(f'<path d="M{left} {top + size}L{left + size} {top}" stroke="#888888"/>')
+    for measured_gib, predicted_gib, family in both:
+        x, y = left + place(measured_gib), top + size - place(predicted_gib)
+        color = _COLORS[families.index(family) % len(_COLORS)]
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}" opacity="0.8"/>')
+    for index, family in enumerate(families):
+        y = top + 12 + 18 * index
+        color = _COLORS[index % len(_COLORS)]
+        parts.append(f'<circle cx="{left + size + 18}" cy="{y - 4}" r="4" fill="{color}"/>')
+        parts.append(f'<text x="{left + size + 28}" y="{y}">{family}</text>')
+    middle = left + size / 2
+    parts.append(
+        f'<text x="{middle}" y="{top + size + 38}" text-anchor="middle">'
+        f"measured, GiB reserved ({len(both)} cases)</text>"
+        f'<text transform="translate(14 {top + size / 2}) rotate(-90)" text-anchor="middle">'
+        "predicted, GiB reserved</text></svg>"
+    )
+    return "\n".join(parts) + "\n"
+
+
+_COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#bab0ac")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The draw that the estimate is held to: always the same, all choices in it; and its summary."""
 
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -32,6 +33,7 @@ def test_every_case_is_a_plan_and_every_choice_is_among_them(cases: list[accurac
     assert {case.storage for case in cases} == {"nf4", "fp4", "16 bits"}
     assert {case.targets for case in cases} == {"all-linear", "attention"}
     assert {plan.recompute_keeps for plan in plans} == {(), ("attention",)}
+    assert {plan.compute_dtype for plan in plans} == {"bfloat16", "float8"}
     for part in ("checkpoints", "embedding", "head", "optimizer_device"):
         assert {getattr(plan, part) for plan in plans} == {"device", "host"}
     shares = {
@@ -62,13 +64,15 @@ def test_families_of_the_fitting_draw_leave_two_unseen() -> None:
 def row(number: int, predicted: int, measured: int | None, **more: Any) -> dict[str, Any]:
     asked = {"case": number, "family": "llama", "model": "tiny"}
     found = {"predicted_allocated_bytes": predicted, "measured_allocated_bytes": measured, **more}
-    return accuracy.make_row(asked, found, {}, hardware())
+    return accuracy.make_row({**asked, **found}, hardware())
 
 
 def test_a_summary_has_mean_and_worst_and_counts_failures() -> None:
     rows = [
-        row(0, 101, 100, safe_peak_bytes=110, measured_reserved_bytes=100, estimate_seconds=2.0),
-        row(1, 97, 100, safe_peak_bytes=99, measured_reserved_bytes=100, estimate_seconds=4.0),
+        row(
+            0, 101, 100, safe_peak_bytes=110, measured_reserved_bytes=100, estimate_cpu_seconds=2.0
+        ),
+        row(1, 97, 100, safe_peak_bytes=99, measured_reserved_bytes=100, estimate_cpu_seconds=4.0),
         row(2, 50, None, error="OutOfMemoryError: "),
     ]
     found = accuracy.summarize(rows)
@@ -76,7 +80,7 @@ def test_a_summary_has_mean_and_worst_and_counts_failures() -> None:
     assert found["allocated_worst_error"] == pytest.approx(0.03)
     assert found["safe_least_margin"] == pytest.approx(-0.01)
     assert found["safe_most_margin"] == pytest.approx(0.10)
-    assert found["estimate_most_seconds"] == 4.0
+    assert found["estimate_cpu_seconds_most"] == 4.0
     assert (found["cases"], found["failed"]) == (3, 1)
     assert rows[2]["allocated_error"] is None
 
@@ -92,3 +96,20 @@ def test_a_row_tells_the_whole_plan(cases: list[accuracy.Case]) -> None:
         if getattr(plan, name) == "host"
     )
     assert asked["tokens"] == sum(size[0] for size in case.sizes)
+
+
+def test_a_picture_has_a_point_for_each_measured_case() -> None:
+    def reserved(number: int, family: str, measured: int | None) -> dict[str, Any]:
+        found = {"predicted_reserved_bytes": 2 << 30, "measured_reserved_bytes": measured}
+        return accuracy.make_row({"case": number, "family": family, **found}, hardware())
+
+    rows = [reserved(0, "llama", 2 << 30), reserved(1, "qwen2", 1 << 30), reserved(2, "phi3", None)]
+    drawn = ElementTree.fromstring(accuracy.plot(rows))
+    names = [text.text for text in drawn.findall(".//{*}text")]
+    assert {"llama", "qwen2"} <= set(names)
+    assert "phi3" not in names
+    # both points and both of the legend
+    points = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in drawn.findall(".//{*}circle")]
+    assert len(points) == 4
+    assert points[0][0] > points[1][0]
+    assert points[0][1] == points[1][1]

@@ -10,9 +10,9 @@ from transformers import Qwen2Config
 
 from fitlora.artifacts import Hardware, Rates, SequenceSize
 from fitlora.memory import estimate as memory_estimate
-from fitlora.memory.allocator import Overflow
 from fitlora.memory.estimate import (
     FRAGMENTATION,
+    REPLAY_MARGIN,
     Estimator,
     Load,
     TraceResult,
@@ -211,19 +211,38 @@ def test_paged_states_are_beside_the_allocator(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_replay_reserves_the_peak_and_little_more() -> None:
-    estimator = Estimator(CONFIG, SETTINGS, LOAD, hardware(workspace_bytes=64 * 2**20))
-    peak = estimator(steps.plan()).peak_allocated_bytes
+    here = hardware(device="cuda", budget_bytes=2**30, workspace_bytes=64 * 2**20)
+    found = Estimator(CONFIG, SETTINGS, LOAD, here).replayed(steps.plan())
+    reserved = found.peak_reserved_bytes
+    assert reserved is not None
     # a granule of each pool, at most, is not full at its end
-    assert peak <= estimator.reserved_bytes(steps.plan()) <= peak + 22 * 2**20
+    assert found.peak_allocated_bytes <= reserved <= found.peak_allocated_bytes + 22 * 2**20
+    assert found.safe_peak_bytes == int(reserved * (1 + REPLAY_MARGIN))
 
 
-def test_a_replay_within_a_budget_overflows_or_stays_within() -> None:
-    here = hardware(device="cuda", budget_bytes=100 * 2**20, workspace_bytes=0)
+def test_what_fits_is_decided_by_what_is_reserved() -> None:
     plan = steps.plan()
-    assert Estimator(CONFIG, SETTINGS, LOAD, here).reserved_bytes(plan) <= here.budget_bytes
-    small = hardware(device="cuda", budget_bytes=2**20)
-    with pytest.raises(Overflow):
-        Estimator(CONFIG, SETTINGS, LOAD, small).reserved_bytes(plan)
+    here = hardware(device="cuda", budget_bytes=2**30, context_bytes=10_000)
+    needed = Estimator(CONFIG, SETTINGS, LOAD, here).replayed(plan).process_bytes
+    for budget, fits in ((needed, True), (needed - 1, False)):
+        there = hardware(device="cuda", budget_bytes=budget, context_bytes=10_000)
+        assert Estimator(CONFIG, SETTINGS, LOAD, there).replayed(plan).fits is fits
+
+
+def test_a_replay_counts_all_layers_as_a_quick_estimate_does() -> None:
+    config = steps.config(num_hidden_layers=6)
+    here = hardware(device="cuda", budget_bytes=2**30)
+    estimator = Estimator(config, SETTINGS, LOAD, here)
+    plan = steps.plan(recompute_layers=(0, 1, 2), streamed_layers=(1, 2, 3, 5))
+    quick, replayed = estimator(plan), estimator.replayed(plan)
+    assert quick.peak_reserved_bytes is None
+    same = {"plan", "peak_allocated_bytes", "host_pinned_bytes", "components", "phase_peak_bytes"}
+    assert quick.model_dump(include=same) == replayed.model_dump(include=same)
+
+
+def test_the_cpu_reserves_nothing() -> None:
+    estimator = Estimator(CONFIG, SETTINGS, LOAD, hardware())
+    assert estimator.replayed(steps.plan()) == estimator(steps.plan())
 
 
 def test_the_load_is_made_of_the_longest() -> None:
