@@ -205,7 +205,6 @@ def speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     disk = shutil.disk_usage(args.work.parent).total
     _elsewhere("make", "--model", args.model, "--layers", layers, "--work", args.work)
     size = weight_bytes(source)
-    rows = []
     for cache in ("cold", "warm"):
 
         def prepare(result: int, cold: bool = cache == "cold") -> list[str]:
@@ -223,28 +222,25 @@ def speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             reads.append(float(found))
         more = prepare(size // 2)
         found = json.loads(_elsewhere("measure", "--source", source, "--work", target, *more))
-        rows.append(
-            {
-                "model": args.model,
-                "device": found.pop("device"),
-                "layers": layers,
-                "layers_of_the_model": shape["num_hidden_layers"],
-                "disk_bytes": disk,
-                "memory_touched_first": args.touch is not None,
-                "page_cache": cache,
-                "source_bytes": size,
-                "largest_shard_bytes": max(p.stat().st_size for p in source.glob("*.safetensors")),
-                "quantized_bytes": weight_bytes(target),
-                "disk_read_seconds": round(reads[0], 2),
-                f"disk_read_seconds_{READERS}_threads": round(reads[1], 2),
-                **{key: round(value, 2) for key, value in found.items()},
-                "share_of_read_rate": round(reads[0] / found["seconds"], 3),
-                f"share_of_read_rate_{READERS}_threads": round(reads[1] / found["seconds"], 3),
-            }
-        )
+        yield {
+            "model": args.model,
+            "device": found.pop("device"),
+            "layers": layers,
+            "layers_of_the_model": shape["num_hidden_layers"],
+            "disk_bytes": disk,
+            "memory_touched_first": args.touch is not None,
+            "page_cache": cache,
+            "source_bytes": size,
+            "largest_shard_bytes": max(p.stat().st_size for p in source.glob("*.safetensors")),
+            "quantized_bytes": weight_bytes(target),
+            "disk_read_seconds": round(reads[0], 2),
+            f"disk_read_seconds_{READERS}_threads": round(reads[1], 2),
+            **{key: round(value, 2) for key, value in found.items()},
+            "share_of_read_rate": round(reads[0] / found["seconds"], 3),
+            f"share_of_read_rate_{READERS}_threads": round(reads[1] / found["seconds"], 3),
+        }
     shutil.rmtree(source)
     shutil.rmtree(target)
-    yield from rows
 
 
 # --- stages --------------------------------------------------------------------------------------
