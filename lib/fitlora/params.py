@@ -247,6 +247,11 @@ class TrainParams(Section):
     effective_batch_size: int = Field(
         32, ge=1, description="sequences of one optimizer step; never changed by the planner"
     )
+    devices: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="processes that share an effective batch, a GPU each; auto: every GPU that is here, "
+        "and one process on the CPU",
+    )
     epochs: float | None = Field(
         None, gt=0, description="passes over the rows; either this or max_steps"
     )
@@ -352,6 +357,12 @@ class Params(Section):
             raise ValueError(
                 f"plan.micro_batch_size {micro} is larger than train.effective_batch_size "
                 f"{self.train.effective_batch_size}"
+            )
+        devices = self.train.devices
+        if isinstance(devices, int) and devices > self.train.effective_batch_size:
+            raise ValueError(
+                f"train.devices {devices} is larger than train.effective_batch_size "
+                f"{self.train.effective_batch_size}, so some would have nothing to do"
             )
         if self.hardware.device == "cpu" and self.train.optimizer in PAGED_OPTIMIZERS:
             raise ValueError(

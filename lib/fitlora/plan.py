@@ -110,6 +110,11 @@ class Plan(BaseModel):
         """A checked copy with some decisions changed."""
         return Plan.model_validate({**self.model_dump(), **changes})
 
+    def on_devices(self, devices: int) -> "Plan":
+        """The same work shared by another number of devices."""
+        share = -(-self.effective_batch_size // devices)
+        return self.replace(devices=devices, micro_batch_size=min(self.micro_batch_size, share))
+
     def fingerprint(self) -> str:
         """Twelve hex digits that are equal exactly when the decisions are."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
@@ -125,8 +130,9 @@ class Plan(BaseModel):
         if self.optimizer_device == "host":
             offloaded.append("optimizer")
         host = f", on the host: {', '.join(offloaded)}" if offloaded else ""
+        each = f"{self.devices} devices, each " if self.devices > 1 else ""
         return (
-            f"micro-batch {self.micro_batch_size} x {self.accumulation} accumulation x "
+            f"{each}micro-batch {self.micro_batch_size} x {self.accumulation} accumulation x "
             f"{self.sequence_length} tokens, {recompute} layers recomputed, "
             f"{self.compute_dtype}, {self.optimizer} on {self.device}{host}"
         )

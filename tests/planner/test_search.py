@@ -19,6 +19,7 @@ from fitlora.planner.search import (
     Search,
     compute_dtype,
     default_plan,
+    device_count,
     loss_chunk,
     neighbours,
 )
@@ -91,7 +92,6 @@ def search(
     budget: int,
     effective: int = 32,
     *,
-    devices: int = 1,
     known: list[Estimate] | None = None,
     train: dict[str, Any] | None = None,
     **plan: Any,
@@ -116,7 +116,7 @@ def search(
         calls.append(candidate)
         return estimate(candidate, bytes_of(candidate), budget)
 
-    start = default_plan(params, here, model, tokens, sequence_length=TOKENS, devices=devices)
+    start = default_plan(params, here, model, tokens, sequence_length=TOKENS)
     made = Search(params, here, model, start, estimator, tokens, list(known or []))
     made.calls = calls  # type: ignore[attr-defined]
     return made
@@ -256,8 +256,29 @@ def test_the_product_covers_the_effective_batch_exactly() -> None:
 
 
 def test_of_several_devices_each_has_its_share() -> None:
-    plan = first(search(Linear(), 1000 * GIB, 30, devices=4)).plan
-    assert (plan.micro_batch_size, plan.accumulation) == (8, 1)
+    plan = first(search(Linear(), 1000 * GIB, 30, train={"devices": 4})).plan
+    assert (plan.devices, plan.micro_batch_size, plan.accumulation) == (4, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "effective", "devices"),
+    [
+        ("auto", 0, 8, 1),
+        ("auto", 4, 8, 4),
+        ("auto", 4, 3, 3),
+        (2, 4, 8, 2),
+        (2, 0, 8, 2),
+        (8, 4, 8, 8),
+    ],
+)
+def test_every_gpu_with_a_share_is_used(
+    asked: int | str, gpus: int, effective: int, devices: int
+) -> None:
+    """More than there are here are those of other hosts as well."""
+    params = check_params({"train": {"devices": asked, "effective_batch_size": effective}})
+    here = hardware(GIB)
+    gpu = here.model_copy(update={"gpus": here.gpus[:1] * gpus})
+    assert device_count(params, gpu) == devices
 
 
 @pytest.mark.parametrize("micro", [1, 3, 7, 20])

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fitlora.step.training_step import learning_rate
 from tests.step import steps
@@ -139,15 +140,45 @@ def test_schedules(schedule: str, middle: float, last: float) -> None:
     assert all(a < b for a, b in pairwise(rates[:11]))
 
 
-def test_a_device_without_a_share_takes_part() -> None:
-    """An effective batch smaller than the devices: every device reduces the same tensors."""
-    made = steps.step(steps.plan(effective_batch_size=2, devices=3, micro_batch_size=1))
-    reduced: list[tuple[int, ...]] = []
+@pytest.mark.parametrize("optimizer", ["device", "host"])
+def test_a_device_without_a_share_takes_part(optimizer: str) -> None:
+    """An effective batch smaller than the devices: every device sums tensors of the same shapes."""
+    plan = steps.plan(
+        effective_batch_size=2, devices=3, micro_batch_size=1, optimizer_device=optimizer
+    )
+    made = steps.step(plan)
+    reduced: list[Tensor] = []
     made.run(
         [],
         step=0,
         learning_rate=0.1,
         total_target_tokens=10,
-        reduce_gradients=lambda tensors: reduced.extend(tuple(t.shape) for t in tensors),
+        reduce_gradients=reduced.extend,
     )
-    assert reduced == [*(tuple(p.shape) for p in made.adapters.values()), ()]
+    *gradients, loss = reduced
+    assert loss.shape == ()
+    assert not any(gradient.any() for gradient in gradients)
+    count = sum(p.numel() for p in made.adapters.values())
+    if optimizer == "device":
+        assert len(gradients) == 1  # one sum for all
+        assert count <= gradients[0].numel() < 1.5 * count
+    else:
+        assert sum(gradient.numel() for gradient in gradients) == count
+
+
+def test_gradients_on_the_host_add_up_over_devices() -> None:
+    """With the optimizer on the host: its gradients are those that a device would have summed."""
+    batch = steps.sequences(7)
+    found: dict[str, list[Tensor]] = {}
+    for optimizer in ("device", "host"):
+        plan = steps.plan(micro_batch_size=2, optimizer_device=optimizer)
+        seen = found[optimizer] = []
+        steps.step(plan).run(
+            batch,
+            step=0,
+            learning_rate=0.0,
+            reduce_gradients=lambda tensors, seen=seen: seen.extend(t.clone() for t in tensors),
+        )
+    norms = [torch.cat([t.flatten() for t in found[name]]).norm() for name in found]
+    assert norms[0] > 0
+    torch.testing.assert_close(norms[1], norms[0])

@@ -17,7 +17,8 @@ from fitlora.training.batches import Batches
 from fitlora.training.checkpoint import Checkpoints
 from fitlora.training.identity import Identity
 from fitlora.training.log import RunLog
-from fitlora.training.loop import Ranks, Run
+from fitlora.training.loop import Run
+from fitlora.training.parallel import Ranks
 from fitlora.training.recovery import Recovery
 from tests.step import steps
 
@@ -130,20 +131,40 @@ def make_run(
 Result = TypeVar("Result")
 
 
+class ThreadRanks(Ranks):
+    """A rank that is a thread; sums are taken where all of them wait."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, shared: dict[int, Any]) -> None:
+        self.rank, self.devices = rank, barrier.parties
+        self._barrier, self._shared = barrier, shared
+
+    def reduce(self, tensors: Sequence[Tensor]) -> None:
+        for tensor, others in zip(
+            tensors, zip(*self.gather([t.clone() for t in tensors]), strict=True), strict=True
+        ):
+            tensor.copy_(sum(others))
+
+    def any(self, flag: bool) -> bool:
+        return any(self.gather(flag))
+
+    def gather(self, value: Any) -> list[Any]:
+        self._shared[self.rank] = value
+        self._barrier.wait(60)
+        found = [self._shared[rank] for rank in range(self.devices)]
+        self._barrier.wait(60)
+        return found
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        return self.gather(make() if self.is_first else None)[0]
+
+
 def in_ranks(devices: int, work: Callable[[Ranks], Result]) -> list[Result]:
-    """What `work` gives on each rank. A rank is a thread; sums are taken where all of them wait."""
+    """What `work` gives on each rank."""
     barrier = threading.Barrier(devices)
-    shared: dict[int, list[Tensor]] = {}
+    shared: dict[int, Any] = {}
 
     def ranks_of(index: int) -> Ranks:
-        def reduce(tensors: Sequence[Tensor]) -> None:
-            shared[index] = [t.clone() for t in tensors]
-            barrier.wait(60)
-            for at, tensor in enumerate(tensors):
-                tensor.copy_(sum(shared[i][at] for i in range(devices)))  # type: ignore[arg-type]
-            barrier.wait(60)
-
-        return Ranks(index, devices, reduce)
+        return ThreadRanks(index, barrier, shared)
 
     found: dict[int, Result] = {}
 

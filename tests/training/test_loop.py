@@ -12,7 +12,8 @@ from fitlora.errors import UserError
 from fitlora.step.training_step import TrainingStep
 from fitlora.training.batches import Batches
 from fitlora.training.log import RunLog
-from fitlora.training.loop import Outcome, Ranks
+from fitlora.training.loop import Outcome
+from fitlora.training.parallel import Ranks
 from tests.step import steps
 from tests.training.runs import FakeStep, Records, in_ranks, make_run
 
@@ -180,33 +181,6 @@ def test_ranks_add_up_to_one_process(devices: int, tmp_path: Path) -> None:
         assert others == pytest.approx(losses, rel=ROUNDING)
         for name, tensor in whole.last.items():
             torch.testing.assert_close(outcome.last[name], tensor, rtol=1e-3, atol=ROUNDING)
-
-
-def _process(rank: int, devices: int, store: str, folder: str) -> None:
-    """One of several processes; the first writes down its losses."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=devices
-    )
-
-    class Accelerator:
-        num_processes, process_index = devices, rank
-
-    _, losses = run_real(Path(folder), real_step(devices), Ranks.of(Accelerator()))
-    torch.distributed.destroy_process_group()
-    (Path(folder) / f"losses{rank}.json").write_text(json.dumps(losses))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_two_processes_with_gloo_have_the_losses_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(
-        _process, args=(2, str(tmp_path / "store"), str(tmp_path)), nprocs=2, join=True
-    )
-    _, losses = run_real(tmp_path, real_step(1), Ranks())
-    for rank in range(2):
-        found = json.loads((tmp_path / f"losses{rank}.json").read_text())
-        assert found == pytest.approx(losses, rel=ROUNDING)
 
 
 @pytest.mark.parametrize("place", ["backward", "update"])

@@ -196,6 +196,19 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         for one in self._masters.values():
             one.has_gradient = one.is_coming = False
 
+    def gradients(self) -> list[Tensor]:
+        """The gradients on the host, fp32, of every trained parameter; zeros where there is none.
+
+        To be summed over processes, in place, before they are clipped.
+        """
+        trained = [one for one in self._ordered() if one.parameter.requires_grad]
+        for one in trained:
+            self._take_in(one)
+            if not one.has_gradient:
+                one.gradient.zero_()
+                one.has_gradient = True
+        return [one.gradient for one in trained]
+
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
         """Scales gradients that are on the host to a total norm of `max_norm`; returns the norm before.

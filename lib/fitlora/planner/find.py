@@ -26,7 +26,6 @@ def find_plan(
     hardware: Hardware,
     *,
     known: Sequence[Estimate] = (),
-    devices: int = 1,
 ) -> tuple[Choice, list[ProbeResult]]:
     """The preferred plan that fits by its estimate and then in truth, and the probes made.
 
@@ -42,7 +41,6 @@ def find_plan(
         model,
         load.tokens,
         sequence_length=load.train[0].tokens,
-        devices=devices,
     )
     search = Search(
         params=params,

@@ -117,6 +117,14 @@ def compute_dtype(
     return asked, "as params say"
 
 
+def device_count(params: Params, hardware: Hardware) -> int:
+    """Devices that share an effective batch: what params say, or every GPU that has a part of it."""
+    asked = params.train.devices
+    if asked != "auto":
+        return asked
+    return max(1, min(len(hardware.gpus), params.train.effective_batch_size))
+
+
 def loss_chunk(vocabulary: int) -> int:
     """Rows of logits at one time: a power of two, so many that they stay in LOSS_CHUNK_BYTES."""
     rows = max(1, LOSS_CHUNK_BYTES // (4 * vocabulary))
@@ -130,7 +138,6 @@ def default_plan(
     tokens: Callable[[int], int],
     *,
     sequence_length: int,
-    devices: int = 1,
 ) -> Plan:
     """The plan to start from: what the user fixed, and else the fastest that memory might allow.
 
@@ -144,6 +151,7 @@ def default_plan(
             "CPU; use adamw or adamw_8bit"
         )
     dtype, _ = compute_dtype(params, hardware, by_hand=model.by_hand)
+    devices = device_count(params, hardware)
     share = -(-params.train.effective_batch_size // devices)
     micro = asked.micro_batch_size
     if micro == "auto":

@@ -43,6 +43,9 @@ class Network(Protocol):
     def loss(self, batch: MicroBatch, *, scale: float) -> Tensor:
         """The same loss without dropout and without gradients."""
 
+    def gradients(self) -> list[Tensor]:
+        """All of the adapters' gradients that are on the device, in as few tensors as they lie in."""
+
 
 def _nobody(layer: int | None) -> None:
     pass
@@ -147,6 +150,9 @@ class HandNetwork:
             hidden.index_select(0, batch.target_rows), batch, scale, gradient=False
         )
         return loss
+
+    def gradients(self) -> list[Tensor]:
+        return [] if self.bank.gradients is None else [self.bank.gradients]
 
     @contextmanager
     def _at_work(self, layer: int, *, backward: bool = False) -> Iterator[None]:
@@ -261,6 +267,9 @@ class AutogradNetwork:
     def loss(self, batch: MicroBatch, *, scale: float) -> Tensor:
         self.placement.begin(backward_follows=False)
         return self._loss(batch, scale)
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def _loss(self, batch: MicroBatch, scale: float) -> Tensor:
         self.context.enter(batch)

@@ -29,6 +29,9 @@ _FIXED = (
     "streamed_layers", "streaming_slots", "checkpoints", "embedding", "head", "optimizer_device",
 )  # fmt: skip
 
+# Sums each tensor over the devices, in place.
+Reduce = Callable[[Sequence[Tensor]], None]
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -105,13 +108,13 @@ class TrainingStep:
         step: int,
         learning_rate: float,
         total_target_tokens: int | None = None,
-        reduce_gradients: Any = None,
+        reduce_gradients: Reduce | None = None,
     ) -> StepResult:
         """One optimizer step on this device's share of an effective batch.
 
         Gradients are those of the mean loss over the whole effective batch's target tokens, however
         it is split. total_target_tokens: of all devices; None where this one has the whole batch.
-        reduce_gradients: sums a list of tensors over the devices, in place.
+        reduce_gradients: None where this device has it all.
         """
         assert self.optimizer is not None, "the step was built without adapters"
         self.model.train()
@@ -129,14 +132,17 @@ class TrainingStep:
             norm = self._update(learning_rate, [loss], reduce_gradients)
         return StepResult(loss, norm, sum(len(s.tokens) for s in sequences), mine)
 
-    def _update(self, learning_rate: float, also_reduced: list[Tensor], reduce: Any) -> Tensor:
+    def _update(
+        self, learning_rate: float, also_reduced: list[Tensor], reduce: Reduce | None
+    ) -> Tensor:
         """Sums over devices, clips, updates; returns the gradients' norm before clipping.
 
         All that is allocated is so before the first weight changes.
         """
         assert self.optimizer is not None
         if isinstance(self.optimizer, CPUOffloadOptimizer) and self.optimizer.gradients_leave:
-            assert reduce is None, "gradients on the host are not summed over devices"
+            if reduce is not None:
+                reduce([*self.optimizer.gradients(), *also_reduced])
             norm = self.optimizer.clip_grad_norm_(self.settings.train.max_gradient_norm)
         else:
             norm = self._clip(also_reduced, reduce)
@@ -149,13 +155,13 @@ class TrainingStep:
         self.half_updated = False  # the last thing: what fails before it must not be done twice
         return norm
 
-    def _clip(self, also_reduced: list[Tensor], reduce: Any) -> Tensor:
+    def _clip(self, also_reduced: list[Tensor], reduce: Reduce | None) -> Tensor:
         for parameter in self.adapters.values():
             if parameter.grad is None:  # a device without a share of a small batch still takes part
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.adapters.values() if p.grad is not None]
         if reduce is not None:
-            reduce([*gradients, *also_reduced])
+            reduce([*self.network.gradients(), *also_reduced])
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         limit = self.settings.train.max_gradient_norm
         if limit is not None:

@@ -27,6 +27,7 @@ from fitlora.step.training_step import StepResult, TrainingStep, learning_rate
 from fitlora.training.batches import Batches, share_of
 from fitlora.training.checkpoint import Checkpoints, Progress, Snapshot
 from fitlora.training.log import RunLog
+from fitlora.training.parallel import LostProcess, Ranks
 from fitlora.training.recovery import (
     WAITS,
     Done,
@@ -61,38 +62,6 @@ class _Elsewhere(torch.OutOfMemoryError):
 
 
 @dataclass
-class Ranks:
-    """The processes that share an effective batch; one alone by default.
-
-    reduce sums tensors over the processes, in place.
-    """
-
-    rank: int = 0
-    devices: int = 1
-    reduce: Callable[[Sequence[Tensor]], None] | None = None
-
-    @classmethod
-    def of(cls, accelerator: Any) -> "Ranks":
-        """As accelerate has them."""
-        if accelerator.num_processes == 1:
-            return cls()
-
-        def reduce(tensors: Sequence[Tensor]) -> None:
-            for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
-
-        return cls(accelerator.process_index, accelerator.num_processes, reduce)
-
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether it is so on any of them. Each has to ask."""
-        if self.reduce is None:
-            return flag
-        count = torch.full((), float(flag), device=device)
-        self.reduce([count])
-        return bool(count > 0)
-
-
-@dataclass
 class Run:
     """One training run.
 
@@ -119,6 +88,7 @@ class Run:
         self._best: dict[str, Tensor] = {}
         self._saved: Progress | None = None
         self._setbacks: list[int] = []
+        self._summed = False  # whether the step under way has come to its update
         self._start = time.perf_counter()
 
     @property
@@ -131,7 +101,7 @@ class Run:
 
     def resume(self) -> bool:
         """Goes to the newest checkpoint of the same inputs, if there is one; raises ArtifactError."""
-        snapshot = self.checkpoints.newest()
+        snapshot = self.ranks.from_first(self.checkpoints.newest)
         if snapshot is not None:
             self._restore(snapshot)
             self.recovery.ladder.resume(snapshot.rung)
@@ -155,12 +125,14 @@ class Run:
         except StopAsked:
             self.step.abandon()
             self._save()
-            if self.ranks.rank == 0:
+            if self.ranks.is_first:
                 say(
                     f"stopped by {self.stop.reason} after step {self.progress.done} of "
                     f"{self.total_steps}, which is saved; the same command goes on from there"
                 )
             raise self.stop.ending() from None
+        except LostProcess as error:
+            raise UserError(self._lost(error)) from None
         except RuntimeError as error:
             if not is_lost(error):
                 raise
@@ -202,7 +174,7 @@ class Run:
         return patience is not None and self.progress.without_better >= patience
 
     def _check_stop(self) -> None:
-        if self.ranks.any(self.stop.asked is not None, self.step.device):
+        if self.ranks.any(self.stop.asked is not None):
             raise StopAsked
 
     @contextmanager
@@ -230,7 +202,7 @@ class Run:
                 step=index,
                 learning_rate=rate,
                 total_target_tokens=target_tokens,
-                reduce_gradients=None if self.ranks.reduce is None else self._reduce,
+                reduce_gradients=None if self.ranks.devices == 1 else self._reduce,
             )
 
         with self.tracker.measuring("step", self.step.tensors):
@@ -240,6 +212,7 @@ class Run:
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(self._diverged(f"the loss of step {index + 1} is {loss}", norm))
         self.progress = self.progress.model_copy(update={"done": index + 1})
+        self._summed = False
         tokens = sum(len(s.tokens) for s in batch)
         memory = self.tracker.update(step=index + 1)
         self.record(
@@ -259,8 +232,7 @@ class Run:
 
     def _reduce(self, tensors: Sequence[Tensor]) -> None:
         """Sums over the processes, if all of them have come so far."""
-        assert self.ranks.reduce is not None
-        if self.ranks.any(False, self.step.device):
+        if self.ranks.any(False):
             raise _Elsewhere("another process ran out of memory")
         self._summed = True
         self.ranks.reduce(tensors)
@@ -268,7 +240,7 @@ class Run:
     def _together(self, work: Callable[[], StepResult]) -> Done[StepResult] | Overflow:
         """The attempt of all processes: it is done by all of them, or by none."""
         self._summed = False
-        if self.ranks.reduce is None:
+        if self.ranks.devices == 1:
             return attempt(work)
         told = False
 
@@ -282,12 +254,12 @@ class Run:
 
         found = attempt(told_of)
         if self._summed:  # one that failed later leaves the others updated
-            failed = self.ranks.any(isinstance(found, Overflow), self.step.device)
+            failed = self.ranks.any(isinstance(found, Overflow))
             self.step.half_updated = failed
             if failed and isinstance(found, Done):
                 return Overflow("another process ran out of memory in its update")
         elif not told:
-            self.ranks.any(True, self.step.device)
+            self.ranks.any(True)
         return found
 
     # --- validation -----------------------------------------------------------------------------------
@@ -325,8 +297,7 @@ class Run:
                 count += len(part)
         tokens = sum(sequence.target_tokens for sequence in mine)
         totals = torch.stack([summed, torch.full_like(summed, tokens)])
-        if self.ranks.reduce is not None:
-            self.ranks.reduce([totals])
+        self.ranks.reduce([totals])
         loss = float(totals[0] / totals[1])
         if not math.isfinite(loss):
             raise UserError(self._diverged(f"the validation loss after step {done} is {loss}"))
@@ -340,6 +311,16 @@ class Run:
         )
         return loss
 
+    def _lost(self, error: LostProcess) -> str:
+        """What there is to say where another process is gone; the first one saves what it can."""
+        again = "the same command goes on from the newest checkpoint"
+        if self.ranks.is_first:
+            if not self._summed:  # within an update there is nothing whole but what is saved
+                self.step.abandon()
+                self._save()
+            again = f"the same command goes on from step {self._saved_step}, which is saved"
+        return f"{error} in step {self.progress.done + 1} of {self.total_steps}; {again}"
+
     def _diverged(self, what: str, norm: float = 0.0) -> str:
         norm_too = "" if math.isfinite(norm) else f", the gradients' norm {norm}"
         return f"{what}{norm_too}; {_DIVERGED} (the last checkpoint is of step {self._saved_step})"
@@ -352,7 +333,7 @@ class Run:
 
     def _save(self) -> None:
         """Keeps the run as it is now, if that is not done; on the first rank, which is enough."""
-        if self.ranks.rank == 0 and self._saved != self.progress:
+        if self.ranks.is_first and self._saved != self.progress:
             with self._phase("save"):
                 snapshot = self.recovery.insist(self._snapshot, "a checkpoint")
                 self.recovery.insist(lambda: self.checkpoints.save(snapshot), "a checkpoint")
@@ -394,7 +375,7 @@ class Run:
                 f"step {self._saved_step}, which is saved"
             )
         self.recovery.wait(WAITS[times - 1])
-        snapshot = self.checkpoints.newest()
+        snapshot = self.ranks.from_first(self.checkpoints.newest)
         if snapshot is None:
             raise UserError(f"{self.checkpoints.folder} is gone under the run; begin it anew")
         self._restore(snapshot)

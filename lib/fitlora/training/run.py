@@ -14,6 +14,7 @@ from fitlora.artifacts import Hardware, write_text_atomically
 from fitlora.console import say
 from fitlora.data.packing import padding_share
 from fitlora.device import limit_memory, torch_device
+from fitlora.errors import UserError
 from fitlora.memory.advice import Edge, Measured, recommendations
 from fitlora.memory.estimate import Estimator, Load
 from fitlora.memory.tracker import MemoryTracker
@@ -29,9 +30,10 @@ from fitlora.step.weights import CheckpointWeights
 from fitlora.training.batches import Batches
 from fitlora.training.checkpoint import Checkpoints
 from fitlora.training.data import TokenizedSplit, longest, sizes
-from fitlora.training.identity import identity_of
+from fitlora.training.identity import Identity, identity_of
 from fitlora.training.log import RunLog
-from fitlora.training.loop import Outcome, Ranks, Run
+from fitlora.training.loop import Outcome, Run
+from fitlora.training.parallel import Ranks
 from fitlora.training.progress import Expected, TrainingProgress
 from fitlora.training.recovery import Recovery, predictor
 from fitlora.training.start import check_start, read_start
@@ -53,6 +55,9 @@ class Places:
     memory_log: Path | None = None
 
 
+ALONE = Ranks()
+
+
 def train(
     params: Params,
     plan: Plan,
@@ -63,10 +68,12 @@ def train(
     rows: TokenizedSplit,
     validation: TokenizedSplit,
     places: Places,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Trains and saves the adapter; returns the log's last record.
 
     config: the model's transformers config. checkpoint: the folder of its 4-bit (or 16-bit) weights.
+    ranks: the processes that share the work, of which this is one. The plan is for so many devices.
     Stopped before its end, it leaves an earlier adapter as it was.
     """
     settings = StepSettings.of(params)
@@ -76,7 +83,7 @@ def train(
         sizes(longest(validation.sequences, plan.evaluation_batch_size)),
     )
     estimator = Estimator(config, settings, load, hardware)
-    predicted = estimator(plan)
+    predicted = ranks.from_first(lambda: estimator(plan))
 
     limit_memory(hardware)
     device = torch_device(hardware)
@@ -93,13 +100,14 @@ def train(
     if settings.spec is not None:
         weights.check(settings.spec)
     identity = identity_of(params, plan, checkpoint, rows, validation)
+    _check_alike(identity, ranks)
     checkpoints = Checkpoints(places.scratch, identity, say)
     host = HostMemory(hardware.host_budget_bytes)
     step = skeleton.fill(weights, make_transport(device, host))
-    first = accelerator.is_main_process  # the others would write over its files
+    first = ranks.is_first  # the others would write over its files
     memory = places.scratch / "memory"
     tracker = MemoryTracker(
-        memory if first else memory / f"rank{accelerator.process_index}",
+        memory if first else memory / f"rank{ranks.rank}",
         device,
         edge=Edge(
             predicted.peak_allocated_bytes,
@@ -126,7 +134,7 @@ def train(
         record=record,
         checkpoints=checkpoints,
         recovery=Recovery(step, Ladder(plan, len(decoder_layers(step.model)), predict), record),
-        ranks=Ranks.of(accelerator),
+        ranks=ranks,
     )
     with log, run.stop:
         if run.resume():
@@ -141,7 +149,8 @@ def train(
             progress = bar if first else None
             outcome = run()
             progress = None
-        accelerator.end_training()
+        processes = ranks.gather(_of_this_process(tracker, device))
+        accelerator.end_training()  # ends the group of processes as well
         end: dict[str, Any] = {
             "event": "end",
             "steps": outcome.steps,
@@ -154,6 +163,8 @@ def train(
             "measured_peak_bytes": tracker.peak_allocated_bytes,
             "measured_reserved_bytes": tracker.peak_reserved_bytes,
         }
+        if ranks.devices > 1:
+            end |= _peaks(processes)
         if first:
             budget = hardware.budget_bytes if device.type == "cuda" else None
             end["recommendations"] = _advice(run, estimator, budget, hardware.context_bytes)
@@ -170,6 +181,35 @@ def train(
             if places.memory_log is not None:
                 _write_memory_log(places.memory_log, end, tracker)
     return end
+
+
+def _check_alike(identity: Identity, ranks: Ranks) -> None:
+    """Raises UserError where processes would not train the same thing: hosts with other files."""
+    for rank, inputs in enumerate(ranks.gather(dict(identity.inputs))):
+        found = identity.differences(inputs)
+        if found:
+            raise UserError(
+                f"process {rank} has other inputs than process {ranks.rank}: {'; '.join(found)}. Give "
+                "every host the same params, data and artifacts"
+            )
+
+
+def _of_this_process(tracker: MemoryTracker, device: torch.device) -> dict[str, Any]:
+    return {
+        "host": os.uname().nodename,
+        "device": str(device),
+        "measured_peak_bytes": tracker.peak_allocated_bytes,
+        "measured_reserved_bytes": tracker.peak_reserved_bytes,
+    }
+
+
+def _peaks(processes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The memory of each process, and the highest, which is what the plan is held against."""
+    highest = {
+        key: max((p[key] for p in processes if p[key] is not None), default=None)
+        for key in ("measured_peak_bytes", "measured_reserved_bytes")
+    }
+    return {**highest, "processes": processes}
 
 
 def _advice(
