@@ -19,6 +19,7 @@ BASE: dict[str, Any] = {
     "compute_dtype": "bfloat16",
     "optimizer": "adamw",
     "loss_chunk_tokens": 1024,
+    "mlp_chunk_tokens": None,
     "streamed_layers": (),
     "streaming_slots": 2,
     "checkpoints": "device",
@@ -38,6 +39,7 @@ OTHER: dict[str, Any] = {
     "compute_dtype": "float32",
     "optimizer": "adamw_8bit",
     "loss_chunk_tokens": 1023,
+    "mlp_chunk_tokens": 8192,
     "streamed_layers": (0, 3),
     "streaming_slots": 3,
     "checkpoints": "host",
@@ -62,6 +64,7 @@ def plan(**changes: Any) -> Plan:
         {"evaluation_batch_size": 0},
         {"sequence_length": 0},
         {"loss_chunk_tokens": 0},
+        {"mlp_chunk_tokens": 0},
         {"devices": 0},
         {"recompute_layers": (1, 0)},
         {"recompute_layers": (0, 0)},
@@ -134,7 +137,7 @@ def test_the_fingerprint_is_the_decisions_alone() -> None:
     assert plan().fingerprint() == plan(recompute_layers=[0, 1]).fingerprint()
     assert plan().replace(micro_batch_size=8).replace(micro_batch_size=4) == plan()
     # written down, so that a change of the form is noticed: DVC would see other bytes everywhere
-    assert plan().fingerprint() == "4f8ce71f4e89"
+    assert plan().fingerprint() == "d5aa861ca5ad"
     assert len(plan().fingerprint()) == 12
 
 

@@ -51,6 +51,12 @@ class Plan(BaseModel):
     compute_dtype: ComputeDtype
     optimizer: Optimizer
     loss_chunk_tokens: int = Field(ge=1, description="rows of logits that exist at one time")
+    mlp_chunk_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens that go through an MLP at one time, where the layer is done by hand and "
+        "keeps nothing of it; null for all",
+    )
     streamed_layers: tuple[int, ...] = Field(
         (), strict=False, description="decoder layers whose frozen weights come from host memory"
     )

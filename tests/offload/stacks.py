@@ -1,5 +1,6 @@
-"""A toy stack of decoder layers that ask for their weights, forward and backward, as a step does."""
+"""A toy stack of decoder layers that ask for their weights as a step does, and a head in slices."""
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from fitlora.offload.residency import Residency
 from fitlora.offload.transport import Transport
+from fitlora.offload.vocabulary import Slices
 from fitlora.step.linear import FrozenLinear
 
 WIDTH = 8
@@ -133,3 +135,13 @@ class Run:
         for index in range(len(self.stack)):
             x = self.visit(index, x, backward=False)
         return x
+
+
+def resident_slices(weight: Tensor, rows: int) -> Slices:
+    """The slices of a head that is on the device, so that both heads have the same arithmetic."""
+
+    def slices() -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, len(weight), rows):
+            yield start, weight[start : start + rows]
+
+    return slices

@@ -9,13 +9,13 @@ from fitlora.memory.trace import MemoryTrace, rounded
 from fitlora.offload.transport import HostTransport, TracedTransport, Transport
 from fitlora.offload.vocabulary import (
     HostEmbedding,
+    Slices,
     StreamedHead,
-    resident_slices,
-    sliced_cross_entropy,
     sliced_logits,
     sliced_loss,
 )
-from fitlora.step.loss import chunked_cross_entropy
+from fitlora.step.loss import head_loss
+from tests.offload.stacks import resident_slices
 from tests.offload.transports import ClockedTransport, DelayedTransport
 from tests.step.test_loss import exact
 
@@ -38,51 +38,51 @@ def on_host(table: Tensor, transport: Transport) -> Tensor:
     return place
 
 
+def both(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """A loss and its gradient, which is there."""
+    loss, gradient = found
+    assert gradient is not None
+    return loss, gradient
+
+
 @pytest.mark.parametrize("rows", [1, 7, 100, 101, 500])
+@pytest.mark.parametrize("chunk", [1, 10, 37, 500])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_it_is_cross_entropy(rows: int, with_bias: bool) -> None:
+def test_it_is_cross_entropy(rows: int, chunk: int, with_bias: bool) -> None:
     hidden, weight, b, targets = inputs()
     bias = b if with_bias else None
-    expected = exact(hidden, weight, bias, targets)
-    leaf = hidden.clone().requires_grad_()
+    value, wanted = exact(hidden, weight, bias, targets)
     slices = resident_slices(weight, rows)
-    loss = sliced_cross_entropy(leaf, slices, targets, scale=0.25, bias=bias)
+    loss, gradient = both(sliced_loss(hidden, slices, targets, scale=0.25, chunk=chunk, bias=bias))
     assert loss.dtype == torch.float32
-    (3.0 * loss).backward()
-    torch.testing.assert_close(loss.double(), 0.25 * expected[0], rtol=1e-5, atol=0)
-    assert leaf.grad is not None
-    torch.testing.assert_close(leaf.grad.double(), 0.75 * expected[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss.double(), 0.25 * value, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), 0.25 * wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_in_bf16_it_is_as_near_as_the_loss_of_chunks() -> None:
     hidden, weight, bias, targets = inputs(torch.bfloat16)
-    value, gradient = exact(hidden, weight, bias, targets)
+    value, wanted = exact(hidden, weight, bias, targets)
 
-    def error(leaf: Tensor, loss: Tensor) -> tuple[float, float]:
-        loss.backward()
-        assert leaf.grad is not None
+    def error(loss: Tensor, gradient: Tensor) -> tuple[float, float]:
         return (
             abs(float(loss) / float(value) - 1),
-            float((leaf.grad.double() - gradient).norm() / gradient.norm()),
+            float((gradient.double() - wanted).norm() / wanted.norm()),
         )
 
-    a, b = (hidden.clone().requires_grad_() for _ in range(2))
     slices = resident_slices(weight, 16)
-    mine = error(a, sliced_cross_entropy(a, slices, targets, scale=1.0, bias=bias))
-    chunks = error(b, chunked_cross_entropy(b, weight, targets, scale=1.0, chunk=8, bias=bias))
+    mine = error(*both(sliced_loss(hidden, slices, targets, scale=1.0, chunk=8, bias=bias)))
+    whole = error(*both(head_loss(hidden, weight, targets, scale=1.0, chunk=8, bias=bias)))
     assert mine[0] < 5e-3
-    assert mine[1] < max(0.01, 1.5 * chunks[1])
+    assert mine[1] < max(0.01, 1.5 * whole[1])
 
 
-def test_without_autograd_the_gradient_comes_beside_the_loss() -> None:
+def test_without_gradients_none_are_made() -> None:
     hidden, weight, bias, targets = inputs()
-    value, gradient = exact(hidden, weight, bias, targets)
     slices = resident_slices(weight, 30)
-    loss, found = sliced_loss(hidden, slices, targets, scale=0.5, bias=bias)
-    assert found is not None
-    torch.testing.assert_close(loss.double(), 0.5 * value, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found.double(), 0.5 * gradient, rtol=1e-4, atol=1e-6)
-    same, none = sliced_loss(hidden, slices, targets, scale=0.5, bias=bias, gradient=False)
+    loss, _ = sliced_loss(hidden, slices, targets, scale=0.5, chunk=20, bias=bias)
+    same, none = sliced_loss(
+        hidden, slices, targets, scale=0.5, chunk=20, bias=bias, gradient=False
+    )
     assert torch.equal(same, loss)
     assert none is None
 
@@ -92,35 +92,34 @@ def test_large_logits_do_not_overflow(offset: float) -> None:
     hidden, weight, _, targets = inputs()
     bias = torch.full((VOCABULARY,), offset)
     bias[90] += 500.0  # exp(500) is beyond fp32, and the maximum comes late
-    expected = exact(hidden, weight, bias, targets)
-    leaf = hidden.clone().requires_grad_()
-    loss = sliced_cross_entropy(leaf, resident_slices(weight, 10), targets, scale=1.0, bias=bias)
-    loss.backward()
-    assert loss.item() == pytest.approx(float(expected[0]), rel=1e-4)
-    assert leaf.grad is not None
-    torch.testing.assert_close(leaf.grad.double(), expected[1], rtol=1e-2, atol=1e-3)
-
-
-def test_without_gradients_none_are_made() -> None:
-    hidden, weight, _, targets = inputs()
+    value, wanted = exact(hidden, weight, bias, targets)
     slices = resident_slices(weight, 10)
-    with torch.no_grad():
-        loss = sliced_cross_entropy(hidden.requires_grad_(), slices, targets, scale=1.0)
-    assert not loss.requires_grad
-    assert not sliced_cross_entropy(hidden.detach(), slices, targets, scale=1.0).requires_grad
+    loss, gradient = both(sliced_loss(hidden, slices, targets, scale=1.0, chunk=20, bias=bias))
+    assert loss.item() == pytest.approx(float(value), rel=1e-4)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=1e-2, atol=1e-3)
+
+
+def test_chunks_of_rows_bound_the_logits() -> None:
+    """A quarter of the rows at one time takes a quarter of the slice's logits."""
+    hidden, weight = torch.randn(64, 4), torch.randn(4096, 4)
+    targets = torch.zeros(64, dtype=torch.int64)
+    peaks = []
+    for chunk in (64, 16):
+        with MemoryTrace() as trace:
+            sliced_loss(hidden, resident_slices(weight, 1024), targets, scale=1.0, chunk=chunk)
+            peaks.append(trace.peak.bytes)
+    logits = 64 * 1024 * 4
+    assert peaks[0] > logits
+    assert peaks[1] < peaks[0] - logits // 2
 
 
 @pytest.mark.parametrize("rows", [10, 50, 101, 200])
 def test_a_streamed_head_is_the_resident_one_under_delays(rows: int) -> None:
     hidden, weight, bias, targets = inputs()
 
-    def run(slices: object) -> list[Tensor]:
-        leaf = hidden.clone().requires_grad_()
-        loss = sliced_cross_entropy(leaf, slices, targets, scale=0.5, bias=bias)  # type: ignore[arg-type]
-        loss.backward()
-        assert leaf.grad is not None
-        logits = sliced_logits(hidden, slices, bias=bias)  # type: ignore[arg-type]
-        return [loss.detach(), leaf.grad, logits]
+    def run(slices: Slices) -> list[Tensor]:
+        found = both(sliced_loss(hidden, slices, targets, scale=0.5, chunk=20, bias=bias))
+        return [*found, sliced_logits(hidden, slices, bias=bias)]
 
     expected = run(resident_slices(weight, rows))
     assert expected[2].shape == (ROWS, VOCABULARY)
@@ -138,6 +137,7 @@ def test_every_slice_is_ordered_and_comes_once(rows: int) -> None:
     transport = ClockedTransport()
     head = StreamedHead(on_host(inputs()[1], transport), transport, rows=rows)
     count = -(-VOCABULARY // rows)
+    assert head.count == count
     for number in range(1, 4):
         starts = []
         for start, weight in head.slices():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from fitlora.memory.trace import MemoryTrace
 from fitlora.offload.transport import Transport
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
-from fitlora.plan import KEPT
+from fitlora.plan import KEPT, Kept
 from fitlora.step.build import build_step
 from fitlora.step.families import FAMILIES, recognise
 from fitlora.step.network import AutogradNetwork, HandNetwork
@@ -137,6 +138,33 @@ def test_every_family_is_tested() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_family_by_hand_is_the_family(case: str) -> None:
     assert_alike(make(case, dropout=0.2, micro_batch_size=3))
+
+
+@pytest.mark.parametrize("case", ["llama with biases", "phi3", "gemma2"])
+@pytest.mark.parametrize("keeps", [(), ("middle",), ("mlp",)])
+def test_an_mlp_in_chunks_is_the_whole_one(case: str, keeps: tuple[Kept, ...]) -> None:
+    """One layer keeps its MLP and is not cut; the others are, and so is an evaluation."""
+    plan: dict[str, Any] = {"recompute_layers": (0, 1), "recompute_keeps": keeps}
+    batch, losses, gradients = steps.sequences(5), [], []
+    for chunk in (None, 7):
+        made = make(case, dropout=0.2, mlp_chunk_tokens=chunk, **plan)
+        losses += [float(made.evaluate(batch)[0])]
+        gradients.append(steps.gradients(made, batch))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert steps.distance(*gradients) < 1e-4
+
+
+def test_an_mlp_in_chunks_takes_less_memory() -> None:
+    peaks = []
+    for chunk in (None, 16):
+        made = make("llama", config={"intermediate_size": 4096}, mlp_chunk_tokens=chunk,
+                    recompute_layers=(0, 1, 2))  # fmt: skip
+        with MemoryTrace() as trace:
+            made.run(steps.sequences(7), step=0, learning_rate=0.0)
+            peaks.append(trace.peak.bytes)
+    tokens = sum(len(s.tokens) for s in steps.sequences(7))
+    # of gate, up and their product in backward, all but a chunk's
+    assert peaks[0] - peaks[1] > 2.9 * (tokens - 16) * 4096 * 4
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3", "phi3"])

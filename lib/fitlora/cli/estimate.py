@@ -181,7 +181,7 @@ def _plan(asked: dict[str, Any], config: Any, hardware: "Hardware") -> Plan:
     from pydantic import ValidationError
 
     from fitlora.offload.residency import spread
-    from fitlora.planner.search import ModelSize, loss_chunk
+    from fitlora.planner.search import MLP_CHUNK_TOKENS, ModelSize, loss_chunk
 
     model = ModelSize.of(config)
     layers = {"none": 0, "all": model.layers}.get(asked["recompute"])
@@ -202,6 +202,7 @@ def _plan(asked: dict[str, Any], config: Any, hardware: "Hardware") -> Plan:
         "streamed_layers": spread(model.layers, asked["stream"]),
         "streaming_slots": asked["slots"],
         "loss_chunk_tokens": asked["loss_chunk"] or loss_chunk(model.vocabulary),
+        "mlp_chunk_tokens": MLP_CHUNK_TOKENS,
     }
     same = ("compute_dtype", "optimizer", "checkpoints", "embedding", "head", "optimizer_device")
     try:

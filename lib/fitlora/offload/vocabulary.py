@@ -11,7 +11,6 @@ slice raises the maximum.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -80,6 +79,11 @@ class StreamedHead:
         self._filled: list[tuple[Tensor, Mark]] = []
 
     @property
+    def count(self) -> int:
+        """Slices of the whole table."""
+        return len(self._starts)
+
+    @property
     def slot_tensors(self) -> list[Tensor]:
         """What it has on the device."""
         return list(self._slots)
@@ -121,22 +125,13 @@ class StreamedHead:
 Slices = Callable[[], Iterator[tuple[int, Tensor]]]
 
 
-def resident_slices(weight: Tensor, rows: int) -> Slices:
-    """The slices of a head that is on the device, so that both heads have the same arithmetic."""
-
-    def slices() -> Iterator[tuple[int, Tensor]]:
-        for start in range(0, len(weight), rows):
-            yield start, weight[start : start + rows]
-
-    return slices
-
-
 def sliced_loss(
     hidden: Tensor,
     slices: Slices,
     targets: Tensor,
     *,
     scale: float,
+    chunk: int,
     bias: Tensor | None = None,
     gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +139,7 @@ def sliced_loss(
 
     hidden: (rows, hidden); slices: gives (start, (n, hidden)) for the whole vocabulary, in order, each
     once; targets: int64 (rows,). Returns a float32 scalar and, where `gradient`, a tensor like hidden.
-    Beside the slice, (rows, n) logits in fp32 are alive, and the gradient in fp32.
+    Beside the slice, (chunk, n) logits in fp32 are alive, and the gradient in fp32.
     """
     rows = len(hidden)
     top = hidden.new_full((rows, 1), float("-inf"), dtype=torch.float32)
@@ -155,68 +150,30 @@ def sliced_loss(
         grad = torch.zeros_like(hidden, dtype=torch.float32)
         wanted = torch.zeros_like(hidden)  # the targets' rows of the head
     for start, weight in slices():
-        logits = torch.mm(hidden, weight.t())
-        if bias is not None:
-            logits.add_(bias[start : start + len(weight)])
-        p = logits.to(torch.float32)
-        del logits
-        place = (targets - start)[:, None]
-        here = (place >= 0) & (place < len(weight))
-        place = place.clamp_(0, len(weight) - 1)
-        chosen.add_(p.gather(1, place).mul_(here))
-        raised = torch.maximum(top, p.amax(1, keepdim=True))
-        p.sub_(raised).exp_()
-        top.sub_(raised).exp_()  # what the sums so far are worth now
-        norm.mul_(top).add_(p.sum(1, keepdim=True))
-        if grad is not None and wanted is not None:
-            grad.mul_(top).add_(torch.mm(p.to(weight.dtype), weight))
-            wanted.add_(weight.index_select(0, place[:, 0]).mul_(here))
-        del p
-        top = raised
+        for first in range(0, rows, chunk):
+            part = slice(first, first + chunk)
+            logits = torch.mm(hidden[part], weight.t())
+            if bias is not None:
+                logits.add_(bias[start : start + len(weight)])
+            p = logits.to(torch.float32)
+            del logits
+            place = (targets[part] - start)[:, None]
+            here = (place >= 0) & (place < len(weight))
+            place = place.clamp_(0, len(weight) - 1)
+            chosen[part].add_(p.gather(1, place).mul_(here))
+            raised = torch.maximum(top[part], p.amax(1, keepdim=True))
+            p.sub_(raised).exp_()
+            worth = top[part].sub_(raised).exp_()  # what the sums so far are worth now
+            norm[part].mul_(worth).add_(p.sum(1, keepdim=True))
+            if grad is not None and wanted is not None:
+                grad[part].mul_(worth).add_(torch.mm(p.to(weight.dtype), weight))
+                wanted[part].add_(weight.index_select(0, place[:, 0]).mul_(here))
+            del p
+            top[part] = raised
     loss = norm.log().add_(top).sub_(chosen).sum().mul_(scale)
     if grad is None or wanted is None:
         return loss, None
     return loss, grad.div_(norm).sub_(wanted).mul_(scale).to(hidden.dtype)
-
-
-class _SlicedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        slices: Slices,
-        bias: Tensor | None,
-        targets: Tensor,
-        scale: float,
-        need_grad: bool,
-    ) -> Tensor:
-        loss, grad = sliced_loss(
-            hidden, slices, targets, scale=scale, bias=bias, gradient=need_grad
-        )
-        if grad is not None:
-            ctx.save_for_backward(grad)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad.mul_(grads[0]), None, None, None, None, None
-
-
-def sliced_cross_entropy(
-    hidden: Tensor,
-    slices: Slices,
-    targets: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """`sliced_loss` for autograd, which may go back once."""
-    need_grad = torch.is_grad_enabled() and hidden.requires_grad
-    return cast(
-        Tensor,
-        cast(Any, _SlicedCrossEntropy).apply(hidden, slices, bias, targets, scale, need_grad),
-    )
 
 
 def sliced_logits(hidden: Tensor, slices: Slices, *, bias: Tensor | None = None) -> Tensor:

@@ -36,6 +36,9 @@ from fitlora.units import GIB, MIB, format_bytes
 BUSY_TOKENS = 4096
 # fp32 logits that exist at one time; rows of a large vocabulary are cut to this.
 LOSS_CHUNK_BYTES = 256 * MIB
+# Tokens that go through an MLP at one time. Each part dequantizes the MLP's weights again, which takes
+# 3% of what its products on so many tokens take; for what is one part, nothing changes.
+MLP_CHUNK_TOKENS = 8192
 
 # How much less the next plan should take where one overflowed that should have fitted: about what an
 # estimate is off by at most, so that a few probes get out of any error that is still to be expected.
@@ -173,6 +176,7 @@ def default_plan(
         compute_dtype=dtype,
         optimizer=params.train.optimizer,
         loss_chunk_tokens=loss_chunk(model.vocabulary),
+        mlp_chunk_tokens=MLP_CHUNK_TOKENS,
         **_placed(params, model),
     )
 
@@ -477,6 +481,7 @@ class Search:
             "compute_dtype": dtype_reason,
             "optimizer": "as params say",
             "loss_chunk_tokens": f"fp32 logits stay within {format_bytes(LOSS_CHUNK_BYTES)}",
+            "mlp_chunk_tokens": "larger parts take memory and are hardly faster",
         }
 
     def _reasons_of_places(self, plan: Plan, by_speed: bool) -> dict[str, str]:

@@ -108,10 +108,9 @@ class Shape:
         }
         return 2 * sum(sizes[kind] for kind in kept)
 
-    @property
-    def working_bytes(self) -> int:
-        """Of one token's activations that a layer in work has, whatever it keeps."""
-        return 2 * (4 * self.hidden + self.qkv + 3 * self.intermediate)
+    def working_bytes(self, tokens: int, mlp_tokens: int) -> int:
+        """Of activations that a layer in work has, whatever it keeps; mlp_tokens: of them in the MLP."""
+        return 2 * (tokens * (4 * self.hidden + self.qkv) + mlp_tokens * 3 * self.intermediate)
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,8 @@ def guess_bytes(plan: Plan, shape: Shape, tokens: int) -> int:
     return (
         (shape.layers - streamed + slots) * shape.layer_bytes
         + tables * shape.table_bytes
-        + tokens * (kept + shape.working_bytes)
+        + tokens * kept
+        + shape.working_bytes(tokens, min(tokens, plan.mlp_chunk_tokens or tokens))
         + states * shape.adapters
     )
 

@@ -9,7 +9,7 @@ what they were computed from. Frozen weights get no gradient, so none is prepare
 Shapes: T tokens of a micro-batch laid behind each other, H hidden, h heads of size d.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -127,10 +127,13 @@ class DecoderLayer:
         positions: Positions,
         keys: Tensor | None,
         keep: Collection[Kept] | None,
+        *,
+        mlp_chunk: int | None = None,
     ) -> tuple[Tensor, Saved | None]:
         """hidden: (T, H), which stays as it is. keys: of the dropout masks, None without dropout.
 
         keep: what to keep for backward beside the input; None where there will be no backward.
+        mlp_chunk: tokens that go through the MLP at one time where it is not kept; None for all.
         Returns the layer's output and what was kept.
         """
         kept = keep or ()
@@ -139,16 +142,11 @@ class DecoderLayer:
         self._attend(saved, batch, positions)
         if "qkv" not in kept:
             saved.qkv = saved.qkv_narrow = None
-        n = self._enter_mlp(saved, keys)
+        out = self._enter_mlp(saved, keys)  # the MLP's input gives way to the output, part by part
         if "attention" not in kept:
             saved.attended = saved.attention = None
-        self._gate_up(saved, n, keys)
-        del n
-        out = self._leave_mlp(saved, keys, keep="mlp" in kept)
-        if self.mlp_out_norm is not None:
-            saved.down = out if "mlp" in kept else None
-            out = self.mlp_out_norm(out)
-        out.add_(_known(saved.middle))
+        for part in _parts(len(out), None if "mlp" in kept else mlp_chunk):
+            self._mlp(out[part], saved, _of(keys, part), _known(saved.middle)[part], "mlp" in kept)
         if "middle" not in kept:
             saved.middle = saved.o = saved.o_narrow = None
         return out, None if keep is None else saved
@@ -173,6 +171,17 @@ class DecoderLayer:
             o = self.attention_out_norm(o)
         saved.middle, n = self.mlp_norm.after_add(_known(saved.hidden), o)
         return n
+
+    def _mlp(
+        self, n: Tensor, saved: Saved, keys: Tensor | None, middle: Tensor, keep: bool
+    ) -> None:
+        """From the MLP's input to the layer's output, in the memory of n."""
+        self._gate_up(saved, n, keys)
+        out = self._leave_mlp(saved, keys, keep=keep)
+        if self.mlp_out_norm is not None:
+            saved.down = out if keep else None
+            out = self.mlp_out_norm(out)
+        torch.add(out, middle, out=n)
 
     def _gate_up(self, saved: Saved, n: Tensor, keys: Tensor | None) -> None:
         saved.gate_up, saved.gate_up_narrow = self.gate_up.forward(n, keys)
@@ -200,37 +209,45 @@ class DecoderLayer:
         keys: Tensor | None,
         *,
         wanted: bool,
+        mlp_chunk: int | None = None,
     ) -> Tensor | None:
         """Adds the adapters' gradients; returns the gradient of the input (T, H) where `wanted`.
 
         grad: (T, H), of the output; it is overwritten, and `saved` is used up.
         """
         n = self._make_again(saved, batch, positions, keys)
-        grad = self._mlp_backward(grad, saved, n, keys)
-        del n
+        for part in _parts(len(n), None if saved.gate_up else mlp_chunk):
+            middle = _known(saved.middle)[part]
+            self._mlp_backward(grad[part], saved, n[part], middle, _of(keys, part))
+        del n, middle
         return self._attention_backward(grad, saved, batch, positions, keys, wanted=wanted)
 
     def _make_again(
         self, saved: Saved, batch: MicroBatch, positions: Positions, keys: Tensor | None
     ) -> Tensor:
-        """What was not kept, up to the MLP's first products; returns the MLP's input."""
+        """What was not kept, up to the MLP; returns the MLP's input."""
         if saved.qkv is None:
             self._project(saved, positions, keys)
         if saved.attended is None:
             self._attend(saved, batch, positions)
-        remade = saved.middle is None
-        n = self._enter_mlp(saved, keys) if remade else self.mlp_norm(_known(saved.middle))
-        if not saved.gate_up:
-            self._gate_up(saved, n, keys)
-            if self.mlp_out_norm is not None:  # the one product more that a norm behind it needs
-                gate, up = _halves(saved.gate_up)
-                m = gate.new_empty(gate.shape)
-                torch.ops.fitlora.glu(gate, up, self.activation, m)
-                (saved.down,), saved.down_narrow = self.down.forward(m, keys)
-        return n
+        if saved.middle is None:
+            return self._enter_mlp(saved, keys)
+        return self.mlp_norm(saved.middle)
 
-    def _mlp_backward(self, grad: Tensor, saved: Saved, n: Tensor, keys: Tensor | None) -> Tensor:
-        """From the layer's output to the residual stream before the MLP."""
+    def _make_mlp_again(self, saved: Saved, n: Tensor, keys: Tensor | None) -> None:
+        self._gate_up(saved, n, keys)
+        if self.mlp_out_norm is not None:  # the one product more that a norm behind it needs
+            gate, up = _halves(saved.gate_up)
+            m = gate.new_empty(gate.shape)
+            torch.ops.fitlora.glu(gate, up, self.activation, m)
+            (saved.down,), saved.down_narrow = self.down.forward(m, keys)
+
+    def _mlp_backward(
+        self, grad: Tensor, saved: Saved, n: Tensor, middle: Tensor, keys: Tensor | None
+    ) -> None:
+        """Turns the gradient of the layer's output into that of the residual stream before the MLP."""
+        if not saved.gate_up:
+            self._make_mlp_again(saved, n, keys)
         out_grad = grad
         if self.mlp_out_norm is not None:
             out_grad = self.mlp_out_norm.backward(
@@ -247,7 +264,7 @@ class DecoderLayer:
         self.gate_up.adapter_gradients(saved.gate_up, n, saved.gate_up_narrow, narrow_grad, keys)
         saved.gate_up, saved.gate_up_narrow, saved.down_narrow = [], None, None
         assert dn is not None
-        return self.mlp_norm.backward(dn, _known(saved.middle), grad, dn)
+        self.mlp_norm.backward(dn, middle, grad, grad)
 
     def _attention_backward(
         self,
@@ -329,6 +346,16 @@ class DecoderLayer:
 def _known(value: Tensor | None) -> Tensor:
     assert value is not None
     return value
+
+
+def _of(keys: Tensor | None, part: slice) -> Tensor | None:
+    return None if keys is None else keys[part]
+
+
+def _parts(tokens: int, chunk: int | None) -> Iterator[slice]:
+    """`tokens` in parts of `chunk`; all as one where it is None."""
+    chunk = chunk or max(1, tokens)
+    return (slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk))
 
 
 def _halves(gate_up: list[Tensor]) -> tuple[Tensor, Tensor]:

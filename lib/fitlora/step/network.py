@@ -89,6 +89,7 @@ class HandNetwork:
     @torch.no_grad()
     def train(self, batch: MicroBatch, *, scale: float, phase: Phase) -> Tensor:
         keys = batch.row_keys if self.dropout > 0 else None
+        chunk = self.plan.mlp_chunk_tokens
         with phase("forward"):
             self.placement.begin(backward_follows=True)
             positions = self._positions(batch)
@@ -103,7 +104,9 @@ class HandNetwork:
                     assert self.placement.checkpoints is not None
                     self.placement.checkpoints.put(index, hidden)
                 with self._at_work(index):
-                    out, kept = layer.forward(hidden, batch, positions[layer.kind], keys, keep)
+                    out, kept = layer.forward(
+                        hidden, batch, positions[layer.kind], keys, keep, mlp_chunk=chunk
+                    )
                 if kept is not None and waits:
                     kept.hidden = None
                 saved.append(kept)
@@ -131,8 +134,9 @@ class HandNetwork:
                         assert self.placement.checkpoints is not None
                         kept.hidden = self.placement.checkpoints.get(index)
                     whole = layer.backward(
-                        whole, kept, batch, positions[layer.kind], keys, wanted=index > self.lowest
-                    )
+                        whole, kept, batch, positions[layer.kind], keys,
+                        wanted=index > self.lowest, mlp_chunk=chunk,
+                    )  # fmt: skip
                 del kept
             self.watch(None)
         return loss
@@ -144,7 +148,10 @@ class HandNetwork:
         hidden = self._embed(batch)
         for index, layer in enumerate(self.layers):
             with self._at_work(index):
-                hidden, _ = layer.forward(hidden, batch, positions[layer.kind], None, None)
+                hidden, _ = layer.forward(
+                    hidden, batch, positions[layer.kind], None, None,
+                    mlp_chunk=self.plan.mlp_chunk_tokens,
+                )  # fmt: skip
         self.watch(None)
         loss, _ = self._loss(
             hidden.index_select(0, batch.target_rows), batch, scale, gradient=False
@@ -192,13 +199,16 @@ class HandNetwork:
     def _loss(
         self, hidden: Tensor, batch: MicroBatch, scale: float, *, gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
-        if self.placement.head is not None:
+        head = self.placement.head
+        if head is not None:
             return sliced_loss(
                 self.norm(hidden),
-                self.placement.head.slices,
+                head.slices,
                 batch.targets,
                 bias=self.head.bias,
                 scale=scale,
+                # as many logits at one time as `loss_chunk_tokens` whole rows of them have
+                chunk=self.plan.loss_chunk_tokens * head.count,
                 gradient=gradient,
             )
         return head_loss(

@@ -22,7 +22,7 @@ from fitlora.offload.vocabulary import HostEmbedding, StreamedHead, sliced_logit
 from fitlora.plan import Plan
 from fitlora.step.weights import Weights, fill
 
-HEAD_SLICE_BYTES = 256 * 2**20  # of the head's table on the device at one time, twice
+HEAD_SLICE_BYTES = 128 * 2**20  # of the head's table on the device at one time, twice
 
 
 class Placement:
