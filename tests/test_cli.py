@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from fitlora import artifacts, hardware
+from fitlora import artifacts, rates
 from fitlora.artifacts import Hardware, ModelFacts
 from fitlora.cli import frame, main
 from fitlora.errors import UserError
@@ -42,8 +42,8 @@ def fitlora(*arguments: str, stdin: str | None = None) -> Result:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with params and data, and a machine that is measured in no time."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hardware, "disk_read_rate", lambda folder: 10**9)
-    monkeypatch.setattr(hardware, "product_rate", lambda *arguments: 10**11)
+    monkeypatch.setattr(rates, "disk_read_rate", lambda folder: 10**9)
+    monkeypatch.setattr(rates, "product_rate", lambda *arguments: 10**11)
     write_project(tmp_path)
     return tmp_path
 
@@ -61,8 +61,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_project(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(hardware, "disk_read_rate", lambda path: 10**9)
-        patch.setattr(hardware, "product_rate", lambda *arguments: 10**11)
+        patch.setattr(rates, "disk_read_rate", lambda path: 10**9)
+        patch.setattr(rates, "product_rate", lambda *arguments: 10**11)
         done = fitlora("run", "--out", "out", "--json", "--set", "lora.r=3")
     assert done.exit_code == 0, done.output
     (folder / "stdout").write_text(done.stdout)
@@ -346,7 +346,7 @@ def test_a_bug_is_called_one(project: Path, monkeypatch: pytest.MonkeyPatch, deb
     def broken(folder: Path) -> int:
         raise ZeroDivisionError("no")
 
-    monkeypatch.setattr(hardware, "disk_read_rate", broken)
+    monkeypatch.setattr(rates, "disk_read_rate", broken)
     done = fitlora("profile", *(["--debug"] if debug else []))
     assert done.exit_code == 1
     assert "internal error: ZeroDivisionError: no" in done.stderr
@@ -365,7 +365,7 @@ def test_out_of_memory_is_not_called_a_bug(project: Path, monkeypatch: pytest.Mo
     def full(folder: Path) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(hardware, "disk_read_rate", full)
+    monkeypatch.setattr(rates, "disk_read_rate", full)
     done = fitlora("profile")
     assert done.exit_code == 2
     assert "hardware.memory_budget" in done.stderr

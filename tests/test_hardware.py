@@ -1,7 +1,10 @@
 """What the machine is: fakes stand at the edges (NVML, torch's GPU queries, control groups)."""
 
+import os
 import random
 import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +14,15 @@ import pynvml
 import pytest
 import torch
 
-from fitlora import device, hardware
+from fitlora import device, gpu_measurement, hardware, machine, rates
 from fitlora.artifacts import Gpu, Hardware, Rates
 from fitlora.errors import UserError
 from fitlora.params import HardwareParams, TargetParams
 from fitlora.units import GIB, MIB
 
 UUID = "GPU-12345678-0000-0000-0000-000000000000"
-RTX_3070 = hardware.describe_gpu("RTX 3070", "8.6", 8 * GIB)
-RTX_4090 = hardware.describe_gpu("RTX 4090", "8.9", 24 * GIB)
+RTX_3070 = machine.describe_gpu("RTX 3070", "8.6", 8 * GIB)
+RTX_4090 = machine.describe_gpu("RTX 4090", "8.9", 24 * GIB)
 TARGET = TargetParams(name="RTX 3070", memory="8GiB", compute_capability="8.6")
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -116,17 +119,17 @@ def host(monkeypatch: pytest.MonkeyPatch) -> int:
     """A host of 16 GiB without control groups, whose disk and CPU are measured in no time."""
     memory = SimpleNamespace(total=16 * GIB + 5 * MIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(hardware, "cgroup_memory_limit", lambda: None)
-    monkeypatch.setattr(hardware, "DISK_BYTES", 2 * MIB)
-    monkeypatch.setattr(hardware, "DISK_CHUNK_BYTES", MIB)
-    monkeypatch.setattr(hardware, "DISK_SECONDS", 0.01)
-    monkeypatch.setattr(hardware, "PRODUCT_SECONDS", 0.01)
+    monkeypatch.setattr(machine, "cgroup_memory_limit", lambda: None)
+    monkeypatch.setattr(rates, "DISK_BYTES", 2 * MIB)
+    monkeypatch.setattr(rates, "DISK_CHUNK_BYTES", MIB)
+    monkeypatch.setattr(rates, "DISK_SECONDS", 0.01)
+    monkeypatch.setattr(rates, "PRODUCT_SECONDS", 0.01)
     return 16 * GIB
 
 
 def give_torch_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
     def properties(index: int) -> Any:
-        major, minor = hardware.parse_capability(gpus[index].compute_capability)
+        major, minor = machine.parse_capability(gpus[index].compute_capability)
         return SimpleNamespace(
             name=gpus[index].name,
             major=major,
@@ -151,11 +154,11 @@ def measure_without_a_child(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> 
     }
     asked: list[Any] = []
 
-    def measure(gpu: Gpu, uuid: str, used_before: int | None) -> hardware.GpuMeasurement:
+    def measure(gpu: Gpu, uuid: str, used_before: int | None) -> gpu_measurement.GpuMeasurement:
         asked.append((gpu, uuid, used_before))
-        return hardware.GpuMeasurement.model_validate(measurement)
+        return gpu_measurement.GpuMeasurement.model_validate(measurement)
 
-    monkeypatch.setattr(hardware, "_measure_gpu_in_child", measure)
+    monkeypatch.setattr(gpu_measurement, "measure_gpu_in_child", measure)
     return asked
 
 
@@ -176,18 +179,18 @@ def measure_without_a_child(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> 
     ],
 )
 def test_types_follow_the_capability_as_a_version(capability: str, bf16: bool, fp8: bool) -> None:
-    gpu = hardware.describe_gpu("a GPU", capability, GIB)
+    gpu = machine.describe_gpu("a GPU", capability, GIB)
     assert (gpu.bf16, gpu.fp8) == (bf16, fp8)
 
 
 def test_documented_sizes_of_a_gpu_that_is_not_here() -> None:
-    assert {c: hardware.documented_workspace_bytes(c) for c in ("7.5", "8.6", "9.0", "12.0")} == {
+    assert {c: machine.documented_workspace_bytes(c) for c in ("7.5", "8.6", "9.0", "12.0")} == {
         "7.5": 2 * 8_519_680,
         "8.6": 2 * 8_519_680,
         "9.0": 64 * MIB,
         "12.0": 64 * MIB,
     }
-    assert {c: hardware.documented_context_bytes(c) for c in ("8.6", "9.0", "12.0")} == {
+    assert {c: machine.documented_context_bytes(c) for c in ("8.6", "9.0", "12.0")} == {
         "8.6": 620 * MIB,
         "9.0": 620 * MIB,
         "12.0": 800 * MIB,
@@ -196,7 +199,7 @@ def test_documented_sizes_of_a_gpu_that_is_not_here() -> None:
 
 def test_visible_gpus_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     give_torch_gpus(monkeypatch, RTX_4090, RTX_3070)
-    assert hardware.visible_gpus() == (RTX_4090, RTX_3070)
+    assert machine.visible_gpus() == (RTX_4090, RTX_3070)
 
 
 def test_cgroup_2_limit_is_the_lowest_on_the_way_up(tmp_path: Path) -> None:
@@ -204,13 +207,13 @@ def test_cgroup_2_limit_is_the_lowest_on_the_way_up(tmp_path: Path) -> None:
     membership.write_text("0::/pod/container\n")
     group = tmp_path / "mount/pod/container"
     group.mkdir(parents=True)
-    assert hardware.cgroup_memory_limit(membership, tmp_path / "mount") is None
+    assert machine.cgroup_memory_limit(membership, tmp_path / "mount") is None
     (group / "memory.max").write_text("max\n")
-    assert hardware.cgroup_memory_limit(membership, tmp_path / "mount") is None
+    assert machine.cgroup_memory_limit(membership, tmp_path / "mount") is None
     (group.parent / "memory.max").write_text(f"{3 * GIB}\n")
-    assert hardware.cgroup_memory_limit(membership, tmp_path / "mount") == 3 * GIB
+    assert machine.cgroup_memory_limit(membership, tmp_path / "mount") == 3 * GIB
     (group / "memory.max").write_text(f"{2 * GIB}\n")
-    assert hardware.cgroup_memory_limit(membership, tmp_path / "mount") == 2 * GIB
+    assert machine.cgroup_memory_limit(membership, tmp_path / "mount") == 2 * GIB
 
 
 def test_cgroup_1_limit(tmp_path: Path) -> None:
@@ -220,18 +223,18 @@ def test_cgroup_1_limit(tmp_path: Path) -> None:
     group.mkdir(parents=True)
     (group.parent / "memory.limit_in_bytes").write_text("9223372036854771712\n")
     (group / "memory.limit_in_bytes").write_text(f"{5 * GIB}\n")
-    assert hardware.cgroup_memory_limit(membership, tmp_path / "mount") == 5 * GIB
+    assert machine.cgroup_memory_limit(membership, tmp_path / "mount") == 5 * GIB
 
 
 def test_cgroup_path_of_the_host_falls_back_to_the_containers_root(tmp_path: Path) -> None:
     membership = tmp_path / "membership"
     membership.write_text("0::/system.slice/docker-123.scope\n")
     (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
-    assert hardware.cgroup_memory_limit(membership, tmp_path) == 4 * GIB
+    assert machine.cgroup_memory_limit(membership, tmp_path) == 4 * GIB
 
 
 def test_no_control_groups_is_no_limit(tmp_path: Path) -> None:
-    assert hardware.cgroup_memory_limit(tmp_path / "missing", tmp_path) is None
+    assert machine.cgroup_memory_limit(tmp_path / "missing", tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -246,8 +249,8 @@ def test_host_memory(
     monkeypatch: pytest.MonkeyPatch, total: int, limit: int | None, usable: int
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=total))
-    monkeypatch.setattr(hardware, "cgroup_memory_limit", lambda: limit)
-    assert hardware.host_memory_bytes() == usable
+    monkeypatch.setattr(machine, "cgroup_memory_limit", lambda: limit)
+    assert machine.host_memory_bytes() == usable
 
 
 # NVML
@@ -280,9 +283,9 @@ def test_memory_of_a_process(processes: dict[int, int | None], expected: int | N
 
 def test_auto_takes_the_gpu_and_cpu_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     give_torch_gpus(monkeypatch, RTX_3070)
-    assert hardware.choose_device("auto")[0] == "cuda"
-    assert hardware.choose_device("cuda")[0] == "cuda"
-    assert hardware.choose_device("cpu")[0] == "cpu"
+    assert machine.choose_device("auto")[0] == "cuda"
+    assert machine.choose_device("cuda")[0] == "cuda"
+    assert machine.choose_device("cpu")[0] == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -300,10 +303,10 @@ def test_without_a_gpu_auto_says_why_and_cuda_refuses(
     give_torch_gpus(monkeypatch)
     for key, value in state.items():
         monkeypatch.setattr(torch.version if key == "cuda" else nvml, key, value)
-    device, why = hardware.choose_device("auto")
+    device, why = machine.choose_device("auto")
     assert device == "cpu"
     with pytest.raises(UserError, match=rf"hardware\.device is cuda, but .*{reason}") as error:
-        hardware.choose_device("cuda")
+        machine.choose_device("cuda")
     assert why in str(error.value)
     assert nvml.ended == nvml.sessions
 
@@ -316,7 +319,7 @@ def test_without_a_gpu_auto_says_why_and_cuda_refuses(
     [(0.0, 0), (7.4, 7), (0.2, 0), (99.6, 100), (55_400_000_000.0, 55 * 10**9), (999.0, 1000)],
 )
 def test_rates_have_two_digits(value: float, rounded: int) -> None:
-    assert hardware.round_rate(value) == rounded
+    assert rates.round_rate(value) == rounded
 
 
 @pytest.mark.parametrize(
@@ -333,7 +336,7 @@ def test_rates_have_two_digits(value: float, rounded: int) -> None:
     ],
 )
 def test_sizes_are_rounded_up(size: int, rounded: int) -> None:
-    assert hardware.round_size(size) == rounded
+    assert gpu_measurement.round_size(size) == rounded
 
 
 def test_a_rate_within_15_percent_stays_and_one_beyond_changes() -> None:
@@ -405,11 +408,9 @@ def test_measuring_again_and_again_settles() -> None:
     seen = []
     for _ in range(200):
         new = make_hardware(
-            context_bytes=hardware.round_size(int(610 * MIB * noise.uniform(0.99, 1.01))),
+            context_bytes=gpu_measurement.round_size(int(610 * MIB * noise.uniform(0.99, 1.01))),
             rates=make_rates(
-                host_to_device_bytes_per_second=hardware.round_rate(
-                    55e9 * noise.uniform(0.94, 1.07)
-                )
+                host_to_device_bytes_per_second=rates.round_rate(55e9 * noise.uniform(0.94, 1.07))
             ),
         )
         current = new if current is None else hardware.keep_stable(new, current)
@@ -422,46 +423,46 @@ def test_measuring_again_and_again_settles() -> None:
 
 
 def test_disk_rate_is_positive_and_leaves_nothing(host: int, tmp_path: Path) -> None:
-    rate = hardware.disk_read_rate(tmp_path)
+    rate = rates.disk_read_rate(tmp_path)
     assert rate is not None
     assert rate > 0
-    assert rate == hardware.round_rate(rate)
+    assert rate == rates.round_rate(rate)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_slow_disk_is_measured_on_less(
     monkeypatch: pytest.MonkeyPatch, host: int, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hardware, "DISK_SECONDS", 0.0)
-    monkeypatch.setattr(hardware, "DISK_BYTES", GIB)
+    monkeypatch.setattr(rates, "DISK_SECONDS", 0.0)
+    monkeypatch.setattr(rates, "DISK_BYTES", GIB)
     written = []
-    real = hardware.os.fdatasync
-    monkeypatch.setattr(hardware.os, "fdatasync", lambda file: (written.append(file), real(file)))
-    assert hardware.disk_read_rate(tmp_path)
+    real = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda file: (written.append(file), real(file)))
+    assert rates.disk_read_rate(tmp_path)
     assert len(written) == 1
 
 
 def test_a_full_disk_is_said_and_not_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hardware, "DISK_BYTES", 2**60)
-    assert hardware.disk_read_rate(tmp_path) is None
+    monkeypatch.setattr(rates, "DISK_BYTES", 2**60)
+    assert rates.disk_read_rate(tmp_path) is None
     assert "disk is not measured" in capsys.readouterr().out
 
 
 def test_a_disk_whose_cache_cannot_be_dropped_is_not_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delattr(hardware.os, "posix_fadvise")
-    assert hardware.disk_read_rate(tmp_path) is None
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert rates.disk_read_rate(tmp_path) is None
 
 
 def test_product_rate_counts_two_operations_for_each_of_size_cubed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hardware, "fastest_seconds", lambda work, finish, seconds: (work(), 1.0)[1])
+    monkeypatch.setattr(rates, "fastest_seconds", lambda work, finish, seconds: (work(), 1.0)[1])
     random_state = torch.random.get_rng_state()
-    assert hardware.product_rate(torch.device("cpu"), torch.float32, 100, 5) == 10**7
+    assert rates.product_rate(torch.device("cpu"), torch.float32, 100, 5) == 10**7
     assert torch.equal(torch.random.get_rng_state(), random_state)
 
 
@@ -479,8 +480,8 @@ def test_the_fastest_run_counts_and_the_warm_up_does_not(monkeypatch: pytest.Mon
         now += 0.25
         finished += 1
 
-    monkeypatch.setattr(hardware.time, "perf_counter", lambda: now)
-    assert hardware.fastest_seconds(work, finish, seconds=9.0) == 2.25
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    assert rates.fastest_seconds(work, finish, seconds=9.0) == 2.25
     assert finished == 4
 
 
@@ -489,7 +490,7 @@ def test_the_warm_step_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: losses.append(tensor.tolist()))
-    hardware._warm_step(torch.device("cpu"), torch.bfloat16)
+    gpu_measurement._warm_step(torch.device("cpu"), torch.bfloat16)
     (loss,) = losses
     assert abs(loss - torch.tensor(256.0).log().tolist()) < 0.5  # small weights: a fair guess
 
@@ -499,23 +500,23 @@ def test_a_cpu_is_its_threads_and_keeps_them(
 ) -> None:
     threads = torch.get_num_threads()
     seen = []
-    monkeypatch.setattr(hardware, "disk_read_rate", lambda folder: None)
-    monkeypatch.setattr(hardware, "product_rate", lambda *_: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(rates, "disk_read_rate", lambda folder: None)
+    monkeypatch.setattr(rates, "product_rate", lambda *_: seen.append(torch.get_num_threads()))
     with pytest.raises(TypeError):  # the fake's None is no rate
-        hardware.measure_cpu(tmp_path)
+        rates.measure_cpu(tmp_path)
     assert seen == [1]
     assert torch.get_num_threads() == threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
-    monkeypatch.setattr(hardware, "product_rate", lambda *_: 10**11)
-    assert hardware.measure_cpu(tmp_path).product_flops_per_second == {"float32": 3 * 10**11}
+    monkeypatch.setattr(rates, "product_rate", lambda *_: 10**11)
+    assert rates.measure_cpu(tmp_path).product_flops_per_second == {"float32": 3 * 10**11}
     assert seen == [1, 1, 3]
 
 
 def test_copy_rate_is_of_the_bytes_that_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "fastest_seconds", lambda work, finish, seconds: (work(), 0.5)[1])
+    monkeypatch.setattr(rates, "fastest_seconds", lambda work, finish, seconds: (work(), 0.5)[1])
     source, target = torch.arange(100), torch.zeros(100, dtype=torch.int64)
-    assert hardware.copy_rate(source, target, 1600) == 3200
+    assert rates.copy_rate(source, target, 1600) == 3200
     assert torch.equal(source, target)
 
 
@@ -534,7 +535,7 @@ def test_the_context_comes_from_the_best_reading(
     own: int | None, grown: int | None, device: int, context: int, source: str
 ) -> None:
     readings = [None if reading is None else reading * MIB for reading in (own, grown, device)]
-    size, words = hardware.choose_context("9.0", 100 * MIB, *readings)
+    size, words = gpu_measurement.choose_context("9.0", 100 * MIB, *readings)
     assert size == context * MIB
     assert source in words
 
@@ -547,12 +548,12 @@ def test_a_measurement_that_fails_is_the_users_to_know(
     with pytest.raises(
         UserError, match=r"measuring RTX 3070 ended with status 1.*hardware\.device"
     ):
-        hardware._measure_gpu_in_child(RTX_3070, UUID, None)
+        gpu_measurement.measure_gpu_in_child(RTX_3070, UUID, None)
     assert "measure_gpu" in capfd.readouterr().err
 
 
 def test_the_childs_last_line_is_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    measurement = hardware.GpuMeasurement(
+    measurement = gpu_measurement.GpuMeasurement(
         context_bytes=1, context_source="a source", workspace_bytes=2, rates=make_rates()
     )
     printed = f"a library's greeting\n{measurement.model_dump_json()}\n"
@@ -564,10 +565,10 @@ def test_the_childs_last_line_is_what_it_measured(monkeypatch: pytest.MonkeyPatc
         return SimpleNamespace(stdout=printed)
 
     monkeypatch.setattr(subprocess, "run", finished)
-    assert hardware._measure_gpu_in_child(RTX_3070, UUID, 123) == measurement
+    assert gpu_measurement.measure_gpu_in_child(RTX_3070, UUID, 123) == measurement
     printed = "a library's greeting\n"
     with pytest.raises(UserError, match="printed something else"):
-        hardware._measure_gpu_in_child(RTX_3070, UUID, 123)
+        gpu_measurement.measure_gpu_in_child(RTX_3070, UUID, 123)
 
 
 def test_a_measurement_without_an_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -576,7 +577,7 @@ def test_a_measurement_without_an_end_is_ended(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(subprocess, "run", hang)
     with pytest.raises(UserError, match="no end after 120 s"):
-        hardware._measure_gpu_in_child(RTX_3070, UUID, 0)
+        gpu_measurement.measure_gpu_in_child(RTX_3070, UUID, 0)
 
 
 # The profile
@@ -822,9 +823,9 @@ def test_real_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert 64 * MIB < made.context_bytes < 2 * GIB
     assert made.workspace_bytes % MIB == 0
     assert (
-        hardware.CUBLAS_THREADS * hardware.CUBLAS_BYTES
+        machine.CUBLAS_THREADS * machine.CUBLAS_BYTES
         <= made.workspace_bytes
-        <= 2 * hardware.CUBLAS_THREADS * hardware.CUBLAS_BYTES_LARGE
+        <= 2 * machine.CUBLAS_THREADS * machine.CUBLAS_BYTES_LARGE
     )
     rates = made.rates.model_dump()
     products = rates.pop("product_flops_per_second")
@@ -855,10 +856,10 @@ def test_real_allocator_overflows_at_the_budget_and_not_before() -> None:
     program = """
 import torch
 from fitlora.artifacts import Hardware, Rates
-from fitlora import device, hardware
+from fitlora import device, gpu_measurement, hardware, machine, rates
 MIB = 2**20
 artifact = Hardware(
-    device="cuda", gpus=hardware.visible_gpus(), cpu_name="", cpu_cores=1, host_memory_bytes=1,
+    device="cuda", gpus=machine.visible_gpus(), cpu_name="", cpu_cores=1, host_memory_bytes=1,
     host_budget_bytes=1, budget_bytes=1624 * MIB, context_bytes=600 * MIB, workspace_bytes=0,
     rates=Rates(host_to_device_bytes_per_second=None, device_to_host_bytes_per_second=None,
     device_copy_bytes_per_second=None, disk_read_bytes_per_second=None,
@@ -873,10 +874,10 @@ except torch.OutOfMemoryError:
     print("overflow at", torch.cuda.memory_reserved() // MIB)
 """
     library = str(Path(hardware.__file__).parents[1])
-    path = [library, *filter(None, [hardware.os.environ.get("PYTHONPATH")])]
+    path = [library, *filter(None, [os.environ.get("PYTHONPATH")])]
     child = subprocess.run(
-        [hardware.sys.executable, "-c", program],
-        env={**hardware.os.environ, "PYTHONPATH": hardware.os.pathsep.join(path)},
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
         check=False,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fitlora
-from fitlora import MemoryEfficientTrainer, UserError, hardware
+from fitlora import MemoryEfficientTrainer, UserError, hardware, rates
 from fitlora.artifacts import ADAPTER, HARDWARE, PLAN, PlanArtifact
 from fitlora.params import Params, read_params
 from scripts import run_memory_efficient_training as script
@@ -21,8 +21,8 @@ MODEL = ROOT / "assets" / "sample_model"
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "disk_read_rate", lambda folder: 10**9)
-    monkeypatch.setattr(hardware, "product_rate", lambda *arguments: 10**11)
+    monkeypatch.setattr(rates, "disk_read_rate", lambda folder: 10**9)
+    monkeypatch.setattr(rates, "product_rate", lambda *arguments: 10**11)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def trained(tmp_path_factory: pytest.TempPathFactory, data: dict[str, str]) -> Any:
     """The seed's template for 16 GB, without what is refused, and with a short run of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hardware, "disk_read_rate", lambda folder: 10**9)
-        patch.setattr(hardware, "product_rate", lambda *arguments: 10**11)
+        patch.setattr(rates, "disk_read_rate", lambda folder: 10**9)
+        patch.setattr(rates, "product_rate", lambda *arguments: 10**11)
         trainer = MemoryEfficientTrainer(
             model_name_or_path=MODEL,
             output_dir=tmp_path_factory.mktemp("trained") / "outputs",

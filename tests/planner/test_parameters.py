@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from fitlora import hardware
+from fitlora import rates
 from fitlora.artifacts import Found, Hardware
 from fitlora.errors import UserError
+from fitlora.hardware import profile
 from fitlora.model import load_config
 from fitlora.params import Params, check_params, with_found
 from fitlora.planner.parameters import HIGHEST_RANK, LOWEST_RANK, find_parameters
@@ -27,9 +28,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hardware:
-    monkeypatch.setattr(hardware, "disk_read_rate", lambda folder: 10**9)
-    monkeypatch.setattr(hardware, "product_rate", lambda *arguments: 10**11)
-    return hardware.profile(Params().hardware.model_copy(update={"device": "cpu"}), tmp_path)
+    monkeypatch.setattr(rates, "disk_read_rate", lambda folder: 10**9)
+    monkeypatch.setattr(rates, "product_rate", lambda *arguments: 10**11)
+    return profile(Params().hardware.model_copy(update={"device": "cpu"}), tmp_path)
 
 
 def params_of(rows: dict[str, str], **sections: Any) -> Params:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fitlora import console, hardware
+from fitlora import console, rates
 from fitlora.artifacts import HARDWARE, SCRATCH, Hardware
 from stages import profile_hardware
 
@@ -25,8 +25,8 @@ def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def give_rates(monkeypatch: pytest.MonkeyPatch, disk: int, product: int) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    monkeypatch.setattr(hardware, "disk_read_rate", lambda folder: disk)
-    monkeypatch.setattr(hardware, "product_rate", lambda *arguments: product)
+    monkeypatch.setattr(rates, "disk_read_rate", lambda folder: disk)
+    monkeypatch.setattr(rates, "product_rate", lambda *arguments: product)
 
 
 def test_writes_the_artifact_and_says_what_it_found(

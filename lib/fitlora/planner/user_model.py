@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fitlora.console import say
 from fitlora.device import give_back_memory
 from fitlora.errors import UserError
-from fitlora.hardware import host_memory_bytes
+from fitlora.machine import host_memory_bytes
 from fitlora.memory.trace import MemoryTrace
 from fitlora.units import format_bytes, parse_bytes
 
