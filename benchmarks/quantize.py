@@ -19,6 +19,8 @@ in use, its context included.
 With --touch, the memory that a timed piece of work needs is first used once and freed. A virtual
 machine may be given memory by its host only when it first uses it, which takes longer than to fill it.
 
+`make` writes the source alone, which `speed` and `stages` then take as it is.
+
 `stages` times each part of the quantizer alone on a source of --layers layers (2), in one thread and in
 as many as the quantizer has. All rates count the source's bytes that the work is for, so the least of
 them is what binds.
@@ -199,9 +201,9 @@ def _elsewhere(what: str, *options: object) -> str:
 
 def speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     source, target = args.work / "source", args.work / "quantized"
-    shutil.rmtree(source, ignore_errors=True)
     shape = _shape(args.model)
     layers = args.layers or shape["num_hidden_layers"]
+    args.work.mkdir(parents=True, exist_ok=True)
     disk = shutil.disk_usage(args.work.parent).total
     _elsewhere("make", "--model", args.model, "--layers", layers, "--work", args.work)
     size = weight_bytes(source)
@@ -248,7 +250,6 @@ def speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def stages(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     source, place, spec = args.work / "source", device(), QuantSpec()
-    shutil.rmtree(source, ignore_errors=True)
     layers = args.layers or 2
     _elsewhere("make", "--model", args.model, "--layers", layers, "--work", args.work)
     os.sync()
