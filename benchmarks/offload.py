@@ -1,15 +1,20 @@
 """A model larger than the memory it trains in: how much of the resident speed is left.
 
-    python -m benchmarks.offload --json benchmarks/results/offload.h100.json
-    python -m benchmarks.offload --models llama-3-70b --budgets 8 6 --throttle-gb-per-second 12 --json …
+    python -m benchmarks.offload --list                  the rows, and the seconds that each takes
+    python -m benchmarks.offload --rows 2 5-9 --json benchmarks/results/offload.h100.json
+    python -m benchmarks.offload --plans                 each row's plan, without a GPU
+    python -m benchmarks.offload --tiny --json /tmp/x    all of it on the CPU, in seconds
 
-Each case runs in a process of its own, with the allocator held to the budget less CUDA's context, and
-a time limit. The layout is the first of `LAYOUTS` whose estimate fits, with the fewest streamed layers.
+One process measures all rows, with the allocator held to each row's budget less CUDA's context; where
+it fails or takes too long, another goes on with the next row. The layout is the first of `LAYOUTS`
+whose estimate fits, with the fewest streamed layers; all are chosen before anything is measured, as an
+optimizer on the host wants the cores for itself.
 
 The floor of a plan is the time that it cannot be faster than: over forward and backward, the longer of
 what the computation takes and what its bytes take on the link, and the update. The computation is
-timed in a resident run of the same work, without a budget and with the optimizer on the device, and
-the link by copying 1 GiB. A row whose resident run does not fit the device has no floor.
+timed in a resident run of the same work in the same process, its fastest step, without a budget and
+with the optimizer on the device; the link by copying 1 GiB. A row whose resident run does not fit the
+device, or is not asked for, has no floor.
 
 A throttled link sends every byte several times, so that it is as busy as the slower one would be. Rows
 that an earlier run left in the file stay, unless this one makes them anew.
@@ -17,39 +22,46 @@ that an earlier run left in the file stay, unless this one makes them anew.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import ROOT, SHAPES, device_label, shape_config, write_result
+from benchmarks.common import ROOT, device_label, shape_config, write_result
 from fitlora.artifacts import Hardware, SequenceSize
-from fitlora.device import limit_memory, torch_device
+from fitlora.device import give_back_memory, limit_memory
 from fitlora.hardware import profile
 from fitlora.memory.estimate import Estimator, Load, sequences_of
 from fitlora.offload.host_memory import HostMemory
 from fitlora.offload.residency import spread
 from fitlora.offload.transport import CudaTransport, HostTransport, Transport, copy
-from fitlora.params import Params, check_params
+from fitlora.params import check_params
 from fitlora.plan import Plan
-from fitlora.planner.search import loss_chunk
+from fitlora.planner.search import MLP_CHUNK_TOKENS, loss_chunk
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import RandomWeights
+from fitlora.units import GIB, MIB
 
 GB = 10**9
 LINK_BYTES = 2**30
-WARM_STEPS, TIMED_STEPS = 3, 5
+CARD = {"name": "H200", "memory": "139GiB", "compute_capability": "9.0"}
+CARD_CONTEXT_BYTES = 760 * MIB  # as results/offload.h200.json has it, more than is documented
+WORKER = ("-m", "benchmarks.offload", "--worker")
 
 # From what costs least to what costs most; in each, as few layers as possible are streamed.
 _PARTS = ("checkpoints", "embedding", "head", "optimizer_device")
@@ -65,34 +77,72 @@ LAYOUTS: tuple[dict[str, str], ...] = tuple(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row: what is asked, and what is to be reached where something is."""
+    """One row: what is asked, and what is to be reached where something is.
+
+    seconds: what it took or is expected to take on an H200, its resident run with it where no row
+    before it has the same one. resident: whether it has one.
+    """
 
     model: str
     budget_gib: float
-    micro_batch: int
-    sequence_length: int
+    micro_batch: int = 1
+    sequence_length: int = 2048
+    throttle_gb_per_second: float | None = None  # 12 is a desktop's PCIe 3
+    host_gib: float | None = None  # host memory that may be used; None for all
     share_of_floor_to_reach: float | None = None
     tokens_per_second_to_reach: float | None = None
+    warm_steps: int = 2
+    timed_steps: int = 5
+    resident: bool = True
+    seconds: int = 10
+
+    @property
+    def work(self) -> tuple[Any, ...]:
+        """What a resident run depends on."""
+        return self.model, self.micro_batch, self.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.sequence_length
 
 
+_SHORT = (("llama-3-70b", 8, 50), ("llama-2-13b", 5, 15), ("llama-3-8b", 3, 15))
 CASES = (
-    Case("llama-3-70b", 8, 1, 2048, 0.95, 1000),
-    Case("llama-3-70b", 6, 1, 2048, 0.90),
-    Case("llama-3-70b", 4, 1, 2048),
-    *(Case("llama-3-70b", 24, size, 2048, 0.98, 1140) for size in (1, 2, 4, 8)),
-    Case("llama-2-13b", 5, 1, 2048, 0.95),
-    Case("llama-3-8b", 3, 1, 2048, 0.95),
-    Case("llama-3-8b", 2, 1, 2048),
+    Case(model="llama-3-70b", budget_gib=8, share_of_floor_to_reach=0.95,
+         tokens_per_second_to_reach=1000, seconds=60),
+    Case(model="llama-3-70b", budget_gib=6, share_of_floor_to_reach=0.90, seconds=40),
+    Case(model="llama-3-70b", budget_gib=4, seconds=40),
     *(
-        Case(model, budget, 1, tokens)
-        for model, budget in (("llama-3-70b", 8), ("llama-2-13b", 5), ("llama-3-8b", 3))
+        Case(model="llama-3-70b", budget_gib=24, micro_batch=size, share_of_floor_to_reach=0.98,
+             tokens_per_second_to_reach=1140, timed_steps=3, seconds=30 + 20 * size)
+        for size in (1, 2, 4)
+    ),
+    Case(model="llama-2-13b", budget_gib=5, share_of_floor_to_reach=0.95, seconds=15),
+    Case(model="llama-3-8b", budget_gib=3, share_of_floor_to_reach=0.95, seconds=15),
+    Case(model="llama-3-8b", budget_gib=2),
+    *(
+        Case(model=model, budget_gib=budget, sequence_length=tokens, seconds=seconds)
+        for model, budget, seconds in _SHORT
         for tokens in (512, 1024)
     ),
-    Case("llama-3-8b", 8, 1, 32768),
-    Case("llama-3-8b", 24, 1, 131072),
-    Case("tiny", 1, 1, 64),
+    *(
+        Case(model=model, budget_gib=budget, throttle_gb_per_second=12, timed_steps=3,
+             seconds=2 * seconds)
+        for model, budget, seconds in _SHORT
+    ),
+    Case(model="llama-3-8b", budget_gib=8, sequence_length=32768, warm_steps=1, timed_steps=2,
+         seconds=70),
+    Case(model="llama-3-8b", budget_gib=24, sequence_length=131072, warm_steps=1, timed_steps=1,
+         resident=False, seconds=260),
+)  # fmt: skip
+
+
+TINY = (
+    Case(model="tiny", budget_gib=1, micro_batch=2, sequence_length=64),
+    Case(model="tiny", budget_gib=0.003, sequence_length=64),
+    Case(model="tiny", budget_gib=0.001, sequence_length=64),
 )
 
 
@@ -198,27 +248,29 @@ class Stopwatch:
         return [Part(name, seconds(start, end), moved) for name, start, end, moved in laps]
 
 
-def timed_steps(step: TrainingStep, batch: Sequence[Any], watch: Stopwatch) -> dict[str, Any]:
-    """Median seconds of a step and of its phases; the peaks of all steps."""
+def timed_steps(
+    step: TrainingStep,
+    batch: Sequence[Any],
+    watch: Stopwatch,
+    case: Case,
+    typical: Callable[[Sequence[float]], float],
+) -> dict[str, Any]:
+    """What is `typical` of the seconds of a step and of its phases; the peaks of all steps."""
     seconds: list[float] = []
     phases: dict[int, list[Part]] = defaultdict(list)
     cuda = step.device.type == "cuda"
-    for index in range(WARM_STEPS + TIMED_STEPS):
+    for index in range(case.warm_steps + case.timed_steps):
         start = time.perf_counter()
         step.run(batch, step=index, learning_rate=1e-5)
         if cuda:
             torch.cuda.synchronize(step.device)
         elapsed, parts = time.perf_counter() - start, watch.parts()
-        if index >= WARM_STEPS:
+        if index >= case.warm_steps:
             seconds.append(elapsed)
             for number, part in enumerate(parts):
                 phases[number].append(part)
-    median = [
-        Part(
-            found[0].phase,
-            statistics.median(p.seconds for p in found),
-            found[-1].uploaded_bytes,
-        )
+    parts = [
+        Part(found[0].phase, typical([p.seconds for p in found]), found[-1].uploaded_bytes)
         for found in phases.values()
     ]
     peaks = {
@@ -226,24 +278,27 @@ def timed_steps(step: TrainingStep, batch: Sequence[Any], watch: Stopwatch) -> d
         "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
     }
     return {
-        "step_seconds": statistics.median(seconds),
-        "phases": [asdict(part) for part in median],
+        "step_seconds": typical(seconds),
+        "phases": [asdict(part) for part in parts],
         **peaks,
     }
 
 
-# --- one case ------------------------------------------------------------------------------------
+# --- the plan of a case --------------------------------------------------------------------------
 
 
-def params_of(case: Case, host_gib: float | None, *, budget: bool) -> Params:
-    hardware: dict[str, Any] = {}
-    if budget:
-        hardware["memory_budget"] = f"{case.budget_gib}GiB"
-    if host_gib is not None:
-        hardware["host_memory_budget"] = f"{host_gib}GiB"
-    return check_params(
-        {"hardware": hardware, "lora": {"r": 16, "alpha": 32, "dropout": 0.0}, "train": {}}
-    )
+def settings_of() -> StepSettings:
+    """LoRA on all linear layers, rank 16; NF4 with double quantization."""
+    lora = {"r": 16, "alpha": 32, "dropout": 0.0}
+    return StepSettings.of(check_params({"lora": lora, "train": {}}))
+
+
+def hardware_of(case: Case, described: Hardware) -> Hardware:
+    """The machine with the case's budgets."""
+    changes = {"budget_bytes": int(case.budget_gib * GIB)}
+    if case.host_gib is not None:
+        changes["host_budget_bytes"] = int(case.host_gib * GIB)
+    return described.model_copy(update=changes)
 
 
 def load_of(case: Case) -> Load:
@@ -264,6 +319,7 @@ def resident_plan(case: Case, device: str) -> Plan:
             "compute_dtype": "bfloat16" if device == "cuda" else "float32",
             "optimizer": "adamw",
             "loss_chunk_tokens": loss_chunk(config.vocab_size),
+            "mlp_chunk_tokens": MLP_CHUNK_TOKENS,
         }
     )
 
@@ -294,116 +350,161 @@ def choose_plan(plan: Plan, layers: int, fits: Callable[[Plan], bool]) -> Plan |
     return None
 
 
+def plan_case(case: Case, described: Hardware) -> dict[str, Any]:
+    """The case's plan and what it is predicted to take; `fits` is False where no layout does."""
+    torch.set_num_threads(1)
+    hardware, config = hardware_of(case, described), shape_config(case.model)
+    estimator = Estimator(config, settings_of(), load_of(case), hardware)
+    asked, layers = resident_plan(case, hardware.device), config.num_hidden_layers
+    plan = choose_plan(asked, layers, lambda plan: estimator(plan).fits)
+    if plan is None:
+        smallest = asked.replace(**LAYOUTS[-1], streamed_layers=spread(layers, layers))
+        return {"fits": False, "predicted_process_bytes": estimator(smallest).process_bytes}
+    found = estimator(plan)
+    return {
+        "fits": True,
+        "plan": plan.model_dump(mode="json"),
+        "predicted_process_bytes": found.process_bytes,
+        "predicted_host_pinned_bytes": found.host_pinned_bytes,
+    }
+
+
+# --- measuring, in a process of its own ----------------------------------------------------------
+
+
 def measure(
-    case: Case,
-    plan: Plan,
-    params: Params,
-    device: torch.device,
-    memory: HostMemory,
-    times: float,
+    case: Case, plan: Plan, hardware: Hardware | None, link_bytes_per_second: float
 ) -> dict[str, Any]:
-    """Builds the step on noise and times it."""
+    """Builds the step on noise and times it; hardware: None for the resident run, without a budget."""
+    cuda = plan.device == "cuda"
+    device = torch.device(plan.device)
+    if cuda:
+        torch._C._cuda_clearCublasWorkspaces()
+        give_back_memory()
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    if hardware is not None:
+        limit_memory(hardware)
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    times = 1.0
+    if hardware is not None and case.throttle_gb_per_second is not None:
+        times = max(1.0, link_bytes_per_second / (case.throttle_gb_per_second * GB))
+    memory = HostMemory(None if hardware is None else hardware.host_budget_bytes)
     transport = make_transport(device, memory, times)
     start = time.perf_counter()
-    step = build_step(
-        shape_config(case.model),
-        plan,
-        StepSettings.of(params),
-        RandomWeights(device),
-        transport=transport,
-    )
+    config = shape_config(case.model)
+    step = build_step(config, plan, settings_of(), RandomWeights(device), transport=transport)
     ready = time.perf_counter() - start
     size = SequenceSize(tokens=case.sequence_length, target_tokens=case.sequence_length - 1)
-    found = timed_steps(step, sequences_of([size] * case.micro_batch), Stopwatch(step, transport))
-    return {**found, "ready_seconds": ready, "host_pinned_bytes": transport.pinned_bytes}
-
-
-def run_resident(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """The same work with everything on the device and no budget."""
-    params = params_of(case, None, budget=False)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = resident_plan(case, device.type)
-    return measure(case, plan, params, device, HostMemory(), 1.0)
-
-
-def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """The case within its budget; `fits` is False where no layout is small enough."""
-    params = params_of(case, args.host_gib, budget=True)
-    hardware: Hardware = profile(params.hardware, args.work)
-    limit_memory(hardware)
-    device = torch_device(hardware)
-    link = link_bytes_per_second(device)
-    times = 1.0
-    if args.throttle_gb_per_second is not None and device.type == "cuda":
-        times = max(1.0, link / (args.throttle_gb_per_second * GB))
-    config = shape_config(case.model)
-    estimator = Estimator(config, StepSettings.of(params), load_of(case), hardware)
-    asked = resident_plan(case, device.type).replace(streaming_slots=args.slots)
-    if args.streamed is None:
-        plan = choose_plan(asked, config.num_hidden_layers, lambda p: estimator(p).fits)
-    else:
-        which = spread(config.num_hidden_layers, args.streamed)
-        plan = asked.replace(**LAYOUTS[-1], streamed_layers=which)
-    if plan is None:
-        return {"fits": False}
-    found = measure(case, plan, params, device, HostMemory(hardware.host_budget_bytes), times)
+    typical: Callable[[Sequence[float]], float] = min if hardware is None else statistics.median
+    batch = sequences_of([size] * case.micro_batch)
+    found = timed_steps(step, batch, Stopwatch(step, transport), case, typical)
     return {
         **found,
-        "fits": True,
-        "plan": plan.fingerprint(),
-        "streamed_layers": len(plan.streamed_layers),
-        **{part: getattr(plan, part) for part in _PARTS},
-        "streaming_slots": plan.streaming_slots,
-        "compute_dtype": plan.compute_dtype,
-        "budget_bytes": hardware.budget_bytes,
-        "context_bytes": hardware.context_bytes,
-        "predicted_process_bytes": estimator(plan).process_bytes,
-        "link_bytes_per_second": link / times,
+        "ready_seconds": ready,
+        "host_pinned_bytes": transport.pinned_bytes,
+        "allocated_before_bytes": before,
+        "link_bytes_per_second": link_bytes_per_second / times,
     }
+
+
+def answer_tasks() -> None:
+    """Measures what lines of standard input ask for; a line each, and the end where one fails."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes where messages go
+    link = None
+    for text in sys.stdin:
+        task = json.loads(text)
+        hardware = (
+            None if task["hardware"] is None else Hardware.model_validate_json(task["hardware"])
+        )
+        plan = Plan.model_validate_json(task["plan"])
+        link = link or link_bytes_per_second(torch.device(plan.device))
+        found = measure(Case(**task["case"]), plan, hardware, link)
+        answers.write(json.dumps(found) + "\n")
+        answers.flush()
+
+
+class Measuring:
+    """The process that measures; made again after it has failed."""
+
+    def __init__(self, log: Path, limit_seconds: float) -> None:
+        self._log, self.limit_seconds = log, limit_seconds
+        self._process: subprocess.Popen[str] | None = None
+        self._reader = ThreadPoolExecutor(1)
+
+    def ask(self, case: Case, plan: Plan, hardware: Hardware | None) -> dict[str, Any]:
+        """What it found, or why it found nothing."""
+        if self._process is None:
+            command = [sys.executable, *WORKER]
+            with self._log.open("w") as log:
+                self._process = subprocess.Popen(
+                    command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                    text=True,
+                )  # fmt: skip
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        task = {
+            "case": asdict(case),
+            "plan": plan.model_dump_json(),
+            "hardware": None if hardware is None else hardware.model_dump_json(),
+        }
+        process.stdin.write(json.dumps(task) + "\n")
+        process.stdin.flush()
+        waiting = self._reader.submit(process.stdout.readline)
+        try:
+            text = waiting.result(self.limit_seconds)
+        except TimeoutError:
+            self.end()
+            return {"error": f"more than {self.limit_seconds:g} s"}
+        if not text:
+            self.end()
+            words = self._log.read_text().strip().splitlines()
+            return {"error": (words[-1] if words else "nothing said")[:300]}
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+_NOT_IN_ROWS = ("warm_steps", "timed_steps", "resident", "seconds")
 
 
 # --- all cases -----------------------------------------------------------------------------------
 
 
-def in_process(case: Case, args: argparse.Namespace, *, resident: bool) -> dict[str, Any]:
-    """The case in a process of its own: what it found, or why it found nothing."""
-    command = [sys.executable, "-m", "benchmarks.offload", "--case", json.dumps(asdict(case))]
-    command += ["--work", str(args.work)]
-    for name in ("throttle_gb_per_second", "host_gib", "streamed", "slots"):
-        value = getattr(args, name)
-        if value is not None:
-            command += [f"--{name.replace('_', '-')}", str(value)]
-    if resident:
-        command.append("--resident")
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=args.time_limit_seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"more than {args.time_limit_seconds:.0f} s"}
-    if done.returncode != 0:
-        return {"error": (done.stderr.strip() or "nothing said").splitlines()[-1][:300]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def make_row(
-    case: Case, found: dict[str, Any], resident: dict[str, Any], throttled: float | None
+    case: Case,
+    planned: dict[str, Any],
+    found: dict[str, Any],
+    resident: dict[str, Any],
+    hardware: Hardware,
 ) -> dict[str, Any]:
-    """The row of a case from what the two processes found."""
-    row: dict[str, Any] = {**asdict(case), "throttle_gb_per_second": throttled}
-    tokens = case.micro_batch * case.sequence_length
-    speed = "tokens_per_second"
+    """The row of a case: what was asked, the plan, and what both runs found."""
+    row = {key: value for key, value in asdict(case).items() if key not in _NOT_IN_ROWS}
+    tokens, speed = case.tokens, "tokens_per_second"
     row |= dict.fromkeys((speed, f"resident_{speed}", f"floor_{speed}", "share_of_floor"))
     row |= {key: value for key, value in found.items() if key != "phases"}
+    row |= {key: value for key, value in planned.items() if key != "plan"}
+    row |= {"budget_bytes": int(case.budget_gib * GIB), "context_bytes": hardware.context_bytes}
+    if "plan" in planned:
+        plan = Plan.model_validate_json(json.dumps(planned["plan"]))
+        row |= {
+            "plan": plan.fingerprint(),
+            "streamed_layers": len(plan.streamed_layers),
+            **{part: getattr(plan, part) for part in _PARTS},
+            "streaming_slots": plan.streaming_slots,
+            "mlp_chunk_tokens": plan.mlp_chunk_tokens,
+            "compute_dtype": plan.compute_dtype,
+        }
     if "error" in resident:
         row["resident_error"] = resident["error"]
-    else:
+    elif resident:
         row[f"resident_{speed}"] = tokens / resident["step_seconds"]
     if "phases" in found:
         row[speed] = tokens / found["step_seconds"]
@@ -420,7 +521,19 @@ def make_row(
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells one row from another."""
     asked = ("model", "budget_gib", "micro_batch", "sequence_length", "throttle_gb_per_second")
-    return tuple(row[name] for name in asked)
+    return (*(row[name] for name in asked), row.get("host_gib"))
+
+
+def asked_in_words(row: dict[str, Any]) -> str:
+    words = (
+        f"{row['model']:>12} {row['budget_gib']:>5} GiB {row['micro_batch']}x"
+        f"{row['sequence_length']:<6}"
+    )
+    if row["throttle_gb_per_second"] is not None:
+        words += f" at {row['throttle_gb_per_second']} GB/s"
+    if row.get("host_gib") is not None:
+        words += f" of a host's {row['host_gib']} GiB"
+    return words
 
 
 def line(row: dict[str, Any]) -> str:
@@ -437,56 +550,104 @@ def line(row: dict[str, Any]) -> str:
         reached = "reached" if enough else "missed"
     problem = row.get("error") or ("" if row.get("fits", True) else "does not fit")
     return (
-        f"{row['model']:>12} {row['budget_gib']:>5} GiB {row['micro_batch']}x"
-        f"{row['sequence_length']:<6} {number('tokens_per_second', ',.0f'):>7} tokens/s, resident "
+        f"{asked_in_words(row)} {number('tokens_per_second', ',.0f'):>7} tokens/s, resident "
         f"{number('resident_tokens_per_second', ',.0f'):>7}, floor "
         f"{number('floor_tokens_per_second', ',.0f'):>7} "
         f"({number('share_of_floor', '.1%')}) {reached}{problem}"
     )
 
 
-def chosen(args: argparse.Namespace) -> list[Case]:
-    return [
-        case
-        for case in CASES
-        if case.model in (args.models or {c.model for c in CASES} - {"tiny"})
-        and (args.budgets is None or case.budget_gib in args.budgets)
-        and (args.tokens is None or case.sequence_length in args.tokens)
-        and (args.micro_batches is None or case.micro_batch in args.micro_batches)
-    ]
+def chosen(texts: Sequence[str] | None, *, tiny: bool = False) -> list[Case]:
+    """The rows that texts like 3 or 5-9 name; all of them by default."""
+    if tiny:
+        return list(TINY)
+    if texts is None:
+        return list(CASES)
+    numbers: list[int] = []
+    for text in texts:
+        first, _, last = text.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return [CASES[number] for number in numbers]
+
+
+def described_card() -> Hardware:
+    """`CARD`, with a host that has as much memory as any row asks for."""
+    content = {"hardware": {"target": CARD, "host_memory_budget": "1GiB"}}
+    card = profile(check_params(content).hardware, Path())
+    return card.model_copy(
+        update={"host_budget_bytes": 128 * GIB, "context_bytes": CARD_CONTEXT_BYTES}
+    )
+
+
+def show_plans(cases: Sequence[Case]) -> None:
+    """Each row's plan, without a GPU."""
+    card = described_card()
+    for case in cases:
+        planned = plan_case(case, card)
+        needs = planned["predicted_process_bytes"] / GIB
+        pinned = planned.get("predicted_host_pinned_bytes", 0) / GIB
+        plan = "nothing fits"
+        if planned["fits"]:
+            plan = Plan.model_validate_json(json.dumps(planned["plan"])).describe()
+        print(
+            f"{CASES.index(case):>3} {asked_in_words(asdict(case))}: {needs:.2f} GiB, "
+            f"{pinned:.1f} GiB pinned; {plan}",
+            flush=True,
+        )
+
+
+def run(cases: Sequence[Case], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Each case's row as it is known."""
+    asked = {"device": "cpu"} if args.tiny else {}
+    hardware = profile(check_params({"hardware": asked}).hardware, args.work)
+    measuring = Measuring(args.work / "offload.log", args.time_limit_seconds)
+    residents: dict[tuple[Any, ...], dict[str, Any]] = {}
+    workers = max(1, min(len(cases), len(os.sched_getaffinity(0)) - 1))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        plans = list(pool.map(partial(plan_case, described=hardware), cases))
+    for case, planned in zip(cases, plans, strict=True):
+        found: dict[str, Any] = {}
+        resident: dict[str, Any] = {}
+        if planned["fits"]:
+            if case.resident and case.work not in residents:
+                everything = resident_plan(case, hardware.device)
+                residents[case.work] = measuring.ask(case, everything, None)
+            resident = residents.get(case.work, {}) if case.resident else {}
+            plan = Plan.model_validate_json(json.dumps(planned["plan"]))
+            found = measuring.ask(case, plan, hardware_of(case, hardware))
+        yield make_row(case, planned, found, resident, hardware)
+    measuring.end()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=SHAPES)
-    parser.add_argument("--budgets", nargs="+", type=float, help="GiB")
-    parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument("--micro-batches", nargs="+", type=int)
-    parser.add_argument("--throttle-gb-per-second", type=float, help="12 is a desktop's PCIe 3")
-    parser.add_argument("--host-gib", type=float, help="host memory that may be used")
-    parser.add_argument("--streamed", type=int, help="stream so many layers, and all else as well")
-    parser.add_argument("--slots", type=int, default=2, help="streamed layers on the device")
-    parser.add_argument("--time-limit-seconds", type=float, default=540.0, help="of each process")
+    parser.add_argument("--rows", nargs="+", help="which, as --list numbers them: 3 or 5-9")
+    parser.add_argument("--list", action="store_true", help="print the rows and end")
+    parser.add_argument("--plans", action="store_true", help="print the rows' plans and end")
+    parser.add_argument("--tiny", action="store_true", help="tiny rows, on the CPU")
+    parser.add_argument("--time-limit-seconds", type=float, default=400.0, help="of each run")
     parser.add_argument("--work", type=Path, default=ROOT / ".fitlora" / "benchmark")
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--resident", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.case is not None:
-        case = Case(**json.loads(args.case))
-        print(json.dumps((run_resident if args.resident else run_case)(case, args)))
+    if args.worker:
+        answer_tasks()
+        return
+    cases = chosen(args.rows, tiny=args.tiny)
+    if args.list:
+        for case in cases:
+            words = asked_in_words(asdict(case))
+            print(f"{CASES.index(case):>3} {words}: about {case.seconds} s")
+        print(f"{sum(case.seconds for case in cases)} s in all")
+        return
+    if args.plans:
+        show_plans(cases)
         return
     path = args.json or ROOT / "benchmarks" / "results" / f"offload.{device_label()}.json"
     rows = {}
     if path.is_file():
         rows = {key_of(row): row for row in json.loads(path.read_text())["rows"]}
-    residents: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for case in chosen(args):
-        same = (case.model, case.micro_batch, case.sequence_length)
-        if same not in residents:
-            residents[same] = in_process(case, args, resident=True)
-        found = in_process(case, args, resident=False)
-        row = make_row(case, found, residents[same], args.throttle_gb_per_second)
+    for row in run(cases, args):
         rows[key_of(row)] = row
         print(line(row), flush=True)
         write_result(path, "offload", list(rows.values()))

@@ -1,6 +1,7 @@
 """The arithmetic of the offload benchmark, by hand; the rest of it is run on the device."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -9,6 +10,7 @@ from benchmarks import offload
 from benchmarks.common import SHAPES
 from benchmarks.offload import Case, Part, floor_seconds
 from fitlora.plan import Plan
+from fitlora.units import GIB
 
 
 def test_the_floor_is_the_longer_of_computing_and_moving_in_each_pass() -> None:
@@ -33,7 +35,7 @@ class FakePlan:
         size = 100 - 10 * len(d["streamed_layers"])
         size += 30 * (d["checkpoints"] == "device") + 40 * (d["optimizer_device"] == "device")
         size += 5 * (d["head"] == "device")
-        return size <= budget
+        return bool(size <= budget)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +68,12 @@ def test_no_layout_may_fit() -> None:
 
 
 def test_a_row_says_what_was_asked_and_what_came_out() -> None:
-    case = Case("llama-3-8b", 3, 2, 1024, 0.95)
+    case = Case(
+        model="llama-3-8b", budget_gib=3, micro_batch=2, sequence_length=1024,
+        share_of_floor_to_reach=0.95,
+    )  # fmt: skip
     found = {
-        "fits": True, "step_seconds": 2.0, "link_bytes_per_second": 10.0,
+        "step_seconds": 2.0, "link_bytes_per_second": 10.0,
         "phases": [{"phase": "forward", "seconds": 9.0, "uploaded_bytes": 10},
                    {"phase": "backward", "seconds": 9.0, "uploaded_bytes": 5}],
     }  # fmt: skip
@@ -77,21 +82,61 @@ def test_a_row_says_what_was_asked_and_what_came_out() -> None:
         "phases": [{"phase": "forward", "seconds": 0.5, "uploaded_bytes": 0},
                    {"phase": "backward", "seconds": 0.8, "uploaded_bytes": 0}],
     }  # fmt: skip
-    row = offload.make_row(case, found, resident, None)
+    plan = offload.resident_plan(case, "cuda").replace(streamed_layers=(0, 3), head="host")
+    planned = {"fits": True, "plan": plan.model_dump(mode="json"), "predicted_process_bytes": 7}
+    card = offload.described_card()
+    row = offload.make_row(case, planned, found, resident, card)
     assert row["tokens_per_second"] == 1024
     assert row["resident_tokens_per_second"] == pytest.approx(2048 / 1.7)
     assert row["floor_tokens_per_second"] == pytest.approx(2048 / 1.8)
     assert row["share_of_floor"] == pytest.approx(0.9)
     assert row["uploaded_bytes"] == 15
+    assert (row["streamed_layers"], row["head"], row["plan"]) == (2, "host", plan.fingerprint())
+    assert row["budget_bytes"] == 3 * GIB
+    assert not {"warm_steps", "seconds", "phases"} & set(row)
     assert "missed" in offload.line(row)
-    without = offload.make_row(case, {"fits": False}, {"error": "out of memory"}, 12.0)
+    throttled = replace(case, throttle_gb_per_second=12)
+    without = offload.make_row(throttled, planned, {}, {"error": "out of memory"}, card)
     assert without["tokens_per_second"] is None
     assert without["resident_error"] == "out of memory"
-    assert "does not fit" in offload.line(without)
+    nothing = {"fits": False, "predicted_process_bytes": 4 * GIB}
+    assert "does not fit" in offload.line(offload.make_row(case, nothing, {}, {}, card))
     assert offload.key_of(without) != offload.key_of(row)
 
 
-def test_the_issues_rows_are_there_once() -> None:
-    keys = [(c.model, c.budget_gib, c.micro_batch, c.sequence_length) for c in offload.CASES]
+def test_rows_are_there_once_and_named_by_number() -> None:
+    keys = [offload.key_of(asdict(case)) for case in offload.CASES]
     assert len(set(keys)) == len(keys)
     assert all(case.model in SHAPES for case in offload.CASES)
+    assert offload.chosen(None) == list(offload.CASES)
+    assert offload.chosen(["4", "1-2"]) == [offload.CASES[n] for n in (4, 1, 2)]
+
+
+def test_a_measuring_process_that_fails_is_the_rows_error_and_the_next_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for it ends at the case of 1 GiB, sleeps at that of 2, and answers the others."""
+    stand_in = tmp_path / "stand_in.py"
+    stand_in.write_text(
+        "import json, sys, time\n"
+        "for text in sys.stdin:\n"
+        "    asked = json.loads(text)['case']['budget_gib']\n"
+        "    if asked == 1: sys.exit('it broke')\n"
+        "    if asked == 2: time.sleep(20)\n"
+        "    print(json.dumps({'asked': asked}), flush=True)\n"
+    )
+    monkeypatch.setattr(offload, "WORKER", ("-S", str(stand_in)))
+    measuring = offload.Measuring(tmp_path / "log", limit_seconds=20.0)
+
+    def ask(budget: float) -> dict[str, Any]:
+        case = Case(model="tiny", budget_gib=budget)
+        return measuring.ask(case, offload.resident_plan(case, "cpu"), None)
+
+    assert ask(3) == {"asked": 3}
+    assert ask(1) == {"error": "it broke"}
+    assert ask(4) == {"asked": 4}
+    measuring.limit_seconds = 0.1
+    assert ask(2) == {"error": "more than 0.1 s"}
+    measuring.limit_seconds = 20.0
+    assert ask(5) == {"asked": 5}
+    measuring.end()
