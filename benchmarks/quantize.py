@@ -207,7 +207,7 @@ def speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     disk = shutil.disk_usage(args.work.parent).total
     _elsewhere("make", "--model", args.model, "--layers", layers, "--work", args.work)
     size = weight_bytes(source)
-    for cache in ("cold", "warm"):
+    for cache in args.caches:
 
         def prepare(result: int, cold: bool = cache == "cold") -> list[str]:
             """The cache as it is to be found, and how a process is told what memory to touch."""
@@ -342,7 +342,7 @@ def stages(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )
 
     yield timed("open model and headers", size, prepare)
-    for cache in ("cold", "warm"):
+    for cache in args.caches:
         for threads in (1, 2, 4, READERS, 16):
             if cache == "cold":
                 forget(source)
@@ -480,6 +480,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--touch", type=int, nargs="?", const=0, help="use the memory once before timing"
     )
+    parser.add_argument("--caches", choices=["cold", "warm"], nargs="+", default=["cold", "warm"])
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
