@@ -30,7 +30,9 @@ from fitlora.hardware import profile
 from fitlora.memory.estimate import Estimator, Load
 from fitlora.params import Params, check_params
 from fitlora.plan import Plan
+from fitlora.planner.chain import Freedom
 from fitlora.planner.ladder import smaller
+from fitlora.planner.model import model_size
 from fitlora.planner.search import loss_chunk
 from fitlora.quantization.quantize import quantize_checkpoint
 from fitlora.step.settings import StepSettings
@@ -151,7 +153,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     load = Load.uniform(2 * args.micro_batch, args.tokens)
     estimator = Estimator(config, settings, load, hardware)
     top = estimator(plan).peak_allocated_bytes
-    rungs = smaller(plan, config.num_hidden_layers)
+    rungs = smaller(plan, Freedom.most(plan, model_size(config, settings)))
     least = min(estimator(rung).peak_allocated_bytes for rung in rungs)
     expected = once(args, hardware)
     draw = random.Random(args.seed)

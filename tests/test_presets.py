@@ -131,7 +131,8 @@ def test_a_preset_fits_its_card(name: str, tmp_path: Path, monkeypatch: pytest.M
     from fitlora.memory.estimate import Load, estimate
     from fitlora.model import load_config
     from fitlora.pipeline.profile_hardware import profile_hardware
-    from fitlora.planner.search import ModelSize, default_plan
+    from fitlora.planner.search import default_plan
+    from fitlora.planner.size import ModelSize
     from fitlora.step.settings import StepSettings
 
     monkeypatch.chdir(tmp_path)

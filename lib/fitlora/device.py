@@ -159,6 +159,14 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and about_cuda and any(sign in text for sign in _LOST)
 
 
+def available_bytes(device: torch.device) -> int | None:
+    """What tensors of this process could take: what they have, and what is free. None on the CPU."""
+    if device.type == "cpu":
+        return None
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes + torch.cuda.memory_reserved(device)
+
+
 def memory_now(device: torch.device) -> str:
     """What is free on the device, and who has the rest, in figures."""
     if device.type == "cpu":

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
-from fitlora.params import PlanParams
+from fitlora.params import check_params
 from fitlora.plan import Plan
+from fitlora.planner import search
 from fitlora.planner.chain import Freedom, less, segments, smallest
+from fitlora.planner.size import ModelSize
 from fitlora.planner.speed import guess_bytes, guess_host_bytes
 from tests.planner.test_speed import LAYERS, plan, shape
 
@@ -16,14 +18,9 @@ ALL = {"embedding", "checkpoints", "head", "optimizer_device"}
 def freedom(
     start: Plan | None = None, *, by_hand: bool = True, tied: bool = False, **asked: Any
 ) -> Freedom:
-    return Freedom.of(
-        PlanParams.model_validate(asked),
-        start or plan(),
-        layers=LAYERS,
-        by_hand=by_hand,
-        tied=tied,
-        head_moves=asked.get("head") != "device",
-    )
+    moves = asked.get("head") != "device"
+    model = ModelSize(LAYERS, 128_256, tied=tied, head_moves=moves, by_hand=by_hand)
+    return search.freedom(check_params({"plan": asked}), model, start or plan())
 
 
 def hosted(found: Plan) -> set[str]:

@@ -14,7 +14,7 @@ from fitlora.plan import Plan
 from fitlora.planner import find
 from fitlora.planner.find import MAX_PROBES, find_plan
 from fitlora.planner.probe import ProbeResult, probe, write_log
-from fitlora.planner.search import ModelSize
+from fitlora.planner.size import ModelSize
 from fitlora.step.settings import StepSettings
 from fitlora.units import GIB
 from tests.planner.test_search import NO_HOST, Linear, hardware

@@ -12,7 +12,8 @@ from fitlora.errors import UserError
 from fitlora.params import check_params
 from fitlora.plan import Plan
 from fitlora.planner.chain import segments
-from fitlora.planner.search import MOST_RIVALS, ModelSize, Search, default_plan, smallest_plan
+from fitlora.planner.search import MOST_RIVALS, Search, default_plan, smallest_plan
+from fitlora.planner.size import ModelSize
 from fitlora.planner.speed import forecast, guess_bytes, guess_host_bytes
 from fitlora.units import GIB
 from tests.planner.test_search import estimate, hardware

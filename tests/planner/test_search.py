@@ -15,7 +15,6 @@ from fitlora.plan import Plan
 from fitlora.planner.search import (
     BUSY_TOKENS,
     Choice,
-    ModelSize,
     Search,
     compute_dtype,
     default_plan,
@@ -23,6 +22,7 @@ from fitlora.planner.search import (
     loss_chunk,
     neighbours,
 )
+from fitlora.planner.size import ModelSize
 from fitlora.units import GIB, MIB
 
 LAYERS = 32

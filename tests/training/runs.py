@@ -11,7 +11,9 @@ from torch import Tensor
 from fitlora.memory.tracker import MemoryTracker
 from fitlora.params import TrainParams
 from fitlora.plan import Plan
+from fitlora.planner.chain import Freedom
 from fitlora.planner.ladder import Ladder
+from fitlora.planner.size import ModelSize
 from fitlora.step.batch import TokenSequence
 from fitlora.training.batches import Batches
 from fitlora.training.checkpoint import Checkpoints
@@ -23,6 +25,7 @@ from fitlora.training.recovery import Recovery
 from tests.step import steps
 
 Records = list[dict[str, Any]]
+LAYERS = 2
 
 
 class FakeStep:
@@ -74,7 +77,11 @@ class FakeStep:
         tokens = sum(sequence.target_tokens for sequence in sequences)
         return torch.tensor(loss * tokens, dtype=torch.float64), tokens
 
+    def can_adopt(self, plan: Plan) -> bool:
+        return plan.uses_host == self.plan.uses_host
+
     def adopt(self, plan: Plan) -> None:
+        assert self.can_adopt(plan)
         self.plan = plan
 
     def abandon(self) -> None:
@@ -106,16 +113,28 @@ def make_run(
     validation: Sequence[TokenSequence] | None = None,
     ranks: Ranks | None = None,
     identity: str = "test",
-    predict: Callable[[Plan, bool], int] | None = None,
+    predict: Callable[[Plan, bool], int | None] | None = None,
     wait: Callable[[float], None] = lambda seconds: None,
+    anew: Callable[[Plan], Any] | None = None,
+    host: bool = False,
     **train: Any,
 ) -> Run:
-    """A run whose checkpoints are below `folder`. predict: by default less for a smaller plan."""
+    """A run whose checkpoints are below `folder`. predict: by default less for a smaller plan.
+
+    anew: makes a step for a plan; None takes `step` for every one. host: whether the ladder may move
+    things to the host. It has begun, with a new adapter.
+    """
     log = RunLog()
     ranks = ranks or Ranks()
-    ladder = Ladder(step.plan, 2, predict or size)
-    return Run(
-        step=step,
+    plan = step.plan
+    model = ModelSize(LAYERS, steps.VOCABULARY)
+    free = Freedom.most(plan.replace(device="cuda" if host else "cpu"), model)
+    ladder = Ladder(plan, free, predict or size)
+
+    def build(plan: Plan) -> Any:
+        return step if anew is None else anew(plan)
+
+    run = Run(
         batches=batches or Batches(steps.sequences(4), 2, seed=0),
         validation=steps.sequences(4) if validation is None else validation,
         train=TrainParams.model_validate({"max_steps": 10, "evaluate_every": None, **train}),
@@ -123,9 +142,11 @@ def make_run(
         log=log,
         record=log.write,
         checkpoints=Checkpoints(folder, Identity({"run": identity}), say=lambda text: None),
-        recovery=Recovery(step, ladder, log.write, wait=wait),
+        recovery=Recovery(build, ladder, log.write, torch.device("cpu"), wait=wait),
         ranks=ranks,
     )
+    run.recovery.begin()
+    return run
 
 
 Result = TypeVar("Result")
@@ -186,7 +207,9 @@ def in_ranks(devices: int, work: Callable[[Ranks], Result]) -> list[Result]:
 
 def size(plan: Plan, evaluation: bool) -> int:
     """A plan's predicted bytes for tests: any smaller decision takes less."""
+    hosted = [plan.checkpoints, plan.embedding, plan.head, plan.optimizer_device].count("host")
+    fewer = len(plan.streamed_layers) + hosted
     if evaluation:
-        return 1000 * plan.evaluation_batch_size + plan.loss_chunk_tokens
-    rest = 100 * (8 - len(plan.recompute_layers)) + plan.loss_chunk_tokens // 100
+        return 1000 * plan.evaluation_batch_size + plan.loss_chunk_tokens - fewer
+    rest = 100 * (8 - len(plan.recompute_layers) - fewer) + plan.loss_chunk_tokens // 100
     return 1000 * plan.micro_batch_size + rest

@@ -242,5 +242,5 @@ def test_one_rank_asked_to_stop_stops_all(tmp_path: Path) -> None:
     again = make_run(
         tmp_path, real_step(2), batches=Batches(steps.sequences(12), 5, seed=0), **TRAIN
     )
-    assert again.resume()
+    assert again.begin()
     assert again.progress.done == 3

@@ -166,7 +166,7 @@ def test_the_end_of_the_ladder_is_saved_and_told_in_figures(tmp_path: Path) -> N
     assert snapshot.rung.plan == step.plan
 
     again, rerun = run_of(tmp_path, lambda step, plan: None)
-    assert rerun.resume()
+    assert rerun.begin()
     assert again.plan == step.plan
     assert rerun().steps == 10
     assert again.seen == samples(10)[3:]
@@ -260,9 +260,21 @@ def test_another_error_is_not_hidden(tmp_path: Path) -> None:
 
 def test_the_ladder_asks_the_estimate() -> None:
     found = Estimate.model_construct(
-        process_bytes=100, phase_peak_bytes={"evaluation": 30, "forward": 90}
+        process_bytes=100, phase_peak_bytes={"evaluation": 30, "forward": 90}, host_pinned_bytes=50
     )
-    hardware = Hardware.model_construct(context_bytes=7)
+    hardware = Hardware.model_construct(context_bytes=7, host_budget_bytes=50)
     predict = recovery.predictor(lambda plan: found, hardware)  # type: ignore[arg-type]
     assert predict(small_plan(), False) == 100
     assert predict(small_plan(), True) == 37
+    less = hardware.model_copy(update={"host_budget_bytes": 49})
+    predict = recovery.predictor(lambda plan: found, less)  # type: ignore[arg-type]
+    assert predict(small_plan(), False) is None, "the host has no room for it"
+
+
+def test_room_is_what_is_there_and_no_more_than_the_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hardware = Hardware.model_construct(context_bytes=7, budget_bytes=100)
+    for available, expected in ((None, None), (50, 57), (500, 100)):
+        monkeypatch.setattr(recovery, "available_bytes", lambda device, found=available: found)
+        assert recovery.room_on(torch.device("cpu"), hardware)() == expected

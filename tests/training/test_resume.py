@@ -91,7 +91,7 @@ def test_a_run_cut_short_ends_as_if_it_had_not_been(
     expected = whole()
     cut_at(real_run(tmp_path / "cut", optimizer), cut)
     again = real_run(tmp_path / "cut", optimizer)
-    assert again.resume()
+    assert again.begin()
     assert again.progress.done == cut - cut % 2, "no more than checkpoint_every steps are lost"
     found = again()
     for name, tensor in expected.last.items():
@@ -108,18 +108,18 @@ def test_patience_goes_on_too(tmp_path: Path) -> None:
     cut_at(run, 3)
     step = FakeStep(losses[3:])
     again = make_run(tmp_path, step, **settings)
-    assert again.resume()
+    assert again.begin()
     outcome = again()
     assert (outcome.steps, outcome.stopped_early, outcome.best_step) == (4, True, 1)
 
 
 def test_without_a_checkpoint_it_begins_anew(tmp_path: Path) -> None:
     run = make_run(tmp_path, FakeStep([1.0]))
-    assert not run.resume()
+    assert not run.begin()
     run()
     assert [path.name for path in run.checkpoints.folder.iterdir()] == ["step-00000000"]
     other = make_run(tmp_path, FakeStep([1.0]), identity="another")
-    assert not other.resume()
+    assert not other.begin()
 
 
 def test_checkpoints_every_n_steps(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_signal_saves_and_ends(
     said = capsys.readouterr().out
     assert f"stopped by {number.name} after step 5 of 10, which is saved" in said
     again = make_run(tmp_path, FakeStep([1.0]), checkpoint_every=3)
-    assert again.resume()
+    assert again.begin()
     assert again.progress.done == 5, "nothing is lost"
 
 
@@ -213,7 +213,7 @@ def test_a_signal_in_an_evaluation_loses_no_validation(tmp_path: Path) -> None:
     assert run.progress.done == 4
     assert run.progress.validated == 2
     again = real_run(tmp_path / "stopped")
-    assert again.resume()
+    assert again.begin()
     found = again()
     assert found.best_loss == expected.best_loss
     assert untimed(again) == untimed(whole)

@@ -181,7 +181,8 @@ def _plan(asked: dict[str, Any], config: Any, hardware: "Hardware") -> Plan:
     from pydantic import ValidationError
 
     from fitlora.offload.residency import spread
-    from fitlora.planner.search import MLP_CHUNK_TOKENS, ModelSize, loss_chunk
+    from fitlora.planner.search import MLP_CHUNK_TOKENS, loss_chunk
+    from fitlora.planner.size import ModelSize
 
     model = ModelSize.of(config)
     layers = {"none": 0, "all": model.layers}.get(asked["recompute"])

@@ -100,6 +100,11 @@ class MemoryTracker:
         with self.watch(tensors()):
             yield
 
+    def also(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Counts tensors that were made unseen while a watch was on."""
+        if self._trace is not None:
+            self._trace.watch(tensors)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Books the peak inside under `name`."""

@@ -30,6 +30,10 @@ def anonymous_bytes() -> int:
     return 0
 
 
+class HostMemoryShort(UserError):
+    """The host's memory budget is too small."""
+
+
 class HostMemory:
     """What is taken of the host's memory, by purpose.
 
@@ -48,11 +52,11 @@ class HostMemory:
         return sum(self.taken.values())
 
     def take(self, count: int, purpose: str) -> None:
-        """Counts `count` bytes; raises UserError where they are more than is left."""
+        """Counts `count` bytes; raises HostMemoryShort where they are more than is left."""
         with self._lock:
             used = max(anonymous_bytes(), self._before + self.bytes)
             if self.limit_bytes is not None and used + count > self.limit_bytes:
-                raise UserError(
+                raise HostMemoryShort(
                     f"{purpose} needs {format_bytes(count)} of host memory, and of the "
                     f"{format_bytes(self.limit_bytes)} that may be used "
                     f"{format_bytes(max(0, self.limit_bytes - used))} are left"

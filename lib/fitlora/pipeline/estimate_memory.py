@@ -23,7 +23,8 @@ from fitlora.memory.question import fit_cards, ways_out
 from fitlora.model import has_tokenizer, load_config, resolve_model
 from fitlora.params import Params, with_found
 from fitlora.planner.parameters import find_parameters
-from fitlora.planner.search import ModelSize, default_plan, neighbours
+from fitlora.planner.search import default_plan, neighbours
+from fitlora.planner.size import ModelSize
 from fitlora.report.memory import data_lines, estimate_lines
 from fitlora.step.settings import StepSettings
 from fitlora.training.batches import Batches

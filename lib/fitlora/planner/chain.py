@@ -10,10 +10,12 @@ A chain has one micro-batch size. Its segments each move one thing step by step;
 in a straight line, which is what the search makes use of. This module imports no torch.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from fitlora.params import PlanParams
 from fitlora.plan import Plan
+from fitlora.planner.size import ModelSize
 
 
 @dataclass(frozen=True)
@@ -37,35 +39,22 @@ class Freedom:
     most_streamed: int
 
     @classmethod
-    def of(
-        cls,
-        asked: PlanParams,
-        start: Plan,
-        *,
-        layers: int,
-        by_hand: bool,
-        tied: bool,
-        head_moves: bool,
-    ) -> "Freedom":
-        """start: the plan with all that params fix. head_moves: whether the head can stream."""
+    def most(cls, start: Plan, model: ModelSize) -> "Freedom":
+        """All that the model and the device allow. start: the plan to begin with."""
         on_gpu = start.device == "cuda"
-        recompute = asked.recompute == "auto" and (by_hand or not start.streamed_layers)
-        whole = recompute or len(start.recompute_layers) == layers
-        embedding, head = asked.embedding == "auto", asked.head == "auto" and head_moves
-        if tied:
-            embedding = head = embedding and head
+        head = on_gpu and model.head_moves
         return cls(
-            layers=layers,
-            recompute=recompute,
-            stream=on_gpu and asked.stream_layers == "auto" and (by_hand or whole),
-            checkpoints=on_gpu and asked.checkpoints == "auto" and by_hand,
-            embedding=on_gpu and embedding,
-            head=on_gpu and head,
+            layers=model.layers,
+            recompute=model.by_hand or not start.streamed_layers,
+            stream=on_gpu,
+            checkpoints=on_gpu and model.by_hand,
+            embedding=head if model.tied else on_gpu,
+            head=head,
             # bitsandbytes' optimizers have states of their own kind, and pages of their own
-            optimizer=on_gpu and asked.optimizer_device == "auto" and start.optimizer == "adamw",
-            by_hand=by_hand,
-            tied=tied,
-            most_streamed=layers,
+            optimizer=on_gpu and start.optimizer == "adamw",
+            by_hand=model.by_hand,
+            tied=model.tied,
+            most_streamed=model.layers,
         )
 
     def without_host(self) -> "Freedom":
@@ -123,3 +112,33 @@ def smallest(start: Plan, free: Freedom) -> Plan:
     """The end of the chain from `start`."""
     plans = [plan for part in segments(start, free).values() for plan in part]
     return plans[-1] if plans else start
+
+
+def offloads(plan: Plan, free: Freedom, has_room: Callable[[Plan], bool]) -> Iterator[Plan]:
+    """From `plan`, which recomputes what it may, plans with ever more on the host, in the chain's order.
+
+    What is there stays. Layers follow by halves of those that are left, so that the end is near.
+    has_room: whether the host can hold such a plan; what it has no room for stays on the device.
+    """
+    moves: list[dict[str, Any]] = []
+    if free.embedding and not free.tied:
+        moves.append({"embedding": "host"})
+    if free.checkpoints and plan.recompute_layers:
+        moves.append({"checkpoints": "host"})
+    if free.stream and (free.by_hand or len(plan.recompute_layers) == free.layers):
+        from fitlora.offload.residency import spread  # here, as torch comes with it
+
+        count = len(plan.streamed_layers)
+        while count < free.most_streamed:
+            count += -(-(free.most_streamed - count) // 2)
+            moves.append({"streamed_layers": spread(free.layers, count)})
+    if free.head:
+        moves.append({"head": "host", **({"embedding": "host"} if free.tied else {})})
+    # each process goes down by itself, and sums gradients only with those that are in the same place
+    if free.optimizer and plan.devices == 1:
+        moves.append({"optimizer_device": "host"})
+    for move in moves:
+        moved = plan.replace(**move)
+        if moved != plan and has_room(moved):
+            plan = moved
+            yield plan

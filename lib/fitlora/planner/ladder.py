@@ -3,29 +3,39 @@
 The planner's choice is made before training and is right about this process. Others take memory
 whenever they like. So a run that overflows goes on with a smaller Plan of the same work: no decision
 that changes a result is touched. The rungs, from what costs least time: a smaller micro-batch, more
-layers that recompute, less that such layers keep, smaller chunks of logits. A rung is worth the
-device's time only where the estimate says that it takes less. Further kinds of rungs (what lives in
-host memory) belong at the end of `smaller`, as soon as a step can adopt them.
+layers that recompute, less that such layers keep, smaller chunks of logits and of an MLP; then more on
+the host (`fitlora.planner.chain`), for which the step is made anew. What params say of the layout is
+where a run begins; the ladder goes beyond it, as the alternative is to end.
+
+A rung is worth the device's time only where the estimate says that it takes less, and that it fits what
+the process could have now. Where nothing does, the smallest is tried: what took the memory may go.
 
 This module imports no torch: it is handed the function that estimates.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 from pydantic import BaseModel, ConfigDict
 
 from fitlora.plan import Plan
+from fitlora.planner.chain import Freedom, offloads
 
 # Optimizer steps without an overflow after which the plan that was left is tried again, once.
 CALM_STEPS = 50
 LEAST_LOSS_CHUNK = 64
+LEAST_MLP_CHUNK = 1024  # each part dequantizes the MLP's weights again
 
 
-def smaller(plan: Plan, layers: int) -> Iterator[Plan]:
+def smaller(
+    plan: Plan, free: Freedom, has_room: Callable[[Plan], bool] = lambda plan: True
+) -> Iterator[Plan]:
     """Plans of the same training step in less memory, the fastest first.
 
-    layers: decoder layers of the model. Each step halves something, so that the end is near.
+    free: what the model and the device allow. has_room: whether the host can hold a plan's share of
+    it. Each step halves something, so that the end is near.
     """
+    layers = free.layers
     while plan.micro_batch_size > 1:
         plan = plan.replace(micro_batch_size=-(-plan.micro_batch_size // 2))
         yield plan
@@ -37,21 +47,30 @@ def smaller(plan: Plan, layers: int) -> Iterator[Plan]:
     while plan.recompute_keeps:
         plan = plan.replace(recompute_keeps=plan.recompute_keeps[:-1])
         yield plan
-    yield from _smaller_chunks(plan)
+    yield from _smaller_ends(plan, free, has_room)
 
 
-def smaller_evaluation(plan: Plan) -> Iterator[Plan]:
+def smaller_evaluation(
+    plan: Plan, free: Freedom, has_room: Callable[[Plan], bool] = lambda plan: True
+) -> Iterator[Plan]:
     """The same for an evaluation, which keeps no activations."""
     while plan.evaluation_batch_size > 1:
         plan = plan.replace(evaluation_batch_size=-(-plan.evaluation_batch_size // 2))
         yield plan
-    yield from _smaller_chunks(plan)
+    yield from _smaller_ends(plan, free, has_room)
 
 
-def _smaller_chunks(plan: Plan) -> Iterator[Plan]:
+def _smaller_ends(plan: Plan, free: Freedom, has_room: Callable[[Plan], bool]) -> Iterator[Plan]:
     while plan.loss_chunk_tokens > LEAST_LOSS_CHUNK:
         plan = plan.replace(loss_chunk_tokens=max(LEAST_LOSS_CHUNK, plan.loss_chunk_tokens // 2))
         yield plan
+    tokens = plan.micro_batch_size * plan.sequence_length
+    while (
+        free.by_hand and (chunk := min(tokens, plan.mlp_chunk_tokens or tokens)) > LEAST_MLP_CHUNK
+    ):
+        plan = plan.replace(mlp_chunk_tokens=max(LEAST_MLP_CHUNK, chunk // 2))
+        yield plan
+    yield from offloads(plan, free, has_room)
 
 
 def faster(plan: Plan) -> dict[str, Plan]:
@@ -79,12 +98,20 @@ class Rung(BaseModel):
 class Ladder:
     """The Plan in use, between the one that a run began with and the smallest.
 
-    predict: bytes that a plan is estimated to take, in an evaluation or as a whole. layers: decoder
-    layers of the model.
+    free: what the model and the device allow. predict: bytes that a plan is estimated to take, in an
+    evaluation or as a whole; None where the host has no room for its share. It is asked once for each.
+    room: bytes that the process could have now, counted likewise; None where that is not known.
     """
 
-    def __init__(self, plan: Plan, layers: int, predict: Callable[[Plan, bool], int]) -> None:
-        self.layers, self.predict = layers, predict
+    def __init__(
+        self,
+        plan: Plan,
+        free: Freedom,
+        predict: Callable[[Plan, bool], int | None],
+        room: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self.free, self.room = free, room
+        self.predict = cache(predict)
         self.rung = Rung(top=plan, plan=plan)
 
     @property
@@ -94,21 +121,40 @@ class Ladder:
     def down(self, step: int, *, evaluation: bool = False) -> Plan | None:
         """The next smaller plan, now in use, after an overflow at `step`; None where there is none.
 
-        A rung that is not estimated below the plan in use is passed over.
+        A rung that is not estimated below the plan in use is passed over; so is one that has no room,
+        unless there is none that has.
         """
-        found = self.rung.proven
-        if found is None:
-            rungs = smaller_evaluation(self.plan) if evaluation else smaller(self.plan, self.layers)
-            now = self.predict(self.plan, evaluation)
-            found = next((plan for plan in rungs if self.predict(plan, evaluation) < now), None)
+        found = self.rung.proven or self._below(evaluation)
         if found is not None:
             self._go(found, step, climbed=self.rung.climbed)
         return found
 
+    def _below(self, evaluation: bool) -> Plan | None:
+        room, now = self.room(), self.predict(self.plan, evaluation)
+        least: tuple[int, Plan] | None = None
+        rungs = (smaller_evaluation if evaluation else smaller)(
+            self.plan, self.free, lambda plan: self.predict(plan, evaluation) is not None
+        )
+        for plan in rungs:
+            size = self.predict(plan, evaluation)
+            if size is None or (now is not None and size >= now):
+                continue
+            if room is None or size <= room:
+                return plan
+            if least is None or size < least[0]:
+                least = size, plan
+        return None if least is None else least[1]
+
     def up(self, step: int) -> Plan | None:
-        """The plan that the run began with, in use again; None before its time, or a second time."""
+        """The plan that the run began with, in use again; None before its time, or a second time.
+
+        Its time has not come either while there is no room for it.
+        """
         rung = self.rung
         if rung.plan == rung.top or rung.climbed or step - rung.calm_since < CALM_STEPS:
+            return None
+        room, size = self.room(), self.predict(rung.top, False)
+        if room is not None and size is not None and size > room:
             return None
         self._go(rung.top, step, climbed=True, proven=rung.plan)
         return rung.top

@@ -6,7 +6,7 @@ Apart from the search, which imports no torch.
 from typing import Any
 
 from fitlora.plan import Plan
-from fitlora.planner.search import ModelSize
+from fitlora.planner.size import ModelSize
 from fitlora.step.build import step_skeleton
 from fitlora.step.settings import StepSettings
 

@@ -24,7 +24,8 @@ from fitlora.memory.estimate import Estimator, Load
 from fitlora.model import has_tokenizer
 from fitlora.params import Params, with_found
 from fitlora.planner.model import model_size
-from fitlora.planner.search import ModelSize, Search, default_plan, smallest_plan
+from fitlora.planner.search import Search, default_plan, smallest_plan
+from fitlora.planner.size import ModelSize
 from fitlora.step.settings import StepSettings
 from fitlora.training.data import load_splits
 

@@ -18,7 +18,7 @@ This module imports no torch: it is handed the function that estimates.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,7 @@ from fitlora.params import Params
 from fitlora.plan import PAGED_OPTIMIZERS, ComputeDtype, Plan
 from fitlora.planner.chain import Freedom, less, segments, smallest
 from fitlora.planner.rivals import Rivals
+from fitlora.planner.size import ModelSize
 from fitlora.planner.speed import Shape
 from fitlora.units import GIB, MIB, format_bytes
 
@@ -53,29 +54,6 @@ Estimator = Callable[[Plan], Estimate]
 
 
 _BY_SPEED = "part of the fastest plan within the budget, by the rates measured"
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """The little of a model that candidates depend on."""
-
-    layers: int
-    vocabulary: int
-    tied: bool = False  # the head's table is the embedding's
-    head_moves: bool = True  # the head can be on the host
-    by_hand: bool = True  # its layers have a step by hand (`fitlora.step.families`)
-
-    @classmethod
-    def of(cls, config: Any, *, by_hand: bool = True) -> "ModelSize":
-        """Of a transformers config."""
-        text = config.get_text_config()
-        return cls(
-            layers=text.num_hidden_layers,
-            vocabulary=text.vocab_size,
-            tied=bool(getattr(config, "tie_word_embeddings", False)),
-            head_moves=not getattr(text, "final_logit_softcapping", None),
-            by_hand=by_hand,
-        )
 
 
 @dataclass(frozen=True)
@@ -228,14 +206,22 @@ def enough_sequences(sizes: Sequence[int], tokens: Callable[[int], int]) -> int:
 
 
 def freedom(params: Params, model: ModelSize, start: Plan) -> Freedom:
-    """What params leave open. start: the plan with all that they fix."""
-    return Freedom.of(
-        params.plan,
-        start,
-        layers=model.layers,
-        by_hand=model.by_hand,
-        tied=model.tied,
-        head_moves=model.head_moves,
+    """What params leave open of what may be chosen. start: the plan with all that they fix."""
+    asked, most = params.plan, Freedom.most(start, model)
+    recompute = most.recompute and asked.recompute == "auto"
+    whole = recompute or len(start.recompute_layers) == model.layers
+    embedding = most.embedding and asked.embedding == "auto"
+    head = most.head and asked.head == "auto"
+    if model.tied:
+        embedding = head = embedding and head
+    return replace(
+        most,
+        recompute=recompute,
+        stream=most.stream and asked.stream_layers == "auto" and (model.by_hand or whole),
+        checkpoints=most.checkpoints and asked.checkpoints == "auto",
+        embedding=embedding,
+        head=head,
+        optimizer=most.optimizer and asked.optimizer_device == "auto",
     )
 
 

@@ -71,10 +71,13 @@ class TrainingStep:
         self.optimizer = optimizer
         self.half_updated = False
 
+    def can_adopt(self, plan: Plan) -> bool:
+        """Whether the step need not be built anew to go on as `plan` says."""
+        return all(getattr(plan, name) == getattr(self.plan, name) for name in _FIXED)
+
     def adopt(self, plan: Plan) -> None:
         """Goes on as another Plan says. Between steps, and for what changes no result: the layout."""
-        for decision in _FIXED:
-            assert getattr(plan, decision) == getattr(self.plan, decision), decision
+        assert self.can_adopt(plan)
         arrange(decoder_layers(self.model), plan.recompute_layers)
         self.plan = plan
 

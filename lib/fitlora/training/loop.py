@@ -32,6 +32,7 @@ from fitlora.training.recovery import (
     WAITS,
     Done,
     HalfUpdated,
+    Learned,
     NothingSmaller,
     Overflow,
     Recovery,
@@ -63,14 +64,13 @@ class _Elsewhere(torch.OutOfMemoryError):
 
 @dataclass
 class Run:
-    """One training run.
+    """One training run. `begin` it, and call it.
 
     record: takes each record for the log, and may show it. validation may be empty: then the last
     adapter is the best. Raises UserError when the loss is no longer a number, the GPU is gone, or
     nothing smaller is left; and what `stop.ending` says where it was asked to stop.
     """
 
-    step: TrainingStep
     batches: Batches
     validation: Sequence[TokenSequence]
     train: TrainParams
@@ -84,6 +84,7 @@ class Run:
     seconds: float = 0.0  # of earlier parts of the run
 
     def __post_init__(self) -> None:
+        self.recovery.made = self._take
         self.progress = Progress()
         self._best: dict[str, Tensor] = {}
         self._saved: Progress | None = None
@@ -99,18 +100,31 @@ class Run:
         assert self.train.epochs is not None
         return self.batches.steps_of(self.train.epochs)
 
-    def resume(self) -> bool:
-        """Goes to the newest checkpoint of the same inputs, if there is one; raises ArtifactError."""
+    @property
+    def step(self) -> TrainingStep:
+        """The step in use. Keep none: another may take its place, and wants its memory."""
+        return self.recovery.step
+
+    def _take(self, step: TrainingStep) -> None:
+        """Has a step that was made just now tell its phases, and its tensors counted."""
+        step.phase = self._phase
+        self.tracker.also(step.tensors())
+
+    def begin(self) -> bool:
+        """Makes the step, and goes to the newest checkpoint of the same inputs, if there is one.
+
+        Returns whether there was. Raises UserError where no plan of the ladder can be loaded.
+        """
         snapshot = self.ranks.from_first(self.checkpoints.newest)
-        if snapshot is not None:
-            self._restore(snapshot)
-            self.recovery.ladder.resume(snapshot.rung)
-            self.step.adopt(self.recovery.ladder.plan)
-            self.seconds = snapshot.seconds
-        return snapshot is not None
+        if snapshot is None:
+            self.recovery.begin()
+            return False
+        self.recovery.ladder.resume(snapshot.rung)
+        self._restore(snapshot)
+        self.seconds = snapshot.seconds
+        return True
 
     def __call__(self) -> Outcome:
-        self.step.phase = self._phase
         if self._saved is None:
             self._save()  # to go back to; and where it cannot be written, better now than in hours
         try:
@@ -205,7 +219,7 @@ class Run:
                 reduce_gradients=None if self.ranks.devices == 1 else self._reduce,
             )
 
-        with self.tracker.measuring("step", self.step.tensors):
+        with self.tracker.measuring("step", lambda: self.step.tensors()):
             result = self.recovery.carry_out(work, step=index + 1, attempt=self._together)
         loss, norm = float(result.loss), float(result.gradient_norm)
         seconds = time.perf_counter() - start
@@ -285,7 +299,7 @@ class Run:
         mine = share_of(self.validation, self.ranks.rank, self.ranks.devices)
         summed = torch.zeros((), dtype=torch.float64, device=self.step.device)
         count = 0
-        with self.tracker.measuring("evaluation", self.step.tensors):
+        with self.tracker.measuring("evaluation", lambda: self.step.tensors()):
             while count < len(mine):
                 part = mine[count : count + self.step.plan.evaluation_batch_size]
 
@@ -335,30 +349,30 @@ class Run:
         """Keeps the run as it is now, if that is not done; on the first rank, which is enough."""
         if self.ranks.is_first and self._saved != self.progress:
             with self._phase("save"):
-                snapshot = self.recovery.insist(self._snapshot, "a checkpoint")
+                snapshot = self._snapshot()
                 self.recovery.insist(lambda: self.checkpoints.save(snapshot), "a checkpoint")
         self._saved = self.progress
 
     def _snapshot(self) -> Snapshot:
-        tensors, numbers = self.step.optimizer_state()
+        learned = self.recovery.learned()
         return Snapshot(
             progress=self.progress,
             rung=self.recovery.ladder.rung,
             seconds=self.elapsed(),
             log=list(self.log.lines),
-            adapter=self.step.adapter_state(),
+            adapter=learned.adapter,
             best=self._best,
-            optimizer=tensors,
-            numbers=numbers,
+            optimizer=learned.optimizer,
+            numbers=learned.numbers,
         )
 
     def _restore(self, snapshot: Snapshot) -> None:
-        """Makes the run what it was, but for its Plan."""
-        self.step.load_adapter_state(snapshot.adapter)
-        self.step.load_optimizer_state(snapshot.optimizer, snapshot.numbers)
+        """Makes the run what it was, in the plan in use."""
         self.progress = self._saved = snapshot.progress
         self._best = dict(snapshot.best)
         self.log.restore(snapshot.log)
+        learned = Learned(snapshot.adapter, snapshot.optimizer, snapshot.numbers)
+        self.recovery.go_on_from(learned, step=snapshot.progress.done + 1)
 
     def _go_back(self, cause: str) -> None:
         """To the newest checkpoint, after an update for which memory did not suffice.

@@ -2,21 +2,26 @@
 
 What overflowed has changed nothing but gradients. They are dropped, memory is given back, a smaller
 Plan is adopted (`fitlora.planner.ladder`), and the same samples are done again; dropout masks are a
-function of the sample, so they are the same too. At the end of the ladder the run waits a little, as
-what took the memory may go, and then ends with everything saved and a message in figures.
+function of the sample, so they are the same too. A Plan with more on the host is not adopted in place:
+what the step has learned is copied to the host, the step is put away with all that it has on the
+device, and another one is made that learns on from there. At the end of the ladder the run waits a
+little, as what took the memory may go, and then ends with everything saved and a message in figures.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fitlora.artifacts import Hardware
-from fitlora.device import give_back_memory, is_overflow, memory_now
+from fitlora.device import available_bytes, give_back_memory, is_overflow, memory_now
 from fitlora.errors import UserError
 from fitlora.memory.estimate import Estimator
+from fitlora.offload.host_memory import HostMemoryShort
 from fitlora.plan import Plan
 from fitlora.planner.ladder import Ladder
 from fitlora.step.training_step import TrainingStep
@@ -50,6 +55,25 @@ class HalfUpdated(Exception):
     """Memory ran out inside the update itself: some weights have changed and others not."""
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What a step has learned so far, on the CPU, whatever its Plan."""
+
+    adapter: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    numbers: Mapping[str, float]
+
+    @classmethod
+    def of(cls, step: TrainingStep) -> "Learned":
+        """Copies of what `step` has between two updates."""
+        return cls(step.adapter_state(), *step.optimizer_state())
+
+    def put_into(self, step: TrainingStep) -> None:
+        """Makes `step` go on from here; raises ValueError where its optimizer is of another kind."""
+        step.load_adapter_state(self.adapter)
+        step.load_optimizer_state(self.optimizer, self.numbers)
+
+
 def attempt(work: Callable[[], Result]) -> Done[Result] | Overflow:
     """Does the work; an overflow is returned, with the handler and its traceback left behind."""
     try:
@@ -62,22 +86,76 @@ def attempt(work: Callable[[], Result]) -> Done[Result] | Overflow:
 
 
 class Recovery:
-    """Carries work out in the plan in use, or in smaller ones.
+    """Has the step, and carries work out with it in the plan in use, or in smaller ones.
 
-    record: takes the event of each change of plan. phase: the last phase of the step that was entered.
+    build: makes a step for a plan, as it is before it has learned anything. record: takes the event of
+    each change of plan. suggest: told a plan that does not fit, says in figures what would.
+
+    `begin` makes the first step. Nobody else may keep a step, as another may take its place and wants
+    its memory; `made` is called with each. phase: the last phase of the step that was entered.
     """
 
     def __init__(
         self,
-        step: TrainingStep,
+        build: Callable[[Plan], TrainingStep],
         ladder: Ladder,
         record: Callable[[dict[str, Any]], None],
+        device: torch.device,
         *,
+        suggest: Callable[[Plan], str] = lambda plan: "",
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.step, self.ladder = step, ladder
-        self.phase = ""
-        self._record, self.wait = record, wait
+        self.ladder, self.device, self.phase = ladder, device, ""
+        self.made: Callable[[TrainingStep], None] = lambda step: None
+        self._build, self._record, self._suggest, self.wait = build, record, suggest, wait
+        self._step: TrainingStep | None = None
+        self._learned: Learned | None = None  # of a step that was put away
+
+    @property
+    def step(self) -> TrainingStep:
+        """The step in use."""
+        assert self._step is not None, "begin makes it"
+        return self._step
+
+    def learned(self) -> Learned:
+        """Copies of what was learned so far; raises UserError where the host has no memory for them."""
+        if self._learned is not None:
+            return self._learned
+        return self.insist(lambda: Learned.of(self.step), "a copy of the adapter on the host")
+
+    def begin(self, learned: Learned | None = None, *, step: int = 1) -> None:
+        """Makes the step as the plan in use says, or a smaller one; one that is there is put away.
+
+        learned: what it goes on from; None for a new adapter. Raises NothingSmaller.
+        """
+        if self._step is not None:
+            self._step.abandon()  # copies may be under way, from and to memory that goes now
+            self._step = None
+            give_back_memory()
+        self._learned = learned
+        self.phase = "loading"
+        self._step = self.carry_out(self._make, step=step)
+        self._learned = None
+        self.made(self._step)
+
+    def go_on_from(self, learned: Learned, *, step: int) -> None:
+        """Has the step go on from another place, in the plan in use; makes one where there is none."""
+        if self._step is None or not self._step.can_adopt(self.ladder.plan):
+            self.begin(learned, step=step)
+            return
+        self._step.adopt(self.ladder.plan)
+        learned.put_into(self._step)
+
+    def _make(self) -> TrainingStep:
+        try:
+            made = self._build(self.ladder.plan)
+        except HostMemoryShort as error:
+            if self._learned is None:
+                raise  # the plan was made for this host, so that the user should know
+            raise MemoryError(str(error)) from None
+        if self._learned is not None:
+            self._learned.put_into(made)
+        return made
 
     def carry_out(
         self,
@@ -97,20 +175,29 @@ class Recovery:
             found = attempt(work)
             if isinstance(found, Done):
                 return found.result
-            self.step.abandon()
+            if self._step is not None:
+                self._step.abandon()
             give_back_memory()
-            if self.step.half_updated:
+            if self._step is not None and self._step.half_updated:
                 raise HalfUpdated(found.cause)
             before = self.ladder.plan
-            after = self.ladder.down(step, evaluation=evaluation)
-            if after is not None:
-                self.step.adopt(after)
+            if self.ladder.down(step, evaluation=evaluation) is not None:
                 self.tell(step, f"out of memory in {self.phase}: {found.cause}", before)
+                self._follow(step)
                 continue
             seconds = next(waits, None)
             if seconds is None:
-                raise NothingSmaller(self._nothing_smaller(step, evaluation))
+                raise NothingSmaller(self._nothing_smaller(step, evaluation, found.cause))
             self.wait(seconds)
+
+    def _follow(self, step: int) -> None:
+        """Brings the step to the plan in use."""
+        if self._step is None:
+            return  # it is being made
+        if self._step.can_adopt(self.ladder.plan):
+            self._step.adopt(self.ladder.plan)
+        else:
+            self.begin(self.learned(), step=step)
 
     def insist(self, work: Callable[[], Result], what: str) -> Result:
         """The result of work that no plan makes smaller; raises UserError where it finds no memory."""
@@ -122,17 +209,16 @@ class Recovery:
             give_back_memory()
             seconds = next(waits, None)
             if seconds is None:
-                now = memory_now(self.step.device)
+                now = memory_now(self.device)
                 raise UserError(f"there is no memory for {what} ({found.cause}): {now}")
             self.wait(seconds)
 
     def climb(self, step: int) -> None:
         """After a calm stretch, goes back to the plan that the run began with, once."""
         before = self.ladder.plan
-        after = self.ladder.up(step)
-        if after is not None:
-            self.step.adopt(after)
+        if self.ladder.up(step) is not None:
             self.tell(step + 1, "a calm stretch", before)
+            self._follow(step + 1)
 
     def tell(self, step: int, cause: str, before: Plan) -> None:
         """Records that the plan in use has taken the place of another one."""
@@ -146,26 +232,45 @@ class Recovery:
             }
         )
 
-    def _nothing_smaller(self, step: int, evaluation: bool) -> str:
+    def _nothing_smaller(self, step: int, evaluation: bool, cause: str) -> str:
         plan = self.ladder.plan
         needs = self.ladder.predict(plan, evaluation)
-        now = memory_now(self.step.device)
+        free = "more memory" if needs is None else format_bytes(needs)
+        predicted = "" if needs is None else f", which is predicted to take {format_bytes(needs)}"
+        suggested = self._suggest(plan)
         return (
-            f"out of memory in {self.phase} of step {step}, with the smallest plan there is "
-            f"({plan.describe()}), which is predicted to take {format_bytes(needs)}: {now}. "
-            f"Make {format_bytes(needs)} free, and the same command goes on from what is saved; or "
-            "begin anew with a lower data.max_length, a lower lora.r, or a smaller model"
+            f"out of memory in {self.phase} of step {step} ({cause}), with the smallest plan there is "
+            f"({plan.describe()}){predicted}: {memory_now(self.device)}. "
+            f"Make {free} free, and the same command goes on from what is saved; or begin anew with a "
+            f"lower data.max_length{suggested}, a lower lora.r, or a smaller model"
         )
 
 
-def predictor(estimator: Estimator, hardware: Hardware) -> Callable[[Plan, bool], int]:
-    """What the ladder asks: bytes of a whole process, or of its evaluations."""
+def predictor(estimator: Estimator, hardware: Hardware) -> Callable[[Plan, bool], int | None]:
+    """What the ladder asks: bytes of a whole process, or of its evaluations.
 
-    def predict(plan: Plan, evaluation: bool) -> int:
+    None where the host's share is more than its budget.
+    """
+
+    def predict(plan: Plan, evaluation: bool) -> int | None:
         with _disable_current_modes():  # a tracker counts the run's tensors, and not the estimate's
             found = estimator(plan)
+        if found.host_pinned_bytes > hardware.host_budget_bytes:
+            return None
         if not evaluation:
             return found.process_bytes
         return found.phase_peak_bytes.get("evaluation", 0) + hardware.context_bytes
 
     return predict
+
+
+def room_on(device: torch.device, hardware: Hardware) -> Callable[[], int | None]:
+    """What the ladder asks: bytes that this process could have now, its context included."""
+
+    def room() -> int | None:
+        found = available_bytes(device)
+        if found is None:
+            return None
+        return min(found + hardware.context_bytes, hardware.budget_bytes)
+
+    return room

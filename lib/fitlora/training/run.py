@@ -18,14 +18,16 @@ from fitlora.errors import UserError
 from fitlora.memory.advice import Edge, Measured, recommendations
 from fitlora.memory.estimate import Estimator, Load
 from fitlora.memory.tracker import MemoryTracker
-from fitlora.model import decoder_layers
 from fitlora.offload.host_memory import HostMemory
 from fitlora.offload.transport import make_transport
 from fitlora.params import Params
 from fitlora.plan import Plan
+from fitlora.planner.chain import Freedom
 from fitlora.planner.ladder import Ladder, faster
-from fitlora.step.build import lora_targets, step_skeleton
+from fitlora.planner.model import model_size
+from fitlora.step.build import build_step, lora_targets, step_skeleton
 from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import CheckpointWeights
 from fitlora.training.batches import Batches
 from fitlora.training.checkpoint import Checkpoints
@@ -35,7 +37,7 @@ from fitlora.training.log import RunLog
 from fitlora.training.loop import Outcome, Run
 from fitlora.training.parallel import Ranks
 from fitlora.training.progress import Expected, TrainingProgress
-from fitlora.training.recovery import Recovery, predictor
+from fitlora.training.recovery import Recovery, predictor, room_on
 from fitlora.training.start import check_start, read_start
 from fitlora.training.trackers import start_accelerator
 
@@ -88,22 +90,15 @@ def train(
     limit_memory(hardware)
     device = torch_device(hardware)
     accelerator = start_accelerator(params, device, places.scratch)
-    start_from = None
-    skeleton = step_skeleton(config, plan, settings)
-    if params.train.from_adapter is not None:
-        folder = Path(params.train.from_adapter)
-        start_from = read_start(folder, params.lora)
-        trained = {n: p for n, p in skeleton.model.named_parameters() if p.requires_grad}
-        check_start(folder, start_from, trained)
-        say(f"going on from the adapter in {folder}")
-    weights = CheckpointWeights(checkpoint, device, adapter=start_from, seed=params.train.seed)
-    if settings.spec is not None:
-        weights.check(settings.spec)
+    weights = _weights(config, plan, settings, params, checkpoint, device)
+
+    def build(plan: Plan) -> TrainingStep:
+        host = HostMemory(hardware.host_budget_bytes)
+        return build_step(config, plan, settings, weights, make_transport(device, host))
+
     identity = identity_of(params, plan, checkpoint, rows, validation)
     _check_alike(identity, ranks)
     checkpoints = Checkpoints(places.scratch, identity, say)
-    host = HostMemory(hardware.host_budget_bytes)
-    step = skeleton.fill(weights, make_transport(device, host))
     first = ranks.is_first  # the others would write over its files
     memory = places.scratch / "memory"
     tracker = MemoryTracker(
@@ -115,7 +110,12 @@ def train(
         ),
     )
     log = RunLog(places.log if first else None)
-    predict = predictor(estimator, hardware)
+    ladder = Ladder(
+        plan,
+        Freedom.most(plan, model_size(config, settings)),
+        predictor(estimator, hardware),
+        room_on(device, hardware),
+    )
     progress: TrainingProgress | None = None
 
     def record(content: dict[str, Any]) -> None:
@@ -125,7 +125,6 @@ def train(
         accelerator.log(_numbers(content), step=content["step"])
 
     run = Run(
-        step=step,
         batches=batches,
         validation=validation.sequences,
         train=params.train,
@@ -133,11 +132,11 @@ def train(
         log=log,
         record=record,
         checkpoints=checkpoints,
-        recovery=Recovery(step, Ladder(plan, len(decoder_layers(step.model)), predict), record),
+        recovery=Recovery(build, ladder, record, device),
         ranks=ranks,
     )
     with log, run.stop:
-        if run.resume():
+        if run.begin():
             say(f"going on after step {run.progress.done} of {run.total_steps}, which was saved")
         elif first:
             for other in checkpoints.others():
@@ -174,13 +173,37 @@ def train(
         log.write(end)
         if first:  # a signal that comes now finds the run done, and lets it end
             write_text_atomically(places.curves, json.dumps(log.curves, indent=1) + "\n")
-            _save(outcome, step.model, params, places.adapter)
+            _save(outcome, run.step.model, params, places.adapter)
             checkpoints.clear()
             for line in end["recommendations"]:
                 say(f"memory: {line}")
             if places.memory_log is not None:
                 _write_memory_log(places.memory_log, end, tracker)
     return end
+
+
+def _weights(
+    config: Any,
+    plan: Plan,
+    settings: StepSettings,
+    params: Params,
+    checkpoint: Path,
+    device: torch.device,
+) -> CheckpointWeights:
+    """What a step is filled with; raises UserError where it is stored otherwise than params say."""
+    start_from = None
+    if params.train.from_adapter is not None:
+        folder = Path(params.train.from_adapter)
+        start_from = read_start(folder, params.lora)
+        model = step_skeleton(config, plan, settings).model
+        check_start(
+            folder, start_from, {n: p for n, p in model.named_parameters() if p.requires_grad}
+        )
+        say(f"going on from the adapter in {folder}")
+    weights = CheckpointWeights(checkpoint, device, adapter=start_from, seed=params.train.seed)
+    if settings.spec is not None:
+        weights.check(settings.spec)
+    return weights
 
 
 def _check_alike(identity: Identity, ranks: Ranks) -> None:
