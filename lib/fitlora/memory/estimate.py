@@ -16,12 +16,11 @@ is quick, sets `FRAGMENTATION` of the peak aside instead: enough to rank plans b
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fitlora.artifacts import Components, Dataset, Estimate, Hardware, SequenceSize
 from fitlora.memory.allocator import Overflow, replay
@@ -203,17 +202,19 @@ def trace_levels(
 ) -> Traced:
     """Builds the step and traces `rehearse`.
 
-    weights: None for fake tensors; a source on the CPU to measure there what an estimate predicts.
+    weights: None for an estimate, on tensors without content; a source on the CPU to measure there
+    what an estimate predicts.
     """
     skeleton = step_skeleton(config, plan, settings)
     timeline = Timeline()
-    trace = MemoryTrace(skeleton.model, timeline=timeline)
-    with FakeTensorMode() if weights is None else nullcontext(), trace:
-        source = weights or EmptyWeights(torch.device("cpu"))
+    trace = MemoryTrace(skeleton.model, timeline=timeline, shapes=weights is None)
+    with trace:
+        source = weights or EmptyWeights(torch.device("meta"))
         transport = make_transport(source.device)
         with trace.during("load"):
             step = skeleton.fill(source, transport)
-        trace.watch([*step.model.parameters(), *step.model.buffers()])
+        if weights is not None:  # buffers that were on the CPU before
+            trace.watch([*step.model.parameters(), *step.model.buffers()])
         booking = _Booking(trace, step)
         step.phase = booking.phase
         step.network.watch = booking.watch

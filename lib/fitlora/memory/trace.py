@@ -2,8 +2,8 @@
 
 A `MemoryTrace` sees each operator's outputs. A storage that it has not seen is an allocation; the
 moment its last tensor dies is the free. Nothing here knows what the step does, so the trace cannot
-disagree with it. On fake tensors this is the estimate; on the CPU's real tensors it is the
-measurement, as the CPU has no allocator that could be asked.
+disagree with it. On tensors without content (on meta) this is the estimate; on the CPU's real tensors
+it is the measurement, as the CPU has no allocator that could be asked.
 
 Left out: memory that is not a tensor's (the CUDA context, library handles), and what operators
 allocate and free inside, but for the kernels that say so in `fitlora.step.ops.scratch_bytes`.
@@ -16,9 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,7 +24,6 @@ from fitlora.memory.timeline import Block as TimelineBlock
 from fitlora.memory.timeline import Segment, Timeline
 from fitlora.step.ops import scratch_bytes
 
-_DEVICE = torch.ops.prim.device.default
 # Operators that write to their first argument and return it as it was.
 _WRITERS = frozenset(
     f"aten::{name}_"
@@ -65,7 +62,8 @@ class MemoryTrace(TorchDispatchMode):
 
     round_up: count as the CUDA allocator would (multiples of 512 bytes), or plain bytes. timeline:
     where every allocation and free is written down, which a long run has no room for; `Peak.live`
-    is then empty, as the timeline tells the same.
+    is then empty, as the timeline tells the same. shapes: whether what is on meta stands for the
+    device, and nothing else is counted; else meta is what is not counted.
     """
 
     def __init__(
@@ -74,9 +72,11 @@ class MemoryTrace(TorchDispatchMode):
         *,
         round_up: bool = True,
         timeline: Timeline | None = None,
+        shapes: bool = False,
     ) -> None:
         super().__init__()
         self.timeline = timeline
+        self._shapes = shapes
         self._segment = Segment(0, 0, "build", "")
         self._numbers: dict[int, int] = {}
         self._size = rounded if round_up else int
@@ -167,32 +167,28 @@ class MemoryTrace(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        fake = bool(args) and isinstance(args[0], FakeTensor)
-        if fake and func is _DEVICE:
-            return args[0].fake_device  # more than half of all calls
-        scratch = scratch_bytes.get(func._schema.name)
+        name = func._schema.name
+        scratch = scratch_bytes.get(name)
         extra = 0 if scratch is None else sum(self._size(block) for block in scratch(*args))
         # what only writes has no result to find out, where there are no numbers
-        if fake and func._schema.name in _WRITERS:
-            out = args[0]
-        elif fake and not func._schema.returns:
-            out = None
-        else:
-            out = func(*args, **(kwargs or {}))
+        if self._shapes and name in _WRITERS and args[0].is_meta:
+            return args[0]
+        void = self._shapes and not func._schema.returns
+        out = None if void else func(*args, **(kwargs or {}))
         grown = False
-        for leaf in tree_leaves(out):
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
-                grown |= self._see(leaf, func._schema.name)
+                grown |= self._see(leaf, name)
         if extra and self.timeline is not None:
             module = self._modules[-1] if self._modules else ""
             block = Block(extra, self.phase, module)
-            self.timeline.free(self._note(block, func._schema.name))
+            self.timeline.free(self._note(block, name))
         if grown or extra:  # a kernel has its outputs and its scratch at the same time
-            self._raise_peak(func._schema.name, extra)
+            self._raise_peak(name, extra)
         return out
 
     def _see(self, tensor: Tensor, operator: str = "") -> bool:
-        if tensor.device.type == "meta":
+        if tensor.is_meta is not self._shapes:
             return False
         storage = tensor.untyped_storage()
         if storage in self._known:

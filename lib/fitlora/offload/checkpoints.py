@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fitlora.offload.transport import Mark, Transport, tensor_bytes, view_as
+from fitlora.offload.transport import Mark, Transport, outline, tensor_bytes, view_as
 
 PURPOSE = "activation checkpoints"
 
@@ -55,7 +55,7 @@ class HostCheckpoints:
         if self._stack:
             self._send_down(self._stack[-1])
         tensor = tensor.detach()
-        like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        like = outline(tensor.shape, tensor.dtype)
         self._stack.append(_Checkpoint(key, like, tensor, self.transport.mark()))
 
     def get(self, key: Hashable) -> Tensor:

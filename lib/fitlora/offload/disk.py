@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fitlora.errors import ArtifactError, UserError
-from fitlora.offload.transport import Mark, Transport
+from fitlora.offload.transport import Mark, Transport, outline
 from fitlora.units import format_bytes
 
 PURPOSE = "buffers for weights on disk"
@@ -83,7 +83,7 @@ class DiskRing:
     def image(self, number: int) -> Tensor:
         """Where a layer's bytes are to be written before the first read: a mapping of the file."""
         if not self.transport.computes:
-            return torch.empty(self._sizes[number], dtype=torch.uint8, device="meta")
+            return outline((self._sizes[number],), torch.uint8)
         size = self._sizes[number]
         pages = mmap.mmap(self._file, size, offset=self._starts[number])
         with self.transport.hidden():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fitlora.offload.transport import Transport, copy, tensor_bytes
+from fitlora.offload.transport import Transport, copy, outline, tensor_bytes
 from fitlora.progress import progress
 from fitlora.step.weights import CheckpointWeights, Weights
 
@@ -52,7 +52,7 @@ class PlacedWeights:
             return self._weights.frozen(name, like)
         if self._transport.computes:
             self._write(name, like, place)
-        return torch.empty(like.shape, dtype=like.dtype, device="meta")
+        return outline(like.shape, like.dtype)
 
     def adapter(self, name: str, like: Tensor) -> Tensor:
         return self._weights.adapter(name, like)

@@ -29,6 +29,7 @@ from fitlora.offload.transport import (
     Transport,
     aligned,
     make_transport,
+    outline,
     tensor_bytes,
     view_as,
 )
@@ -284,10 +285,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
     def _parts(self, parameter: Tensor) -> list[Tensor]:
         """On meta: master, gradient, and the wires up and down where they are not the same memory."""
-        fp32, wire = (
-            torch.empty(parameter.shape, dtype=dtype, device="meta")
-            for dtype in (torch.float32, parameter.dtype)
-        )
+        fp32, wire = (outline(parameter.shape, dtype) for dtype in (torch.float32, parameter.dtype))
         if parameter.dtype != torch.float32:
             return [fp32, fp32, wire, wire]
         # what comes down is added to a sum where backward runs more than once

@@ -3,7 +3,7 @@
 One interface and three versions of it. `CudaTransport` has a stream for each direction and orders
 everything by events; the host never waits. `HostTransport` does the same on the CPU, where a copy is
 done when it is asked for. `TracedTransport` is for estimates: nothing moves, and host buffers are
-tensors on meta, so that a memory trace, which counts the device, does not see them.
+tensors on meta that are hidden from a memory trace, which counts the device.
 
 Work is ordered by marks. `mark()` is a point in the device's computation, `upload` and `download`
 return one of the copy, and a copy begins after the marks that it is given. Who wants the bytes says
@@ -13,9 +13,9 @@ alive until a wait for it, which is what bounds memory without asking the device
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,12 @@ def aligned(count: int) -> int:
 def tensor_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor's elements; on meta as well."""
     return tensor.numel() * tensor.element_size()
+
+
+def outline(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A shape and a dtype as a tensor on meta, which no memory trace sees."""
+    with untraced():
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
 def view_as(flat: Tensor, offset: int, like: Tensor) -> Tensor:
@@ -106,7 +112,7 @@ class Transport(ABC):
 
     def hidden(self) -> AbstractContextManager[None]:
         """What is done to host buffers inside is not seen by a memory trace."""
-        return untraced() if self.computes else nullcontext()
+        return untraced()
 
     @abstractmethod
     def mark(self) -> Mark:
@@ -254,7 +260,7 @@ class TracedTransport(Transport):
 
     def _host_buffer(self, count: int, purpose: str) -> tuple[Tensor, Pages | None]:
         self.memory.take(count, purpose)
-        return torch.empty(count, dtype=torch.uint8, device="meta"), None
+        return outline((count,), torch.uint8), None
 
     def _pin(self, buffer: Tensor, pages: Pages | None) -> None:
         return
@@ -273,8 +279,8 @@ def copy(destination: Tensor, source: Tensor) -> None:
 
 
 def make_transport(device: torch.device, memory: HostMemory | None = None) -> Transport:
-    """The one for `device`, or for fake tensors where their mode is on."""
-    if detect_fake_mode() is not None:
+    """The one for `device`, or for tensors without content: fake ones, or those on meta."""
+    if device.type == "meta" or detect_fake_mode() is not None:
         return TracedTransport(device, memory)
     if device.type == "cuda":
         return CudaTransport(device, memory)

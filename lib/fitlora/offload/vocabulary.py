@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fitlora.offload.transport import Mark, Transport
+from fitlora.offload.transport import Mark, Transport, outline
 
 
 class HostEmbedding:
@@ -33,7 +33,7 @@ class HostEmbedding:
 
     def _stage(self, tokens: int) -> None:
         shape = (tokens, self.table.shape[1])
-        like = torch.empty(shape, dtype=self.table.dtype, device="meta")
+        like = outline(shape, self.table.dtype)
         self._staging = [self.transport.reserve_like(like, self.PURPOSE) for _ in range(2)]
         self._sent: list[Mark] = [None, None]
         self.transport.pin()

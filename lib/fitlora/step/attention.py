@@ -88,7 +88,7 @@ def attend(
     q: (tokens, heads, d), k and v: (tokens, kv heads, d). Returns (tokens, heads, d) and what
     `attend_backward` needs beside its arguments.
     """
-    if not _has_kernel(q, v, softcap):
+    if not _has_kernel(q, v, softcap, batch.kind):
         with torch.no_grad():
             return _plain_attention(q, k, v, batch.lengths, scale, window, softcap), ()
     out, *rest = torch.ops.fitlora.attention(q, k, v, batch.starts, batch.lengths, scale, window)
@@ -120,10 +120,10 @@ def attend_backward(
     return dq, dk, dv
 
 
-def _has_kernel(q: Tensor, v: Tensor, softcap: float | None) -> bool:
+def _has_kernel(q: Tensor, v: Tensor, softcap: float | None, kind: str) -> bool:
     half = q.dtype in (torch.bfloat16, torch.float16)
     fits = q.shape[-1] <= _FLASH_HEAD_SIZE and q.shape[-1] == v.shape[-1]
-    return softcap is None and fits and (half or q.device.type == "cpu")
+    return softcap is None and fits and (half or kind == "cpu")
 
 
 def attention_forward(
@@ -151,7 +151,7 @@ def attention_forward(
     window = -1 if sliding_window is None else sliding_window - 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if _has_kernel(q, v, softcap):
+    if _has_kernel(q, v, softcap, context.kind):
         out = _Attention.apply(q, k, v, context.starts, context.lengths, scale, window)
     else:
         out = _plain_attention(q, k, v, context.lengths, scale, window, softcap)

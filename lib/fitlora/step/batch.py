@@ -87,7 +87,8 @@ class MicroBatch:
     input_ids, position_ids: int64 (1, tokens). targets: int64 (targets,), the ids to predict, and
     target_rows: int64 (targets,), the rows of hidden states that predict them. starts: int32
     (parts + 1,), where each sequence or part of one begins; lengths is the same on the host. row_keys:
-    int32 (tokens,), the dropout key of each token.
+    int32 (tokens,), the dropout key of each token. kind: of device, cuda or cpu, that computes, or that
+    tensors on meta stand for.
     """
 
     tokens: Sequence[int]
@@ -98,6 +99,7 @@ class MicroBatch:
     starts: Tensor
     lengths: list[int]
     row_keys: Tensor
+    kind: str
 
 
 class StepContext:
@@ -110,17 +112,25 @@ class StepContext:
     lengths: list[int]
     starts: Tensor
     row_keys: Tensor
+    kind: str
 
     def enter(self, batch: MicroBatch) -> None:
         self.lengths, self.starts, self.row_keys = batch.lengths, batch.starts, batch.row_keys
+        self.kind = batch.kind
 
 
 def make_micro_batch(
-    sequences: Sequence[TokenSequence], *, seed: int, step: int, device: torch.device
+    sequences: Sequence[TokenSequence],
+    *,
+    seed: int,
+    step: int,
+    device: torch.device,
+    stands_for: str = "cpu",
 ) -> MicroBatch:
     """Lays the sequences, and the parts of packed ones, behind each other.
 
-    step: the optimizer step, for the dropout masks.
+    step: the optimizer step, for the dropout masks. stands_for: the kind of device, where
+    `device` is meta.
     """
     sequences = [part for sequence in sequences for part in sequence.parts]
     lengths = [len(sequence.tokens) for sequence in sequences]
@@ -151,4 +161,5 @@ def make_micro_batch(
         starts=on_device(starts, torch.int32),
         lengths=lengths,
         row_keys=row_keys(seed, step, samples, positions),
+        kind=stands_for if device.type == "meta" else device.type,
     )

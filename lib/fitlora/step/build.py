@@ -205,7 +205,10 @@ def make_optimizer(
         "weight_decay": train.weight_decay,
     }
     if kind == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **settings)
+        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
+        # every device that a step is on can; tensors on meta are what an estimate has
+        cast(Any, optimizer)._need_device_dtype_check_for_fused = False
+        return optimizer
     import bitsandbytes
 
     make = {
@@ -215,6 +218,8 @@ def make_optimizer(
     }[kind]
     with unset_fake_temporarily():  # its code books are computed, and need numbers
         optimizer = make(parameters, **settings)
+    if weights.device.type == "meta":
+        optimizer.is_paged = False  # pages are the driver's; an estimate finds these states by size
     for name, book in optimizer.name2qmap.items():
         optimizer.name2qmap[name] = weights.constant(name, book)
     return cast(torch.optim.Optimizer, optimizer)

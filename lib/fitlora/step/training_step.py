@@ -17,7 +17,7 @@ from fitlora.model import decoder_layers
 from fitlora.offload.optimizer import CPUOffloadOptimizer
 from fitlora.params import TrainParams
 from fitlora.plan import Plan
-from fitlora.step.batch import StepContext, TokenSequence, make_micro_batch
+from fitlora.step.batch import MicroBatch, StepContext, TokenSequence, make_micro_batch
 from fitlora.step.network import Network
 from fitlora.step.optimizer_state import make_states, put_states, take_states
 from fitlora.step.recompute import arrange
@@ -104,6 +104,11 @@ class TrainingStep:
         size = self.plan.micro_batch_size
         return [sequences[i : i + size] for i in range(0, len(sequences), size)]
 
+    def _micro_batch(self, part: Sequence[TokenSequence], seed: int, step: int) -> MicroBatch:
+        return make_micro_batch(
+            part, seed=seed, step=step, device=self.device, stands_for=self.plan.device
+        )
+
     def run(
         self,
         sequences: Sequence[TokenSequence],
@@ -126,9 +131,7 @@ class TrainingStep:
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         self.network.begin(self.plan)
         for part in self.micro_batches(sequences):
-            batch = make_micro_batch(
-                part, seed=self.settings.train.seed, step=step, device=self.device
-            )
+            batch = self._micro_batch(part, self.settings.train.seed, step)
             loss.add_(self.network.train(batch, scale=1.0 / total, phase=self.phase))
             del batch
         with self.phase("optimizer"):
@@ -165,12 +168,11 @@ class TrainingStep:
         gradients = [p.grad for p in self.adapters.values() if p.grad is not None]
         if reduce is not None:
             reduce([*self.network.gradients(), *also_reduced])
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        # as torch.nn.utils.clip_grad_norm_ has it, which takes no tensors on meta
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         limit = self.settings.train.max_gradient_norm
         if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                list(self.adapters.values()), limit, norm, foreach=True
-            )
+            torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
         return norm
 
     @torch.no_grad()
@@ -181,7 +183,7 @@ class TrainingStep:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for start in range(0, len(sequences), size):
             part = sequences[start : start + size]
-            batch = make_micro_batch(part, seed=0, step=0, device=self.device)
+            batch = self._micro_batch(part, 0, 0)
             with self.phase("evaluation"):
                 total.add_(self.network.loss(batch, scale=1.0))
         return total, sum(s.target_tokens for s in sequences)

@@ -40,7 +40,7 @@ class Weights(Protocol):
 
 
 class EmptyWeights:
-    """Tensors of the right shape with no content: enough for an estimate on fake tensors."""
+    """Tensors of the right shape with no content: enough for an estimate, on meta or fake."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
