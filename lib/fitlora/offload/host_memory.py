@@ -76,11 +76,18 @@ class HostMemory:
 
 
 class Pages(mmap.mmap):
-    """Anonymous pages. They go back when the last tensor that lies in them dies."""
+    """Pages of our own. They go back when the last tensor that lies in them dies.
 
-    def __new__(cls, count: int, on_free: Callable[[], None]) -> "Pages":
+    file: anonymous pages by default; a memfd's (`fitlora.offload.shared`) from `offset` on, which other
+    processes have too.
+    """
+
+    def __new__(
+        cls, count: int, on_free: Callable[[], None], *, file: int = -1, offset: int = 0
+    ) -> "Pages":
         # Python's default is shared memory, which a container may have little of
-        pages = super().__new__(cls, -1, max(count, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if file < 0 else mmap.MAP_SHARED
+        pages = super().__new__(cls, file, max(count, 1), flags=flags, offset=offset)
         pages._on_free = on_free
         pages.before_free = None
         if hasattr(mmap, "MADV_HUGEPAGE"):

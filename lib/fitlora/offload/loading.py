@@ -81,7 +81,11 @@ class PlacedWeights:
 
     def _write(self, name: str, like: Tensor, place: Tensor) -> None:
         if self._checkpoint is None:
-            copy(place, self._weights.frozen(name, like))
+            noise = self._weights.frozen(name, like)  # drawn in turn, wherever it goes
+            if self._transport.fills(place):
+                copy(place, noise)
+            return
+        if not self._transport.fills(place):
             return
         module, _, leaf = name.rpartition(".")
         stored = f"{module}.weight.{leaf}" if leaf in ("absmax", "nested_absmax") else name

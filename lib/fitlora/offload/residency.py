@@ -185,7 +185,7 @@ class Residency:
             if self._disk is not None and number in self._disk:
                 flat = self._disk.image(number)
             else:
-                flat = self._host[number] = transport.reserve(_size(places), PURPOSE)
+                flat = self._host[number] = transport.reserve(_size(places), PURPOSE, alike=True)
             with transport.hidden():
                 for place in places:
                     view = view_as(flat, place.offset, place.parameter)

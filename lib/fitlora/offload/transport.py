@@ -25,6 +25,7 @@ from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fitlora.offload.host_memory import HostMemory, Pages
+from fitlora.offload.shared import SharedMemory
 
 ALIGNMENT = 256  # of tensors inside flat buffers, as the CUDA allocator aligns them
 PINNING_THREADS = 8
@@ -64,33 +65,59 @@ class Transport(ABC):
     """Host buffers, and copies from and to them.
 
     device: the computation's. memory: what host buffers are counted against. uploaded_bytes and
-    downloaded_bytes: what went over the link so far; pinned_bytes: host buffers that are pinned.
+    downloaded_bytes: what went over the link so far; pinned_bytes: host buffers that are pinned, of
+    which shared_bytes hold what all processes of the host have alike. shared: where those are one copy;
+    without it there is one process.
     """
 
-    def __init__(self, device: torch.device, memory: HostMemory | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        memory: HostMemory | None = None,
+        shared: SharedMemory | None = None,
+    ) -> None:
         self.device = device
         self.memory = memory or HostMemory()
+        self.shared, self.shared_bytes = shared, 0
+        self._others: set[int] = set()  # addresses of buffers that other processes fill
+        self._to_come = False  # whether others have buffers to fill
         self.uploaded_bytes = self.downloaded_bytes = self.pinned_bytes = 0
         self._counting = threading.Lock()
         self._unpinned: list[tuple[Tensor, Pages | None]] = []
 
-    def reserve(self, count: int, purpose: str) -> Tensor:
+    def reserve(self, count: int, purpose: str, *, alike: bool = False) -> Tensor:
         """A host buffer, uint8 (count,), that `pin` will pin; fill it before, which is faster.
 
-        Raises UserError where the host's budget has not that much left.
+        alike: all processes of the host put the same into it, so that one copy is enough; it is theirs
+        to fill that `fills` names. Raises UserError where the host's budget has not that much left.
         """
-        buffer, pages = self._host_buffer(count, purpose)
+        if alike:
+            self.shared_bytes += count
+        if alike and self.shared is not None:
+            buffer, pages = self._shared_buffer(count, purpose, self.shared)
+        else:
+            buffer, pages = self._host_buffer(count, purpose)
         self._unpinned.append((buffer, pages))
         return buffer
 
-    def reserve_like(self, like: Tensor, purpose: str) -> Tensor:
+    def reserve_like(self, like: Tensor, purpose: str, *, alike: bool = False) -> Tensor:
         """The same in the shape and dtype of `like`."""
-        buffer = self.reserve(tensor_bytes(like), purpose)
+        buffer = self.reserve(tensor_bytes(like), purpose, alike=alike)
         with self.hidden():
             return view_as(buffer, 0, like)
 
+    def fills(self, place: Tensor) -> bool:
+        """Whether it is for this process to fill the buffer that `place` is a part of."""
+        return place.untyped_storage().data_ptr() not in self._others
+
     def pin(self) -> None:
-        """Pins every buffer that was reserved and is not pinned yet, several at a time."""
+        """Pins every buffer that was reserved and is not pinned yet, several at a time.
+
+        Where processes share some, they wait here until all have filled theirs.
+        """
+        if self._to_come and self.shared is not None:
+            self.shared.wait()
+            self._to_come = False
         buffers, self._unpinned = self._unpinned, []
         with ThreadPoolExecutor(PINNING_THREADS) as pool:
             for _ in pool.map(lambda reserved: self._pin(*reserved), buffers):
@@ -113,6 +140,19 @@ class Transport(ABC):
     def hidden(self) -> AbstractContextManager[None]:
         """What is done to host buffers inside is not seen by a memory trace."""
         return untraced()
+
+    def _shared_buffer(
+        self, count: int, purpose: str, shared: SharedMemory
+    ) -> tuple[Tensor, Pages | None]:
+        share = -(-count // shared.devices)  # each process answers for its part
+        self.memory.take(share, purpose)
+        pages, mine = shared.pages(count, partial(self.memory.give, share, purpose))
+        self._to_come = True
+        with untraced():
+            buffer = torch.frombuffer(pages, dtype=torch.uint8, count=count)
+        if not mine:
+            self._others.add(buffer.untyped_storage().data_ptr())
+        return buffer, pages
 
     @abstractmethod
     def mark(self) -> Mark:
@@ -156,8 +196,13 @@ class _PagedTransport(Transport):
 class CudaTransport(_PagedTransport):
     """Copies by the GPU's copy engines, a stream for each direction."""
 
-    def __init__(self, device: torch.device, memory: HostMemory | None = None) -> None:
-        super().__init__(device, memory)
+    def __init__(
+        self,
+        device: torch.device,
+        memory: HostMemory | None = None,
+        shared: SharedMemory | None = None,
+    ) -> None:
+        super().__init__(device, memory, shared)
         self._up = torch.cuda.Stream(device)
         self._down = torch.cuda.Stream(device)
 
@@ -278,10 +323,12 @@ def copy(destination: Tensor, source: Tensor) -> None:
         destination.copy_(source)
 
 
-def make_transport(device: torch.device, memory: HostMemory | None = None) -> Transport:
+def make_transport(
+    device: torch.device, memory: HostMemory | None = None, shared: SharedMemory | None = None
+) -> Transport:
     """The one for `device`, or for tensors without content: fake ones, or those on meta."""
     if device.type == "meta" or detect_fake_mode() is not None:
         return TracedTransport(device, memory)
     if device.type == "cuda":
-        return CudaTransport(device, memory)
-    return HostTransport(device, memory)
+        return CudaTransport(device, memory, shared)
+    return HostTransport(device, memory, shared)

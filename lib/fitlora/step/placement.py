@@ -57,7 +57,9 @@ class Placement:
             raise UserError("this model caps its logits, which needs the Plan's head on the device")
         for place, module in ((plan.embedding, embed), (plan.head, head)):
             if place == "host" and id(module.weight) not in places:
-                places[id(module.weight)] = move.reserve_like(module.weight, "vocabulary tables")
+                places[id(module.weight)] = move.reserve_like(
+                    module.weight, "vocabulary tables", alike=True
+                )
         tables = [places.get(id(module.weight)) for module in (embed, head)]
         placed = PlacedWeights(weights, places, move)
         fill(model, placed)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fitlora.device import is_overflow
 from fitlora.errors import UserError
+from fitlora.offload.shared import SharedMemory, new_file
 
 Value = TypeVar("Value")
 
@@ -66,6 +67,10 @@ class Ranks:
         """What the first process makes, on all of them."""
         return make()
 
+    def shared_memory(self) -> SharedMemory | None:
+        """Memory that the processes of this host have in common; None for one that is alone there."""
+        return None
+
 
 class JoinedRanks(Ranks):
     """By torch.distributed, whose default group is there. Raises LostProcess."""
@@ -77,6 +82,7 @@ class JoinedRanks(Ranks):
         hosts = self.gather(here)
         self.host_rank = hosts[: self.rank].count(here)
         self.host_devices = hosts.count(here)
+        self._leader = hosts.index(here)
 
     def reduce(self, tensors: Sequence[Tensor]) -> None:
         with _others_answer():
@@ -101,6 +107,16 @@ class JoinedRanks(Ranks):
         with _others_answer():
             torch.distributed.broadcast_object_list(found, src=0, device=torch.device("cpu"))
         return found[0]  # type: ignore[no-any-return]
+
+    def shared_memory(self) -> SharedMemory | None:
+        file = new_file() if self.host_rank == 0 and self.host_devices > 1 else None
+        process, number = self.gather((os.getpid(), file))[self._leader]
+        if self.host_devices > 1 and file is None:
+            file = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
+        self.any(False)  # the first one's is open until all have it
+        if file is None:
+            return None
+        return SharedMemory(file, self.host_rank, self.host_devices, lambda: self.any(False))
 
 
 @contextmanager

@@ -93,8 +93,9 @@ def train(
     weights = _weights(config, plan, settings, params, checkpoint, device)
 
     def build(plan: Plan) -> TrainingStep:
-        host = HostMemory(hardware.host_budget_bytes)
-        return build_step(config, plan, settings, weights, make_transport(device, host))
+        host = HostMemory(hardware.host_budget_bytes // ranks.host_devices)
+        shared = ranks.shared_memory() if plan.uses_host else None
+        return build_step(config, plan, settings, weights, make_transport(device, host, shared))
 
     identity = identity_of(params, plan, checkpoint, rows, validation)
     _check_alike(identity, ranks)
