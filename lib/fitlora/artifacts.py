@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fitlora.errors import ArtifactError, UserError
 from fitlora.plan import Plan
+from fitlora.units import MIB
 
 HARDWARE = Path("artifacts/hardware.json")
 MODEL = Path("artifacts/model.json")
@@ -157,6 +158,11 @@ class Rates(Record):
     )
 
 
+# What NCCL takes of a GPU that shares a batch: buffers of its channels, and its kernels. Assumed and not
+# measured; benchmarks/several_gpus.py measures it.
+NCCL_BYTES = 512 * MIB
+
+
 class Hardware(Artifact):
     """What the machine is and how much of it may be used."""
 
@@ -181,6 +187,18 @@ class Hardware(Artifact):
     def allocator_bytes(self) -> int:
         """What PyTorch's allocator may reserve on the device."""
         return self.budget_bytes - self.context_bytes
+
+    def among(self, devices: int) -> "Hardware":
+        """The same for one of several processes: NCCL's buffers are beside its allocator as well."""
+        if self.device == "cpu" or devices == 1:
+            return self
+        beside = self.context_bytes + NCCL_BYTES
+        # by the class: a copy hands on all facts, and reads these two alone
+        return Hardware.model_copy(self, update={"context_bytes": beside})
+
+    def processes_here(self, devices: int) -> int:
+        """How many of a run's processes are on this host."""
+        return min(devices, len(self.gpus)) if self.device == "cuda" else devices
 
 
 class ModelFacts(Artifact):
@@ -303,7 +321,9 @@ class Estimate(Record):
     )
     paged_bytes: int = Field(0, description="of paged optimizer states, beside the allocator")
     process_bytes: int = Field(description="the safe peak, paged states and the context")
-    host_pinned_bytes: int = Field(0, description="of host memory, for what is not on the device")
+    host_pinned_bytes: int = Field(
+        0, description="of a host's memory, for what is not on its devices; by all processes there"
+    )
     fits: bool
     instant: str = Field(description="when the peak is reached: phase and module")
     phase_peak_bytes: dict[str, int]

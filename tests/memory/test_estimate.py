@@ -284,6 +284,20 @@ OFFLOADED = [
 ]
 
 
+def test_processes_of_a_host_have_one_copy_of_what_streams_and_the_rest_each() -> None:
+    def pinned(devices: int, **changes: Any) -> int:
+        plan = steps.plan(devices=devices, micro_batch_size=2, recompute_layers=(0, 1), **changes)
+        return Estimator(CONFIG, SETTINGS, LOAD, hardware())(plan).host_pinned_bytes
+
+    weights = {"streamed_layers": (0, 1), "embedding": "host", "head": "host"}
+    own = pinned(1, checkpoints="host")
+    assert own > 0
+    assert pinned(3, checkpoints="host") == 3 * own
+    staging = (pinned(3, **weights) - pinned(1, **weights)) // 2
+    assert pinned(3, streamed_layers=(0, 1)) == pinned(1, streamed_layers=(0, 1)) > 0
+    assert pinned(3, checkpoints="host", **weights) == pinned(1, **weights) + 2 * staging + 3 * own
+
+
 @pytest.mark.parametrize(("layers", "recomputed", "changes"), [*deep_cases(), *OFFLOADED])
 def test_few_layers_tell_of_many(layers: int, recomputed: int, changes: dict[str, Any]) -> None:
     """The shortcut against the trace at full depth: every phase and component, to the byte."""

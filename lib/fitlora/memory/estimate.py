@@ -191,7 +191,8 @@ class Traced:
     """
 
     levels: dict[Segment, Level]
-    host_pinned_bytes: int
+    host_pinned_bytes: int  # by one process
+    host_shared_bytes: int  # of them, what processes of a host have one copy of
     paged_bytes: int
     by_hand: bool  # whether one thread does it all, or autograd's has the backward
     timeline: Timeline | None = field(default=None, repr=False, compare=False)
@@ -226,7 +227,8 @@ def trace_levels(
             timeline.blocks[number] = replace(block, size=0)
         found = levels(timeline, booking.purposes(), rest="temporary_buffers")
     by_hand = isinstance(step.network, HandNetwork)
-    return Traced(found, transport.pinned_bytes, paged, by_hand, timeline)
+    pinned, shared = transport.pinned_bytes, transport.shared_bytes
+    return Traced(found, pinned, shared, paged, by_hand, timeline)
 
 
 def _result(found: Mapping[Segment, Level], workspace_bytes: int = 0) -> TraceResult:
@@ -321,7 +323,9 @@ class Estimator:
         peak = found.peak_bytes
         safe = peak * (1 + FRAGMENTATION) if reserved is None else reserved * (1 + REPLAY_MARGIN)
         process = int(safe) + traced.paged_bytes + self.hardware.context_bytes
-        pinned = traced.host_pinned_bytes
+        own = traced.host_pinned_bytes - traced.host_shared_bytes
+        here = self.hardware.processes_here(plan.devices)
+        pinned = traced.host_shared_bytes + here * own
         fits = process <= self.hardware.budget_bytes and pinned <= self.hardware.host_budget_bytes
         return Estimate(
             plan=plan,
@@ -393,6 +397,7 @@ class Estimator:
         return Traced(
             deepen(base.levels, [(other.levels, times) for other, times in deeper]),
             grown(lambda traced: traced.host_pinned_bytes),
+            grown(lambda traced: traced.host_shared_bytes),
             grown(lambda traced: traced.paged_bytes),
             base.by_hand,
         )

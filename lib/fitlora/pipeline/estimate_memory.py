@@ -23,7 +23,7 @@ from fitlora.memory.question import fit_cards, ways_out
 from fitlora.model import has_tokenizer, load_config, resolve_model
 from fitlora.params import Params, with_found
 from fitlora.planner.parameters import find_parameters
-from fitlora.planner.search import default_plan, neighbours
+from fitlora.planner.search import default_plan, device_count, neighbours
 from fitlora.planner.size import ModelSize
 from fitlora.report.memory import data_lines, estimate_lines
 from fitlora.step.settings import StepSettings
@@ -40,6 +40,7 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
     """Tokenizes the data and traces the step that params describe."""
     trusted = params.model.trust_remote_code
     hardware = Hardware.read(root / HARDWARE)
+    hardware = hardware.among(device_count(params, hardware))
     folder = resolve_model(params.model.id, params.model.revision, weights=False)
     config = load_config(folder, trust_remote_code=trusted)
     if params.merge.base == "original" and getattr(config, "quantization_config", None):

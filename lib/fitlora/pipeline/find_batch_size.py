@@ -19,6 +19,7 @@ from fitlora.model import load_config, resolve_model
 from fitlora.params import Params, with_found
 from fitlora.planner.find import find_plan
 from fitlora.planner.probe import write_log
+from fitlora.planner.search import device_count
 from fitlora.report.memory import plan_lines
 from fitlora.step.settings import StepSettings
 
@@ -26,6 +27,7 @@ from fitlora.step.settings import StepSettings
 def find_batch_size(params: Params, root: Path = Path()) -> PlanArtifact:
     """Searches for the preferred plan that fits, and proves it on the device."""
     hardware = Hardware.read(root / HARDWARE)
+    hardware = hardware.among(device_count(params, hardware))
     known = MemoryEstimate.read(root / MEMORY_ESTIMATE)
     params = with_found(params, known.found, str(root / MEMORY_ESTIMATE), known.STAGE)
     load = Load.of(Dataset.read(root / DATASET))

@@ -85,7 +85,7 @@ def _train(
     end = train(
         params,
         plan,
-        hardware,
+        hardware.among(ranks.devices),
         config=config,
         checkpoint=checkpoint,
         rows=rows,

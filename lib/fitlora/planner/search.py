@@ -28,6 +28,7 @@ from fitlora.params import Params
 from fitlora.plan import PAGED_OPTIMIZERS, ComputeDtype, Plan
 from fitlora.planner.chain import Freedom, less, segments, smallest
 from fitlora.planner.rivals import Rivals
+from fitlora.planner.several import why_in_parallel
 from fitlora.planner.size import ModelSize
 from fitlora.planner.speed import Shape
 from fitlora.units import GIB, MIB, format_bytes
@@ -456,7 +457,12 @@ class Search:
         else:
             recompute = "the fewest layers with which the micro-batch fits"
         keeps = "it takes more time to make again than memory to keep"
+        several = {}
+        if plan.devices > 1:
+            tokens = self.tokens(plan.micro_batch_size)
+            several["devices"] = why_in_parallel(plan, self.shape, self.hardware.rates, tokens)
         return {
+            **several,
             "micro_batch_size": micro,
             "evaluation_batch_size": (
                 "as params say" if asked.evaluation_batch_size != "auto" else "as in training"
