@@ -1,5 +1,6 @@
 """An optimizer on the host is the plain one, to the bit where both compute in fp32."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -261,6 +262,62 @@ def test_a_backward_without_autograd_sends_its_gradients() -> None:
         assert params[0].grad is None
     optimizer.step()
     torch.testing.assert_close(params[0].detach(), before - 0.05 * 2)
+
+
+class Gated(torch.optim.SGD):
+    """Its step waits for a gate, and may fail behind it."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, lr=0.05)
+        self.gate = threading.Event()
+        self.error: Exception | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        assert self.gate.wait(10)
+        if self.error is not None:
+            raise self.error
+        return super().step(closure)
+
+
+def test_an_update_is_waited_for_where_its_parameters_are_wanted() -> None:
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    gated = Gated(params)
+    optimizer = CPUOffloadOptimizer(gated, offload_gradients=True, overlap=True)
+    loss_of(params, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()  # behind the update
+    assert_same([p.detach() for p in params], before)
+    waiting = threading.Thread(target=optimizer.receive, args=(params[:1],))
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    gated.gate.set()
+    waiting.join(10)
+    optimizer.join()
+    expected = parameters()
+    loss_of(expected, 0).backward()
+    OPTIMIZERS["sgd"](expected).step()
+    assert_same([p.detach() for p in params], [p.detach() for p in expected])
+    assert float(optimizer.clip_grad_norm_(None)) == 0.0
+
+
+def test_an_update_that_failed_on_the_hosts_thread_is_half_done() -> None:
+    params = parameters()
+    gated = Gated(params)
+    gated.gate.set()
+    optimizer = CPUOffloadOptimizer(gated, offload_gradients=True, overlap=True)
+    for error in (None, MemoryError("the host is full"), None):
+        gated.error = error
+        loss_of(params, 0).backward()
+        optimizer.step()
+        if error is not None:
+            with pytest.raises(MemoryError, match="the host is full"):
+                optimizer.receive(params)
+            optimizer.zero_grad()
+        assert optimizer.half_updated == (error is not None)
+        optimizer.half_updated = False  # as whoever puts the last good state back says
+        optimizer.join()
 
 
 def test_lbfgs_is_refused() -> None:

@@ -1,5 +1,6 @@
 """The whole step with its parts on the host is the resident one, bit for bit, under late copies."""
 
+import threading
 from functools import cache
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from fitlora.memory.trace import MemoryTrace
+from fitlora.offload import optimizer as optimizer_module
+from fitlora.offload.optimizer import CPUOffloadOptimizer
 from fitlora.offload.transport import HostTransport, Transport
 from fitlora.plan import Plan
 from fitlora.step.build import build_step
@@ -67,6 +70,34 @@ def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
 )
 def test_each_part_alone_and_all_together(changes: dict[str, Any]) -> None:
     assert_same(run(build(plan(**changes), DelayedTransport()), 4), resident(4))
+
+
+def test_the_next_forward_begins_beside_the_hosts_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update of the upper layers is held up until the lowest layer has been through its forward."""
+    monkeypatch.setattr(optimizer_module, "BUCKET_BYTES", 1)  # a bucket for each parameter
+    step = build(plan(**HOST, streamed_layers=ALL), DelayedTransport())
+    assert isinstance(step.optimizer, CPUOffloadOptimizer)
+    inner, lowest_is_done = step.optimizer.inner.step, threading.Event()
+    buckets = iter(range(10**6))
+    upper = len(step.adapters) // LAYERS  # the number of its first parameter
+
+    def update(closure: Any = None) -> Any:
+        if next(buckets) >= upper:
+            assert lowest_is_done.wait(10), "the forward waits for all of the update"
+        return inner(closure)
+
+    forward = DecoderLayer.forward
+
+    def watched(layer: DecoderLayer, *arguments: Any, **options: Any) -> Any:
+        found = forward(layer, *arguments, **options)
+        lowest_is_done.set()
+        return found
+
+    monkeypatch.setattr(step.optimizer.inner, "step", update)
+    first = step.run(steps.sequences(7, seed=0), step=0, learning_rate=1e-2)
+    monkeypatch.setattr(DecoderLayer, "forward", watched)
+    step.run(steps.sequences(7, seed=1), step=1, learning_rate=1e-2)
+    assert torch.equal(first.loss, resident(4)[0])
 
 
 @pytest.mark.slow

@@ -5,9 +5,12 @@ wrapped optimizer keeps; it steps there, on gradients that came down, and the pa
 What it saves is the state (8 bytes a parameter with AdamW) and, under bf16, the masters; with
 `offload_gradients` the gradients as well, which then leave the device as backward makes them.
 
-A step is cut into buckets of parameters: while one is updated, the next one's gradients come down and
-the last one's parameters go up. Only PyTorch's own optimizers are cut, whose update of a parameter
-depends on no other; a foreign one may count steps or measure distances over all of them.
+All of the host's work is done by one thread of its own, in the order that it is asked for, beside the
+device's: gradients are taken in as they come down, and an update is cut into buckets of parameters, of
+which one goes up while the next is computed. With `overlap` a step does not wait for its update: who
+is about to compute with a parameter asks for it with `receive`, so that the next forward's lowest layers
+go while the higher ones' parameters are still made. Only PyTorch's own optimizers are cut, whose update
+of a parameter depends on no other; a foreign one may count steps or measure distances over all of them.
 
 Masters follow their parameters: what was written to a parameter since the last step is seen by its
 version and taken over, but for values that are the master's own, rounded. (Writing through `.data`
@@ -17,6 +20,7 @@ leaves no trace, and is seen only before the first step.)
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -49,9 +53,10 @@ class _Master:
     up: Tensor  # wire; under fp32 the master itself
     down: Tensor  # wire; under fp32 and gradients that stay on the device, the gradient itself
     version: int | None = None  # of the parameter, when the master was last like it
-    coming: Mark = None  # the gradient's copy down that has not been added yet
-    is_coming: bool = False
     has_gradient: bool = False
+    norm: Tensor | None = None  # of the gradient
+    taken: "Future[None] | None" = None  # the gradient that came down last, into `gradient`
+    updated: "Future[Mark] | None" = None  # the parameter, as the last step made it
 
 
 class _StateByMaster(MutableMapping[Tensor, dict[str, Any]]):
@@ -92,8 +97,9 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
     inner: the wrapped optimizer, on the masters. state: by the device's parameters, on the host.
     transport: None makes one for the parameters' device. offload_gradients: gradients leave the device
     while backward runs; `.grad` is then None after it, and `clip_grad_norm_` here takes the place of
-    `torch.nn.utils.clip_grad_norm_`. Raises UserError where the host's memory budget is too small, and
-    for LBFGS.
+    `torch.nn.utils.clip_grad_norm_`. overlap: whoever computes with parameters calls `receive` before.
+    Raises UserError where the host's memory budget is too small, and for LBFGS. What goes wrong on the
+    host's thread is raised by the next call that waits for it.
     """
 
     def __init__(
@@ -102,13 +108,19 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         *,
         transport: Transport | None = None,
         offload_gradients: bool = False,
+        overlap: bool = False,
     ) -> None:
         self.inner = optimizer
+        self.overlap = overlap
         device = next(p for group in optimizer.param_groups for p in group["params"]).device
         self.transport = transport or make_transport(device)
         self._offload_gradients = offload_gradients
         self._masters: dict[Tensor, _Master] = {}
         self._leaving: deque[tuple[Tensor, Mark]] = deque()
+        self._thread = ThreadPoolExecutor(1, "optimizer")
+        self._asked: list[Future[Any]] = []
+        self._broke_off = False
+        self._clip: Tensor | None = None  # what the next update multiplies gradients by
         self._state_bytes = 0
         if isinstance(optimizer, torch.optim.LBFGS):
             raise UserError(
@@ -127,6 +139,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         self._show_state()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.join()
         super().add_param_group(param_group)
         number = len(self.param_groups) - 1
         group = self.param_groups[number]
@@ -144,26 +157,62 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.send_down(self._masters)
+        self.join()
+        self._leaving.clear()
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({key: value for key, value in outer.items() if key != "params"})
         self._follow_parameters()
-        self.send_down(self._masters)
-        last = None
+        clip, self._clip = self._clip, None
+        device = self.transport.mark()  # the device's last use of the parameters
         for bucket in self._buckets():
+            updated = self._ask(self._update, bucket, clip, device)
             for one in bucket:
-                self._take_in(one)
-            self._step_inner(bucket)
-            for one in bucket:
-                if one.has_gradient:
-                    last = self._send_up(one)
-                    # one that the device still has comes down again, and one that it has not is kept
-                    one.has_gradient = self._offload_gradients
-        self.transport.wait(last)
-        self._leaving.clear()
-        for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            outer.update({key: value for key, value in inner.items() if key != "params"})
-        self._count_state()
+                one.updated = updated
+        self._ask(self._end_step)
+        if not self.overlap:
+            self.join()
         return loss
+
+    def receive(self, parameters: Iterable[Tensor]) -> None:
+        """The device's later computation has `parameters` as the last step made them."""
+        masters = [self._masters[parameter] for parameter in parameters]
+        for updated in dict.fromkeys(one.updated for one in masters if one.updated is not None):
+            self.transport.wait(updated.result())
+        for one in masters:
+            one.updated = None
+
+    def join(self) -> None:
+        """Waits for the host's thread and receives all parameters; raises what went wrong there."""
+        wait(self._asked)
+        asked, self._asked = self._asked, []
+        for one in asked:
+            one.result()
+        self.receive(self._masters)
+
+    @property
+    def half_updated(self) -> bool:
+        """Whether the last update has broken off, whose error is then forgotten; waits for its end."""
+        wait(self._asked)
+        if self._broke_off:
+            self._asked = []
+            for one in self._masters.values():
+                one.updated = None
+        return self._broke_off
+
+    @half_updated.setter
+    def half_updated(self, value: bool) -> None:
+        self._broke_off = value
+
+    def _ask(self, work: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Has the host's thread do `work` after all that it was asked before."""
+        if self.transport.computes:
+            future = self._thread.submit(torch.no_grad()(work), *arguments)
+        else:  # shapes alone are here, in a mode that other threads do not have
+            future = Future()
+            future.set_result(work(*arguments))
+        self._asked.append(future)
+        return future
 
     def send_down(self, parameters: Iterable[Tensor]) -> None:
         """Sends down the gradients of `parameters`; where they leave the device, `.grad` is then None.
@@ -181,11 +230,13 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
     def master(self, parameter: Tensor) -> Tensor:
         """The fp32 master of a parameter, on the host."""
+        self.join()
         self._follow_parameters()
         return self._masters[parameter].master.detach()
 
     def load_master(self, parameter: Tensor, value: Tensor) -> None:
         """Sets a parameter's master; the parameter itself has that value, rounded, already."""
+        self.join()
         one = self._masters[parameter]
         with self.transport.hidden():
             one.master.data.copy_(value)
@@ -194,17 +245,18 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, those on the host as well."""
         super().zero_grad(set_to_none)
-        for one in self._masters.values():
-            one.has_gradient = one.is_coming = False
+        self._clip = None
+        self._ask(self._forget)
 
     def gradients(self) -> list[Tensor]:
         """The gradients on the host, fp32, of every trained parameter; zeros where there is none.
 
         To be summed over processes, in place, before they are clipped.
         """
+        self.join()
         trained = [one for one in self._ordered() if one.parameter.requires_grad]
         for one in trained:
-            self._take_in(one)
+            one.norm = None  # it will be another one
             if not one.has_gradient:
                 one.gradient.zero_()
                 one.has_gradient = True
@@ -212,19 +264,16 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
-        """Scales gradients that are on the host to a total norm of `max_norm`; returns the norm before.
+        """Has the next step scale gradients that are on the host to a total norm of `max_norm`.
 
-        max_norm: None only measures. The norm is float32 () on the CPU.
+        max_norm: None only measures. Returns the norm before, float32 () on the CPU.
         """
-        for one in self._masters.values():
-            self._take_in(one)
-        gradients = [one.gradient for one in self._masters.values() if one.has_gradient]
+        self.join()
         with self.transport.hidden():
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norms = [self._norm(one) for one in self._masters.values() if one.has_gradient]
+            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
             if max_norm is not None:
-                scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-                for gradient in gradients:
-                    gradient.mul_(scale)
+                self._clip = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         return norm
 
     def state_dict(self) -> dict[str, Any]:
@@ -239,6 +288,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `state_dict` gave here or from a plain optimizer of the same kind."""
+        self.join()
         states, masters = {}, {}
         for number, state in state_dict["state"].items():
             rest = dict(state)
@@ -323,36 +373,74 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
     def _send_down(self, one: _Master) -> None:
         """A gradient that backward has finished, to the host."""
-        self._take_in(one)  # the wire is free then
+        if one.taken is not None:  # the wire is free then
+            one.taken.result()
         gradient = cast(Tensor, one.parameter.grad).detach()
-        one.coming = self.transport.download(one.down, gradient, self.transport.mark())
-        one.is_coming = True
+        coming = self.transport.download(one.down, gradient, self.transport.mark())
+        one.taken = self._ask(self._take_in, one, coming)
         if self._offload_gradients:
             one.parameter.grad = None
-            self._leaving.append((gradient, one.coming))
+            self._leaving.append((gradient, coming))
             if len(self._leaving) > _IN_FLIGHT:
                 oldest, copied = self._leaving.popleft()
                 self.transport.wait(copied)
                 del oldest  # not before
 
-    def _take_in(self, one: _Master) -> None:
-        """Adds the gradient that has come down, if one has, to what is there."""
-        if not one.is_coming:
-            return
-        self.transport.finish(one.coming)
+    # what the host's thread does
+
+    def _take_in(self, one: _Master, coming: Mark) -> None:
+        """Adds the gradient that comes down to what is there."""
+        self.transport.finish(coming)
         if self.transport.computes:
             with self.transport.hidden():
                 if one.has_gradient:
                     one.gradient.add_(one.down)
                 elif one.down is not one.gradient:
                     one.gradient.copy_(one.down)
-        one.is_coming, one.coming, one.has_gradient = False, None, True
+        one.has_gradient, one.norm = True, None
+        if self._offload_gradients:
+            self._norm(one)
 
-    def _send_up(self, one: _Master) -> Mark:
+    def _norm(self, one: _Master) -> Tensor:
+        if one.norm is None:
+            with self.transport.hidden():
+                one.norm = torch.linalg.vector_norm(one.gradient)
+        return one.norm
+
+    def _forget(self) -> None:
+        for one in self._masters.values():
+            one.has_gradient = False
+
+    def _update(self, bucket: list[_Master], clip: Tensor | None, device: Mark) -> Mark:
+        """One update of parameters that have a gradient; returns the mark of their way up."""
+        last = None
+        if self._broke_off:
+            return None
+        self._broke_off = True  # until it is through
+        with_gradient = [one for one in bucket if one.has_gradient]
+        if clip is not None and self.transport.computes:
+            with self.transport.hidden():
+                for one in with_gradient:
+                    one.gradient.mul_(clip)
+                    one.norm = None
+        self._step_inner(bucket)
+        for one in with_gradient:
+            last = self._send_up(one, device)
+            # one that the device still has comes down again, and one that it has not is kept
+            one.has_gradient = self._offload_gradients
+        self._broke_off = False
+        return last
+
+    def _end_step(self) -> None:
+        for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            outer.update({key: value for key, value in inner.items() if key != "params"})
+        self._count_state()
+
+    def _send_up(self, one: _Master, device: Mark) -> Mark:
         if self.transport.computes and one.up.dtype != torch.float32:
             with self.transport.hidden():
                 one.up.copy_(one.master)
-        mark = self.transport.upload(one.parameter.detach(), one.up, self.transport.mark())
+        mark = self.transport.upload(one.parameter.detach(), one.up, device)
         one.version = one.parameter._version
         return mark
 

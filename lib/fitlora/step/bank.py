@@ -6,12 +6,13 @@ optimizers and checkpoints see what they know. A layer's adapters are copied to 
 computes in when it is entered, in one go, and the copy is gone when it is left.
 
 With an optimizer on the host the flat buffer has that dtype itself (the float32 masters are on the
-host), and gradients exist for the layer in work alone: they leave the device when it is left.
+host), and gradients exist for the layer in work alone: they leave the device when it is left. What the
+host has made of a layer's adapters is waited for when the layer is entered, and no earlier.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,15 @@ from fitlora.step.linear import LoraLinear
 
 _ALIGN = 64  # elements; products run best on operands that begin at whole 128 bytes
 
-SendDown = Callable[[Iterable[Tensor]], None]
+
+class Host(Protocol):
+    """An optimizer on the host, as far as the device's parameters are concerned."""
+
+    def send_down(self, parameters: Iterable[Tensor]) -> None:
+        """Sends their gradients down."""
+
+    def receive(self, parameters: Iterable[Tensor]) -> None:
+        """Later computation has them as they were last updated."""
 
 
 @dataclass
@@ -41,7 +50,7 @@ class _Span:
 class AdapterBank:
     """The adapters of a stack of layers, given by their groups, computed with in `dtype`.
 
-    leaving: whether gradients leave the device layer by layer; `send_down` is then to be set.
+    leaving: whether gradients leave the device layer by layer, to `host`, which is then to be set.
     Gradients that stay are made at the first `begin` and kept; a model that only evaluates has none.
     """
 
@@ -49,7 +58,7 @@ class AdapterBank:
         self, layers: Sequence[Sequence[LinearGroup]], dtype: torch.dtype, *, leaving: bool = False
     ) -> None:
         self.dtype, self.leaving = dtype, leaving
-        self.send_down: SendDown | None = None
+        self.host: Host | None = None
         self.gradients: Tensor | None = None
         self._spans = []
         end = 0
@@ -100,6 +109,8 @@ class AdapterBank:
         span = self._spans[layer]
         if not span.groups:
             return
+        if self.host is not None:
+            self.host.receive(span.parameters)
         copies = self.flat[span.whole].to(self.dtype)
         gradients = None
         if backward and self.leaving:
@@ -121,8 +132,8 @@ class AdapterBank:
             group.a = group.grad_a = None
             group.b, group.grad_b = [], []
         if backward and self.leaving and span.groups:
-            assert self.send_down is not None
-            self.send_down(span.parameters)
+            assert self.host is not None
+            self.host.send_down(span.parameters)
 
     @staticmethod
     def _show(span: _Span, gradients: Tensor) -> None:

@@ -82,10 +82,13 @@ class StepSkeleton:
         if optimizer is not None and self.plan.optimizer_device == "host":
             leaving = by_hand is not None
             optimizer = CPUOffloadOptimizer(
-                optimizer, transport=placement.transport, offload_gradients=leaving
+                optimizer,
+                transport=placement.transport,
+                offload_gradients=leaving,
+                overlap=leaving,
             )
             if by_hand is not None:
-                by_hand.bank.send_down = optimizer.send_down
+                by_hand.bank.host = optimizer
         return TrainingStep(
             self.model, self.plan, self.settings, self.context, network, optimizer, weights.device
         )

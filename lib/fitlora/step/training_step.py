@@ -69,7 +69,18 @@ class TrainingStep:
         self.device = device
         self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
         self.optimizer = optimizer
-        self.half_updated = False
+        self._half_updated = False
+
+    @property
+    def half_updated(self) -> bool:
+        """Whether an update was stopped half way; one on the host is waited for."""
+        host = self.optimizer
+        on_host = isinstance(host, CPUOffloadOptimizer) and host.half_updated
+        return self._half_updated or on_host
+
+    @half_updated.setter
+    def half_updated(self, value: bool) -> None:
+        self._half_updated = value
 
     def can_adopt(self, plan: Plan) -> bool:
         """Whether the step need not be built anew to go on as `plan` says."""
@@ -203,6 +214,8 @@ class TrainingStep:
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `adapter_state` gave."""
+        if isinstance(self.optimizer, CPUOffloadOptimizer):
+            self.optimizer.join()  # what is on its way up would overwrite it
         with torch.no_grad():
             for name, parameter in self.adapters.items():
                 parameter.copy_(state[name])
@@ -225,6 +238,8 @@ class TrainingStep:
         with torch.no_grad():
             put_states(self.optimizer, self.adapters, tensors, numbers)
         self.half_updated = False
+        if isinstance(self.optimizer, CPUOffloadOptimizer):
+            self.optimizer.half_updated = False
 
 
 def learning_rate(step: int, total_steps: int, train: TrainParams) -> float:
