@@ -34,13 +34,17 @@ from benchmarks.faults_bench import (
     Disturbance,
     LimitedMemory,
     Result,
+    host_apart,
     saved,
     signal_at,
 )
 from fitlora.artifacts import HARDWARE, PLAN, QUANTIZED_MODEL, TRAINING_LOG
+from fitlora.plan import Plan
 from fitlora.training.checkpoint import MANIFEST, TENSORS
 
-PHASES = ("forward", "backward", "optimizer", "evaluation", "save")
+PHASES = ("loading", "forward", "backward", "optimizer", "evaluation", "save")
+# Overflows in a row: from as many as there are rungs up to the first on the host, to all there are.
+RUNGS = (4, 7)
 # Of a loss: what another order of summation came to, times ten.
 TOLERANCE = 1e-3
 
@@ -97,6 +101,19 @@ class Faults:
             limited = LimitedMemory(limit)
             found = self.bench.train(self.bench.project(), limited.around())
             yield self._same_to_order(found)
+
+    def to_the_host(self, count: int) -> Iterator[Found]:
+        """Every attempt overflows until the step has been made anew with more of it on the host."""
+        for _ in range(count):
+            start = self.draw.choice(self.operators[self.draw.choice(("forward", "backward"))])
+            times = self.draw.randint(*RUNGS)
+            disturbance = Disturbance(frozenset(range(start, start + 3 * times, 3)))
+            with host_apart():
+                found = self.bench.train(self.bench.project(), disturbance.around())
+            plans = [Plan.model_validate(r["after"]) for r in found.records if r["event"] == "plan"]
+            same = self._same_to_order(found)
+            moved = bool(plans) and plans[-1].uses_host
+            yield Found(same.survived and moved, same.lost_steps, same.differs, same.says)
 
     def host_memory(self, count: int) -> Iterator[Found]:
         """The host's allocator fails, as PyTorch says it on the CPU."""
@@ -322,8 +339,12 @@ def kinds(faults: Faults, share: float) -> Iterator[tuple[str, Iterator[Found]]]
     yield "SIGTERM", faults.signals(signal.SIGTERM, times(10))
     yield "SIGINT", faults.signals(signal.SIGINT, times(10))
     for phase in PHASES:
-        yield f"overflow in {phase}", faults.overflow(phase, times(20))
+        yield (
+            f"overflow in {phase}",
+            faults.overflow(phase, times(20 if phase != "loading" else 10)),
+        )
     yield "pressure from another process", faults.pressure(times(5))
+    yield "overflows down to the host", faults.to_the_host(times(10))
     yield "memory short for every plan", faults.nothing_fits(times(2))
     yield "host memory short", faults.host_memory(times(5))
     yield "disk full", faults.full_disk(times(5))
@@ -348,10 +369,9 @@ def _unreadable(folder: Path) -> None:
     (folder / TENSORS).mkdir()
 
 
-def run(work: Path, seed: int, share: float, only: str = "") -> list[dict[str, Any]]:
-    """A row for each kind of fault, as they are printed."""
+def run(work: Path, seed: int, share: float, only: str = "") -> Iterator[dict[str, Any]]:
+    """A row for each kind of fault, as soon as it is there; they are printed as well."""
     faults = Faults(Bench(work), random.Random(seed))
-    rows = []
     for name, every in kinds(faults, share):
         if only not in name:
             continue
@@ -363,12 +383,11 @@ def run(work: Path, seed: int, share: float, only: str = "") -> list[dict[str, A
             "lost_steps": max(one.lost_steps for one in found),
             "result_differs": sum(one.differs for one in found),
         }
-        rows.append(row)
         print(*(f"{key} {value}" for key, value in row.items()), sep=", ", flush=True)
         for one in found:
             if not one.survived:
                 print(one.says, flush=True)
-    return rows
+        yield row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -380,21 +399,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # forked processes have none of a pool's threads
     start = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    injected = survived = 0
     with tempfile.TemporaryDirectory() as work:
-        rows = run(Path(work), args.seed, args.share, args.only)
-    injected, survived = (sum(row[key] for row in rows) for key in ("injected", "survived"))
+        for row in run(Path(work), args.seed, args.share, args.only):
+            rows.append(row)
+            injected, survived = injected + row["injected"], survived + row["survived"]
+            if args.json is not None:
+                write_result(
+                    args.json,
+                    "faults",
+                    rows,
+                    seed=args.seed,
+                    steps=STEPS,
+                    checkpoint_every=CHECKPOINT_EVERY,
+                    injected=injected,
+                    survived=survived,
+                )
     print(f"{injected} faults, {survived} survived, in {time.perf_counter() - start:.0f} s")
-    if args.json is not None:
-        write_result(
-            args.json,
-            "faults",
-            rows,
-            seed=args.seed,
-            steps=STEPS,
-            checkpoint_every=CHECKPOINT_EVERY,
-            injected=injected,
-            survived=survived,
-        )
     return 0 if survived == injected else 1
 
 

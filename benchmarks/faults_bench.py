@@ -43,8 +43,12 @@ from fitlora.memory.tracker import MemoryTracker
 from fitlora.params import Params, check_params
 from fitlora.pipeline.train_adapters import train_adapters
 from fitlora.plan import Plan
+from fitlora.planner.chain import Freedom
+from fitlora.planner.size import ModelSize
 from fitlora.quantization.layout import QuantSpec
 from fitlora.quantization.quantize import quantize_checkpoint
+from fitlora.step.training_step import TrainingStep
+from fitlora.training import run
 from fitlora.training.checkpoint import FOLDER
 
 STEPS, CHECKPOINT_EVERY = 8, 2
@@ -83,8 +87,8 @@ def make_project(folder: Path) -> None:
         gpus=(),
         cpu_name="",
         cpu_cores=1,
-        host_memory_bytes=1,
-        host_budget_bytes=1,
+        host_memory_bytes=2**34,
+        host_budget_bytes=2**34,
         budget_bytes=2**30,
         context_bytes=0,
         workspace_bytes=0,
@@ -350,16 +354,35 @@ class LimitedMemory(MemoryTrace):
 
 @contextlib.contextmanager
 def _told_of_phases(enter: Callable[[str], Any]) -> Iterator[None]:
-    """Has `enter` entered with each phase of training that is entered."""
-    plain = MemoryTracker.phase
+    """Has `enter` entered with each phase of training that is entered, and with "loading"."""
+    plain, build = MemoryTracker.phase, run.build_step
 
     @contextlib.contextmanager
     def phase(self: MemoryTracker, name: str) -> Iterator[None]:
         with plain(self, name), enter(name):
             yield
 
-    MemoryTracker.phase = phase  # type: ignore[method-assign]
+    def loading(*arguments: Any) -> TrainingStep:
+        with enter("loading"):
+            return build(*arguments)
+
+    MemoryTracker.phase, run.build_step = phase, loading  # type: ignore[method-assign]
     try:
         yield
     finally:
-        MemoryTracker.phase = plain  # type: ignore[method-assign]
+        MemoryTracker.phase, run.build_step = plain, build  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def host_apart() -> Iterator[None]:
+    """Lets the ladder move things to the host, as if the CPU's memory were a GPU's and apart from it."""
+    plain = Freedom.most
+
+    def most(start: Plan, model: ModelSize) -> Freedom:
+        return plain(start.replace(device="cuda"), model)
+
+    Freedom.most = most  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Freedom.most = plain  # type: ignore[method-assign]
