@@ -192,10 +192,12 @@ def _shape(model: str) -> dict[str, Any]:
 
 def _elsewhere(what: str, *options: object) -> str:
     """What another process prints last; this one must hold no memory of the device."""
+    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.quantize", what, *map(str, options)],
         cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+    print(f"{what}: {time.perf_counter() - start:.0f} s, start included", file=sys.stderr)
     return done.stdout.splitlines()[-1] if done.stdout else ""
 
 
