@@ -49,6 +49,22 @@ def test_attention_agrees_with_the_cpu(kv_heads: int, window: int) -> None:
         assert (found - expected).norm() / expected.norm() < 0.015
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [3, 16, 48])
+def test_gradients_are_added_in_float32(dtype: torch.dtype, rank: int) -> None:
+    a, b = torch.randn(517, rank), torch.randn(517, 96)
+    a, b = a.to(dtype), b.to(dtype)
+    whole = torch.randn(rank * 96 + 64)
+    out = whole[64:].view(rank, 96)
+    expected = out.double() + 0.3 * a.double().t() @ b.double()
+    found = whole.cuda()
+    ops.add_product(a.cuda(), b.cuda(), 0.3, found[64:].view(rank, 96))
+    torch.testing.assert_close(
+        found[64:].view(rank, 96).cpu().double(), expected, rtol=1e-5, atol=1e-4
+    )
+    assert torch.equal(found[:64].cpu(), whole[:64])
+
+
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("block_size", [64, 256])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fitlora.step import ops
 from fitlora.step.batch import MicroBatch, StepContext
 
 NAME = "fitlora"
@@ -32,16 +33,14 @@ class _Attention(torch.autograd.Function):
         scale: float,
         window: int,
     ) -> Tensor:
-        out, lse, rng, unused = torch.ops.fitlora.attention(q, k, v, starts, lengths, scale, window)
+        out, lse, rng, unused = ops.attention(q, k, v, starts, lengths, scale, window)
         ctx.save_for_backward(q, k, v, out, lse, rng, unused, starts)
         ctx.settings = (lengths, scale, window)
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = torch.ops.fitlora.attention_backward(
-            grads[0], *ctx.saved_tensors, *ctx.settings
-        )
+        dq, dk, dv = ops.attention_backward(grads[0], *ctx.saved_tensors, *ctx.settings)
         return dq, dk, dv, None, None, None, None
 
 
@@ -91,7 +90,7 @@ def attend(
     if not _has_kernel(q, v, softcap, batch.kind):
         with torch.no_grad():
             return _plain_attention(q, k, v, batch.lengths, scale, window, softcap), ()
-    out, *rest = torch.ops.fitlora.attention(q, k, v, batch.starts, batch.lengths, scale, window)
+    out, *rest = ops.attention(q, k, v, batch.starts, batch.lengths, scale, window)
     return out, tuple(rest)
 
 
@@ -109,7 +108,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; grad and out: (tokens, heads, d)."""
     if rest:
-        dq, dk, dv = torch.ops.fitlora.attention_backward(
+        dq, dk, dv = ops.attention_backward(
             grad, q, k, v, out, *rest, batch.starts, batch.lengths, scale, window
         )
         return dq, dk, dv

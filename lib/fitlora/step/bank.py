@@ -33,14 +33,54 @@ class Host(Protocol):
         """Later computation has them as they were last updated."""
 
 
+# A matrix in a layer's part: its size, its strides, and the elements before it.
+_Place = tuple[tuple[int, int], tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A group's places in its layer's part: every A as one (adapters * r, in), then each B (out, r)."""
+
+    group: LinearGroup
+    a: _Place
+    b: list[_Place]
+
+    @classmethod
+    def of(cls, group: LinearGroup, start: int) -> "_Share":
+        shapes = [[w.shape for w in _matrices(lora)] for lora in group.adapters]
+        places = []
+        for rows, columns in (
+            (sum(a[0] for a, _ in shapes), shapes[0][0][1]),
+            *(b for _, b in shapes),
+        ):
+            places.append(((rows, columns), (columns, 1), start))
+            start += rows * columns
+        return cls(group, places[0], places[1:])
+
+    @property
+    def end(self) -> int:
+        (rows, columns), _, start = self.b[-1]
+        return start + rows * columns
+
+    def cut(self, part: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A and every B in a layer's part of a flat buffer. It runs twice a layer: one call each."""
+        first = part.storage_offset()
+        a, *b = (
+            part.as_strided(size, stride, first + start)
+            for size, stride, start in (self.a, *self.b)
+        )
+        return a, b
+
+
 @dataclass
 class _Span:
-    """A layer's part of the flat buffer: its groups that have adapters, each with its own part."""
+    """A layer's part of the flat buffer: its groups that have adapters, each with its share."""
 
     start: int
-    groups: list[tuple[LinearGroup, slice]] = field(default_factory=list)  # relative to start
+    shares: list[_Share] = field(default_factory=list)
     end: int = 0
     parameters: list[nn.Parameter] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)  # the parameters', where they stay
 
     @property
     def whole(self) -> slice:
@@ -66,26 +106,26 @@ class AdapterBank:
             span = _Span(end)
             for group in groups:
                 if group.adapters:
-                    size = sum(w.numel() for lora in group.adapters for w in _matrices(lora))
-                    place = slice(end - span.start, end - span.start + size)
-                    span.groups.append((group, place))
-                    end += -(-size // _ALIGN) * _ALIGN
+                    share = _Share.of(group, end - span.start)
+                    span.shares.append(share)
+                    end = span.start + -(-share.end // _ALIGN) * _ALIGN
             span.end = end
             self._spans.append(span)
         if end == 0:
             return
-        first = next(span.groups[0][0] for span in self._spans if span.groups)
+        first = next(span.shares[0].group for span in self._spans if span.shares)
         device = _matrices(first.adapters[0])[0].device
         stored = dtype if leaving else torch.float32
         self.flat = torch.zeros(end, dtype=stored, device=device)
         with torch.no_grad():
             for span in self._spans:
-                for group, place in span.groups:
-                    self._adopt(group, self.flat[span.whole][place], span)
+                for share in span.shares:
+                    self._adopt(share, self.flat[span.whole], span)
 
     @staticmethod
-    def _adopt(group: LinearGroup, place: Tensor, span: _Span) -> None:
-        a, b = _cut(group, place)
+    def _adopt(share: _Share, part: Tensor, span: _Span) -> None:
+        group = share.group
+        a, b = share.cut(part)
         rows = a.split([_matrices(lora)[0].shape[0] for lora in group.adapters])
         for lora, *views in zip(group.adapters, rows, b, strict=True):
             for linear, view in zip(_linears(lora), views, strict=True):
@@ -95,19 +135,22 @@ class AdapterBank:
 
     def begin(self) -> None:
         """Begins an optimizer step: gradients that stay are zero and in their places."""
-        if self.leaving or not any(span.groups for span in self._spans):
+        if self.leaving or not any(span.shares for span in self._spans):
             return
         if self.gradients is None:
             self.gradients = torch.zeros_like(self.flat)
+            for span in self._spans:
+                span.gradients = self._like(span, self.gradients[span.whole])
         else:
             self.gradients.zero_()
         for span in self._spans:
-            self._show(span, self.gradients[span.whole])
+            for parameter, gradient in zip(span.parameters, span.gradients, strict=True):
+                parameter.grad = gradient
 
     def enter(self, layer: int, *, backward: bool) -> None:
         """Gives the layer's groups their adapters and, in backward, where gradients are added."""
         span = self._spans[layer]
-        if not span.groups:
+        if not span.shares:
             return
         if self.host is not None:
             self.host.receive(span.parameters)
@@ -118,33 +161,34 @@ class AdapterBank:
         elif backward:
             assert self.gradients is not None
             gradients = self.gradients[span.whole]
-        for group, place in span.groups:
-            group.a, group.b = _cut(group, copies[place])
+        for share in span.shares:
+            share.group.a, share.group.b = share.cut(copies)
             if gradients is not None:
-                group.grad_a, group.grad_b = _cut(group, gradients[place])
+                share.group.grad_a, share.group.grad_b = share.cut(gradients)
         if gradients is not None and self.leaving:
-            self._show(span, gradients)
+            views = self._like(span, gradients)
+            for parameter, gradient in zip(span.parameters, views, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = gradient
 
     def leave(self, layer: int, *, backward: bool) -> None:
         """Takes the copies back; gradients that leave the device begin to."""
         span = self._spans[layer]
-        for group, _ in span.groups:
-            group.a = group.grad_a = None
-            group.b, group.grad_b = [], []
-        if backward and self.leaving and span.groups:
+        for share in span.shares:
+            share.group.a = share.group.grad_a = None
+            share.group.b, share.group.grad_b = [], []
+        if backward and self.leaving and span.shares:
             assert self.host is not None
             self.host.send_down(span.parameters)
 
     @staticmethod
-    def _show(span: _Span, gradients: Tensor) -> None:
-        """Makes the layer's part of the gradients its parameters' own."""
-        for parameter in span.parameters:
-            if parameter.grad is None:
-                parameter.grad = gradients.as_strided(
-                    parameter.shape,
-                    parameter.stride(),
-                    gradients.storage_offset() + parameter.storage_offset() - span.start,
-                )
+    def _like(span: _Span, gradients: Tensor) -> list[Tensor]:
+        """The layer's part of the gradients, cut as its parameters are."""
+        before = gradients.storage_offset() - span.start
+        return [
+            gradients.as_strided(p.shape, p.stride(), before + p.storage_offset())
+            for p in span.parameters
+        ]
 
 
 def _linears(lora: LoraLinear) -> list[nn.Linear]:
@@ -154,15 +198,3 @@ def _linears(lora: LoraLinear) -> list[nn.Linear]:
 def _matrices(lora: LoraLinear) -> list[Tensor]:
     """A (r, in) and B (out, r)."""
     return [linear.weight for linear in _linears(lora)]
-
-
-def _cut(group: LinearGroup, place: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The group's matrices in its part: every A as one (adapters * r, in), then each B (out, r)."""
-    shapes = [[w.shape for w in _matrices(lora)] for lora in group.adapters]
-    rows, features = sum(a[0] for a, _ in shapes), shapes[0][0][1]
-    end = rows * features
-    a, b = place[:end].view(rows, features), []
-    for _, shape in shapes:
-        b.append(place[end : end + shape.numel()].view(shape))
-        end += shape.numel()
-    return a, b

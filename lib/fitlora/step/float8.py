@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fitlora.step.ops import define, library
+from fitlora.step.ops import define, dequantize_4bit, implement
 
 LARGEST = 448.0  # of e4m3
 MULTIPLE = 16  # of the contracted and the output dimension; the rows of an activation are free
@@ -62,9 +62,7 @@ def _quantize_rows_cuda(*arguments: Any) -> None:
     quantize_rows(*arguments)
 
 
-library.impl("quantize_rows", _quantize_rows_cpu, "CPU")
-library.impl("quantize_rows", _quantize_rows_cuda, "CUDA")
-library.impl("quantize_rows", lambda *arguments: None, "Meta")
+quantize_rows = implement("quantize_rows", _quantize_rows_cpu, _quantize_rows_cuda)
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -104,7 +102,7 @@ def _dequantize_float8_cpu(
     assert columns % block_size == 0
     scales = torch.empty(absmax.shape, dtype=torch.float32)
     weight = torch.empty(rows, columns, dtype=torch.float32)
-    torch.ops.fitlora.dequantize_4bit(
+    dequantize_4bit(
         packed, absmax, nested_absmax, nested_code, nested_offset, scales, weight, block_size,
         quant_type,
     )  # fmt: skip
@@ -120,9 +118,7 @@ def _dequantize_float8_cuda(*arguments: Any) -> None:
     dequantize_float8(*arguments)
 
 
-library.impl("dequantize_float8", _dequantize_float8_cpu, "CPU")
-library.impl("dequantize_float8", _dequantize_float8_cuda, "CUDA")
-library.impl("dequantize_float8", lambda *arguments: None, "Meta")
+dequantize_float8 = implement("dequantize_float8", _dequantize_float8_cpu, _dequantize_float8_cuda)
 
 
 # --- products ------------------------------------------------------------------------------------
@@ -163,6 +159,4 @@ def _scaled_product_cuda(
     )
 
 
-library.impl("scaled_product", _scaled_product_cpu, "CPU")
-library.impl("scaled_product", _scaled_product_cuda, "CUDA")
-library.impl("scaled_product", lambda *arguments: None, "Meta")
+scaled_product = implement("scaled_product", _scaled_product_cpu, _scaled_product_cuda)

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fitlora.step.float8 import weight_fits
+from fitlora.step.float8 import dequantize_float8, quantize_rows, scaled_product, weight_fits
 from fitlora.step.linear import AnyFrozenLinear, Linear4bit
 
 _E4M3 = torch.float8_e4m3fn
@@ -42,7 +42,7 @@ class Float8Products:
         for run in self.runs:
             weight, row_scales = self._weight(run, x, transposed=False)
             out = x.new_empty(len(x), len(weight))
-            torch.ops.fitlora.scaled_product(quantized, scales, weight, row_scales, out)
+            scaled_product(quantized, scales, weight, row_scales, out)
             del weight
             outputs += out.split([self.sizes[i] for i in run], 1)
         return outputs
@@ -55,7 +55,7 @@ class Float8Products:
             quantized, scales = _quantize(dy, row_scales)
             part = dy.new_empty(len(dy), len(weight))
             ones = torch.ones(len(weight), dtype=torch.float32, device=dy.device)
-            torch.ops.fitlora.scaled_product(quantized, scales, weight, ones, part)
+            scaled_product(quantized, scales, weight, ones, part)
             del weight, quantized
             dx = part if dx is None else dx.add_(part)
         assert dx is not None
@@ -71,7 +71,7 @@ class Float8Products:
         places = whole.split(sizes, 1 if transposed else 0)
         for i, place, part in zip(run, places, scales.split(sizes), strict=True):
             layer = self.layers[i]
-            torch.ops.fitlora.dequantize_float8(
+            dequantize_float8(
                 layer.weight, layer.absmax, layer.nested_absmax, layer.nested_code,
                 layer.nested_offset, part, place, transposed, layer.spec.block_size, layer.spec.type,
             )  # fmt: skip
@@ -81,5 +81,5 @@ class Float8Products:
 def _quantize(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     out = torch.empty(x.shape, dtype=_E4M3, device=x.device)
     scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    torch.ops.fitlora.quantize_rows(x, column_scale, out, scales)
+    quantize_rows(x, column_scale, out, scales)
     return out, scales

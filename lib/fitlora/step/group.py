@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fitlora.step import ops
 from fitlora.step.float8_products import Float8Products
 from fitlora.step.linear import AnyFrozenLinear, LoraLinear
 
@@ -34,6 +35,7 @@ class LinearGroup:
         self.fused = fused and len(modules) > 1
         self.sizes = [m.out_features for m in self.frozen]
         self.adapters = [m for m in self.adapted if m is not None]
+        self.numbered = [(i, lora) for i, lora in enumerate(self.adapted) if lora is not None]
         # where the adapters' 16-bit weights and their gradients lie; the bank fills these in
         self.a: Tensor | None = None  # (adapters * r, in)
         self.b: list[Tensor] = []  # (out, r) of each adapter
@@ -145,17 +147,14 @@ class LinearGroup:
         dropped = self._dropped(x, keys)
         if h is None:
             h = torch.mm(dropped, self.a.t())
-        self.grad_a.add_(torch.mm(dh.t(), dropped))
+        ops.add_product(dh, dropped, 1.0, self.grad_a)
         del dropped
         for (index, lora), part, grad in zip(
-            self._numbered(), self._parts(h), self.grad_b, strict=True
+            self.numbered, self._parts(h), self.grad_b, strict=True
         ):
-            grad.add_(torch.mm(gradients[index].t(), part), alpha=lora.scale)
+            ops.add_product(gradients[index], part, lora.scale, grad)
 
     # --- pieces ----------------------------------------------------------------------------------
-
-    def _numbered(self) -> list[tuple[int, LoraLinear]]:
-        return [(i, lora) for i, lora in enumerate(self.adapted) if lora is not None]
 
     def _parts(self, h: Tensor) -> tuple[Tensor, ...]:
         return h.chunk(len(self.adapters), 1)
@@ -165,10 +164,9 @@ class LinearGroup:
             return None
         assert self.a is not None
         dh = gradients[0].new_empty(len(gradients[0]), len(self.a))
-        numbered = zip(self._numbered(), self._parts(dh), self.b, strict=True)
+        numbered = zip(self.numbered, self._parts(dh), self.b, strict=True)
         for (index, lora), part, b in numbered:
-            torch.mm(gradients[index], b, out=part)
-            part.mul_(lora.scale)
+            part.addmm_(gradients[index], b, beta=0, alpha=lora.scale)
         return dh
 
     def _fused_weight(self, like: Tensor) -> Tensor:
@@ -186,7 +184,7 @@ class LinearGroup:
 
     def _drop(self, x: Tensor, keys: Tensor, out: Tensor, *, accumulate: bool) -> None:
         lora = self.adapters[0]
-        torch.ops.fitlora.dropout(x, keys, lora.stream, lora.rate, out, accumulate)
+        ops.dropout(x, keys, lora.stream, lora.rate, out, accumulate)
 
 
 def joined(slices: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fitlora.plan import Kept
-from fitlora.step import pointwise  # noqa: F401  (defines the operators that are called below)
+from fitlora.step import pointwise
 from fitlora.step.attention import attend, attend_backward
 from fitlora.step.batch import MicroBatch
 from fitlora.step.group import LinearGroup, joined
@@ -44,18 +44,18 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        torch.ops.fitlora.rms_norm(x, self.weight, self.eps, self.offset, out)
+        pointwise.rms_norm(x, self.weight, self.eps, self.offset, out)
         return out
 
     def after_add(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """a + b, in the memory of b, and its norm."""
         out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-        torch.ops.fitlora.add_rms_norm(a, b, self.weight, self.eps, self.offset, b, out)
+        pointwise.add_rms_norm(a, b, self.weight, self.eps, self.offset, b, out)
         return b, out
 
     def backward(self, dy: Tensor, x: Tensor, residual: Tensor | None, out: Tensor) -> Tensor:
         """The gradient of x, plus `residual`, written to `out`, which may be dy."""
-        torch.ops.fitlora.rms_norm_backward(
+        pointwise.rms_norm_backward(
             dy, x, self.weight, self.eps, self.offset, residual, out
         )
         return out
@@ -156,7 +156,7 @@ class DecoderLayer:
         saved.qkv = joined(parts)
         if self.q_norm is None:
             q, k, _ = self._heads(saved.qkv)
-            torch.ops.fitlora.rope(q, k, positions.cos, positions.sin, False)
+            pointwise.rope(q, k, positions.cos, positions.sin, False)
 
     def _attend(self, saved: Saved, batch: MicroBatch, positions: Positions) -> None:
         q, k, v = self._rotated(_known(saved.qkv), positions)
@@ -190,7 +190,7 @@ class DecoderLayer:
         """down(act(gate) * up); where not to `keep`, gate and up are given up on the way."""
         gate, up = _halves(saved.gate_up)
         m = gate.new_empty(gate.shape) if keep else gate
-        torch.ops.fitlora.glu(gate, up, self.activation, m)
+        pointwise.glu(gate, up, self.activation, m)
         del gate, up
         if not keep:
             saved.gate_up, saved.gate_up_narrow = [], None
@@ -239,7 +239,7 @@ class DecoderLayer:
         if self.mlp_out_norm is not None:  # the one product more that a norm behind it needs
             gate, up = _halves(saved.gate_up)
             m = gate.new_empty(gate.shape)
-            torch.ops.fitlora.glu(gate, up, self.activation, m)
+            pointwise.glu(gate, up, self.activation, m)
             (saved.down,), saved.down_narrow = self.down.forward(m, keys)
 
     def _mlp_backward(
@@ -257,7 +257,7 @@ class DecoderLayer:
         m, narrow_grad = self.down.input_gradient([out_grad], keys, wanted=True)
         assert m is not None
         gate, up = _halves(saved.gate_up)
-        torch.ops.fitlora.glu_backward(m, gate, up, self.activation)
+        pointwise.glu_backward(m, gate, up, self.activation)
         self.down.adapter_gradients([out_grad], m, saved.down_narrow, narrow_grad, keys)
         del m, gate, up, out_grad
         dn, narrow_grad = self.gate_up.input_gradient(saved.gate_up, keys, wanted=True)
@@ -311,7 +311,7 @@ class DecoderLayer:
             saved.attention, batch, self.scale, self.window, self.softcap,
         )  # fmt: skip
         del q, k, v
-        torch.ops.fitlora.rope(dq, dk, positions.cos, positions.sin, True)
+        pointwise.rope(dq, dk, positions.cos, positions.sin, True)
         whole = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
         q_place, k_place, v_place = self._heads(whole)
         v_place.copy_(dv)
@@ -339,7 +339,7 @@ class DecoderLayer:
         q, k, v = self._heads(qkv)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-            torch.ops.fitlora.rope(q, k, positions.cos, positions.sin, False)
+            pointwise.rope(q, k, positions.cos, positions.sin, False)
         return q, k, v
 
 

@@ -17,6 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from fitlora.quantization.layout import NESTED_BLOCK_SIZE, QuantSpec
+from fitlora.step import ops
 from fitlora.step.batch import StepContext
 
 
@@ -93,7 +94,7 @@ class Linear4bit(nn.Module):
         scales = torch.empty(
             self.absmax.shape if nested else (0,), dtype=torch.float32, device=out.device
         )
-        torch.ops.fitlora.dequantize_4bit(
+        ops.dequantize_4bit(
             self.weight,
             self.absmax,
             self.nested_absmax,
@@ -228,7 +229,7 @@ class LoraLinear(nn.Module, LoraLayer):
         if self.dropout == 0.0:
             return x
         out = torch.empty_like(x)
-        torch.ops.fitlora.dropout(x, self.context.row_keys, self.stream, self.dropout, out, False)
+        ops.dropout(x, self.context.row_keys, self.stream, self.dropout, out, False)
         return out
 
     def add_dropped_grad(self, dx: Tensor, dh: Tensor, a: Tensor) -> None:
@@ -236,9 +237,7 @@ class LoraLinear(nn.Module, LoraLayer):
         if self.dropout == 0.0:
             dx.addmm_(dh, a)
             return
-        torch.ops.fitlora.dropout(
-            torch.mm(dh, a), self.context.row_keys, self.stream, self.dropout, dx, True
-        )
+        ops.dropout(torch.mm(dh, a), self.context.row_keys, self.stream, self.dropout, dx, True)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fitlora.step import pointwise  # noqa: F401  (defines the operator that is called below)
+from fitlora.step.pointwise import cross_entropy
 
 
 def head_loss(
@@ -37,9 +37,7 @@ def head_loss(
         logits = torch.mm(hidden[part], weight.t())
         if bias is not None:
             logits.add_(bias)
-        torch.ops.fitlora.cross_entropy(
-            logits, targets[part], scale, softcap, losses[part], gradient
-        )
+        cross_entropy(logits, targets[part], scale, softcap, losses[part], gradient)
         if grad is not None:
             torch.mm(logits, weight, out=grad[part])
         del logits

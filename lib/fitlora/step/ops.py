@@ -5,6 +5,9 @@ thing. An operator allocates nothing that outlives it and, where we write the ke
 outputs and scratch are made by the caller with `torch.empty` and mutated. What a library's kernel
 allocates inside and frees again is told to the trace by `scratch_bytes`, beside the operator that
 calls it.
+
+The dispatcher takes longer than the launch of a small kernel, and a step on few tokens waits for its
+launches. So the step calls what `implement` returns, which hands plain tensors on a GPU to the kernel.
 """
 
 import itertools
@@ -13,7 +16,7 @@ from typing import Any
 
 import bitsandbytes  # noqa: F401  (defines the operators that are called below)
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fitlora.quantization.layout import NESTED_BLOCK_SIZE
 
@@ -25,6 +28,29 @@ scratch_bytes: dict[str, Callable[..., list[int]]] = {}
 
 def define(schema: str) -> None:
     library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+
+
+def implement(
+    name: str,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    meta: Callable[..., Any] = lambda *arguments: None,
+) -> Callable[..., Any]:
+    """Gives a defined operator its kernels; returns it as the step calls it.
+
+    Fake tensors and whatever else is no plain tensor go through the dispatcher, where a trace sees
+    them.
+    """
+    for kernel, device in ((cpu, "CPU"), (cuda, "CUDA"), (meta, "Meta")):
+        library.impl(name, kernel, device)
+    registered = getattr(torch.ops.fitlora, name).default
+
+    def call(first: Tensor, *rest: Any) -> Any:
+        if first.is_cuda and type(first) in (Tensor, nn.Parameter):
+            return cuda(first, *rest)
+        return registered(first, *rest)
+
+    return call
 
 
 # --- 4-bit weights -------------------------------------------------------------------------------
@@ -72,9 +98,27 @@ def _dequantize_4bit_cuda(*arguments: Any) -> None:
     dequantize_4bit(*arguments)
 
 
-library.impl("dequantize_4bit", _dequantize_4bit_cpu, "CPU")
-library.impl("dequantize_4bit", _dequantize_4bit_cuda, "CUDA")
-library.impl("dequantize_4bit", lambda *arguments: None, "Meta")
+dequantize_4bit = implement("dequantize_4bit", _dequantize_4bit_cpu, _dequantize_4bit_cuda)
+
+
+# --- gradients of adapters -------------------------------------------------------------------------
+
+define("add_product(Tensor a, Tensor b, float scale, Tensor(a!) out) -> ()")
+
+
+def _add_product_cpu(a: Tensor, b: Tensor, scale: float, out: Tensor) -> None:
+    """out += scale * a^T b. a: (tokens, n), b: (tokens, m), out: (n, m), of their type or float32."""
+    out.add_(torch.mm(a.t(), b), alpha=scale)
+
+
+def _add_product_cuda(a: Tensor, b: Tensor, scale: float, out: Tensor) -> None:
+    if out.dtype == a.dtype:
+        out.addmm_(a.t(), b, alpha=scale)
+    else:  # 16-bit factors, summed and added in float32
+        torch.ops.aten.addmm.dtype_out(out, a.t(), b, out.dtype, alpha=scale, out=out)
+
+
+add_product = implement("add_product", _add_product_cpu, _add_product_cuda)
 
 
 # --- dropout -------------------------------------------------------------------------------------
@@ -157,9 +201,7 @@ def _dropout_cuda(
     dropout(x, row_keys, stream, keep_threshold(p), out, accumulate)
 
 
-library.impl("dropout", _dropout_cpu, "CPU")
-library.impl("dropout", _dropout_cuda, "CUDA")
-library.impl("dropout", lambda *arguments: None, "Meta")
+dropout = implement("dropout", _dropout_cpu, _dropout_cuda)
 
 
 # --- attention over sequences that lie behind each other -------------------------------------------
@@ -327,10 +369,11 @@ def _attention_backward_scratch(
     return blocks
 
 
-library.impl("attention", _attention_cpu, "CPU")
-library.impl("attention", _attention_cuda, "CUDA")
-library.impl("attention", _attention_meta, "Meta")
-library.impl("attention_backward", _attention_backward_cpu, "CPU")
-library.impl("attention_backward", _attention_backward_cuda, "CUDA")
-library.impl("attention_backward", _attention_backward_meta, "Meta")
+attention = implement("attention", _attention_cpu, _attention_cuda, _attention_meta)
+attention_backward = implement(
+    "attention_backward",
+    _attention_backward_cpu,
+    _attention_backward_cuda,
+    _attention_backward_meta,
+)
 scratch_bytes["fitlora::attention_backward"] = _attention_backward_scratch

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitlora.step.ops import define, library
+from fitlora.step.ops import define, implement
 
 _CHUNK_ELEMENTS = 1 << 16  # of one tensor: a handful of such chunks stay in a core's cache
 
@@ -40,11 +40,9 @@ def _on_cuda(name: str) -> Callable[..., None]:
     return run
 
 
-def _register(name: str, arguments: str, cpu: Callable[..., None]) -> None:
+def _register(name: str, arguments: str, cpu: Callable[..., None]) -> Callable[..., None]:
     define(f"{name}({arguments}) -> ()")
-    library.impl(name, cpu, "CPU")
-    library.impl(name, _on_cuda(name), "CUDA")
-    library.impl(name, lambda *arguments: None, "Meta")
+    return implement(name, cpu, _on_cuda(name))
 
 
 # --- RMS norm ------------------------------------------------------------------------------------
@@ -105,13 +103,15 @@ def _rms_norm_backward(
         dx[part] = grad if residual_grad is None else grad.add_(residual_grad[part])
 
 
-_register("rms_norm", "Tensor x, Tensor weight, float eps, float offset, Tensor(a!) out", _rms_norm)
-_register(
+rms_norm = _register(
+    "rms_norm", "Tensor x, Tensor weight, float eps, float offset, Tensor(a!) out", _rms_norm
+)
+add_rms_norm = _register(
     "add_rms_norm",
     "Tensor a, Tensor b, Tensor weight, float eps, float offset, Tensor(a!) total, Tensor(b!) out",
     _add_rms_norm,
 )
-_register(
+rms_norm_backward = _register(
     "rms_norm_backward",
     "Tensor dy, Tensor x, Tensor weight, float eps, float offset, Tensor? residual_grad, "
     "Tensor(a!) dx",
@@ -144,7 +144,7 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Non
             second.copy_(new_second)
 
 
-_register("rope", "Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, bool backward", _rope)
+rope = _register("rope", "Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, bool backward", _rope)
 
 
 # --- gated units ---------------------------------------------------------------------------------
@@ -178,8 +178,10 @@ def _glu_backward(dm: Tensor, gate: Tensor, up: Tensor, kind: str) -> None:
         dm[part] = out
 
 
-_register("glu", "Tensor gate, Tensor up, str kind, Tensor(a!) out", _glu)
-_register("glu_backward", "Tensor(a!) dm, Tensor(b!) gate, Tensor(c!) up, str kind", _glu_backward)
+glu = _register("glu", "Tensor gate, Tensor up, str kind, Tensor(a!) out", _glu)
+glu_backward = _register(
+    "glu_backward", "Tensor(a!) dm, Tensor(b!) gate, Tensor(c!) up, str kind", _glu_backward
+)
 
 
 # --- cross-entropy -------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ def _cross_entropy(
         logits[part] = grad
 
 
-_register(
+cross_entropy = _register(
     "cross_entropy",
     "Tensor(a!) logits, Tensor targets, float scale, float softcap, Tensor(b!) losses, "
     "bool gradient",

@@ -136,7 +136,8 @@ class TrainingStep:
         reduce_gradients: None where this device has it all.
         """
         assert self.optimizer is not None, "the step was built without adapters"
-        self.model.train()
+        if not self.model.training:  # asking thousands of modules takes milliseconds
+            self.model.train()
         mine = sum(s.target_tokens for s in sequences)
         total = mine if total_target_tokens is None else total_target_tokens
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
