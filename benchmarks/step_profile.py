@@ -1,17 +1,18 @@
 """Where a step's time goes: every kernel of one optimizer step, by name, against the floor.
 
-    python -m benchmarks.step_profile --model llama-3-8b --micro-batch 4 --recompute none
+    python -m benchmarks.step_profile --shapes 1x512 1x2048 4x2048 --recompute none
 
 The floor is the products of frozen weights alone (4 FLOP a parameter and token, 6 with full
-recomputation) at the rate that one large bf16 product reaches on the same device in the same run.
+recomputation) at the rate that one large bf16 product reaches on the same device in the same run. A
+step that takes much longer than its kernels waits for their launches; how much of that CUDA graphs
+could save is told by replaying its forward and backward as one.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,14 @@ from fitlora.memory.estimate import sequences_of
 from fitlora.params import check_params
 from fitlora.plan import Plan
 from fitlora.planner.search import loss_chunk
+from fitlora.step.batch import make_micro_batch
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import RandomWeights
+
+Shape = tuple[int, int]  # micro-batch, tokens
+Table = dict[str, tuple[float, int]]  # milliseconds and calls of each kernel
 
 
 def product_flops_per_second(device: torch.device) -> float:
@@ -43,7 +48,7 @@ def product_flops_per_second(device: torch.device) -> float:
     return 2 * 8192**3 / statistics.median(times[5:])
 
 
-def kernels(step: TrainingStep, batch: Sequence[Any]) -> dict[str, tuple[float, int]]:
+def kernels(step: TrainingStep, batch: Sequence[Any]) -> Table:
     """Milliseconds and calls of every kernel of one optimizer step, the slowest first."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -58,64 +63,118 @@ def kernels(step: TrainingStep, batch: Sequence[Any]) -> dict[str, tuple[float, 
     return dict(sorted(rows.items(), key=lambda item: -item[1][0]))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=SHAPES, default="llama-3-8b")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--recompute", choices=["all", "none"], default="none")
-    parser.add_argument("--top", type=int, default=30)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(argv)
-    config = shape_config(args.model)
-    device = torch.device("cuda")
-    layers = config.num_hidden_layers
-    plan = Plan(
-        device="cuda",
-        effective_batch_size=args.micro_batch,
-        micro_batch_size=args.micro_batch,
-        evaluation_batch_size=args.micro_batch,
-        sequence_length=args.tokens,
-        recompute_layers=tuple(range(layers)) if args.recompute == "all" else (),
-        compute_dtype="bfloat16",
-        optimizer="adamw",
-        loss_chunk_tokens=loss_chunk(config.vocab_size),
-    )
-    settings = StepSettings.of(check_params({"lora": {"dropout": 0.0}}))
-    step = build_step(config, plan, settings, RandomWeights(device))
-    size = SequenceSize(tokens=args.tokens, target_tokens=args.tokens - 1)
-    batch = sequences_of([size] * args.micro_batch)
+def replayed_seconds(step: TrainingStep, batch: Sequence[Any], runs: int = 5) -> float:
+    """Median seconds of a micro-batch's forward and backward when no launch is waited for.
+
+    They are captured as a CUDA graph once and replayed, which is what graphs could save at most.
+    """
+    sequences = make_micro_batch(batch, seed=0, step=0, device=torch.device("cuda"))
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    step.network.begin(step.plan)
+    with torch.cuda.graph(graph, stream=stream):
+        step.network.train(sequences, scale=1.0, phase=step.phase)
+    seconds = timed(graph.replay, runs)
+    step.abandon()
+    return statistics.median(seconds)
+
+
+def timed(run: Callable[[], Any], runs: int) -> list[float]:
+    """Seconds of each run, waited for."""
     seconds = []
-    for index in range(8):
+    for _ in range(runs):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        step.run(batch, step=index, learning_rate=0.0)
+        run()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[3:])
-    tokens = args.micro_batch * args.tokens
-    rate = product_flops_per_second(device)
+    return seconds
+
+
+def profiled(step: TrainingStep, shape: Shape, product_rate: float) -> tuple[dict[str, Any], Table]:
+    """What a step of this shape takes, beside its floor, and its kernels."""
+    micro_batch, tokens = shape
+    batch = sequences_of([SequenceSize(tokens=tokens, target_tokens=tokens - 1)] * micro_batch)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = timed(lambda: step.run(batch, step=0, learning_rate=0.0), 8)
+    reserved = torch.cuda.max_memory_reserved()
+    table = kernels(step, batch)
+    config = step.model.config
     frozen = sum(
         m.in_features * m.out_features
         for m in step.model.modules()
         if hasattr(m, "spec") and hasattr(m, "in_features")
     ) + config.vocab_size * config.hidden_size  # fmt: skip
-    floor = tokens * frozen * (6 if args.recompute == "all" else 4) / rate
-    table = kernels(step, batch)
-    total = sum(ms for ms, _ in table.values())
-    print(
-        f"{median * 1000:.1f} ms, {tokens / median:,.0f} tokens/s, kernels {total:.1f} ms, "
-        f"floor {floor * 1000:.1f} ms ({tokens / floor:,.0f} tokens/s) at {rate / 1e12:.0f} TFLOP/s; "
-        f"reserved {torch.cuda.max_memory_reserved() / 2**20:,.0f} MiB"
+    passes = 4 + 2 * len(step.plan.recompute_layers) / config.num_hidden_layers
+    median = statistics.median(seconds[3:])
+    found = {
+        "micro_batch": micro_batch,
+        "sequence_length": tokens,
+        "recomputed_layers": len(step.plan.recompute_layers),
+        "step_ms": median * 1000,
+        "tokens_per_second": micro_batch * tokens / median,
+        "kernels_ms": sum(ms for ms, _ in table.values()),
+        "launches": sum(calls for _, calls in table.values()),
+        "replayed_ms": replayed_seconds(step, batch) * 1000,
+        "floor_ms": micro_batch * tokens * frozen * passes / product_rate * 1000,
+        "product_flops_per_second": product_rate,
+        "peak_reserved_bytes": reserved,
+    }
+    return found, table
+
+
+def shape(text: str) -> Shape:
+    """4x2048: a micro-batch of 4 samples of 2,048 tokens."""
+    micro_batch, tokens = text.split("x")
+    return int(micro_batch), int(tokens)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, (ms, calls) in list(table.items())[: args.top]:
-        print(f"{ms:9.2f} ms {calls:6d} x  {name[:110]}")
-    if args.json is not None:
-        rows = [{"kernel": n[:200], "ms": ms, "calls": calls} for n, (ms, calls) in table.items()]
-        write_result(
-            args.json, "step_profile", rows, asked=json.loads(json.dumps(vars(args), default=str)),
-            step_seconds=median, tokens_per_second=tokens / median, floor_seconds=floor,
-        )  # fmt: skip
+    parser.add_argument("--model", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--shapes", type=shape, nargs="+", default=[(1, 512), (1, 2048), (4, 2048)])
+    parser.add_argument("--recompute", choices=["all", "none"], default="none")
+    parser.add_argument("--top", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    config = shape_config(args.model)
+    largest = max(micro_batch for micro_batch, _ in args.shapes)
+    plan = Plan(
+        device="cuda",
+        effective_batch_size=largest,
+        micro_batch_size=largest,
+        evaluation_batch_size=1,
+        sequence_length=max(tokens for _, tokens in args.shapes),
+        recompute_layers=tuple(range(config.num_hidden_layers)) if args.recompute == "all" else (),
+        compute_dtype="bfloat16",
+        optimizer="adamw",
+        loss_chunk_tokens=loss_chunk(config.vocab_size),
+    )
+    settings = StepSettings.of(check_params({"lora": {"dropout": 0.0}}))
+    step = build_step(config, plan, settings, RandomWeights(torch.device("cuda")))
+    rate = product_flops_per_second(torch.device("cuda"))
+    rows: list[dict[str, Any]] = []
+    slowest: list[dict[str, Any]] = []
+    for asked in args.shapes:
+        found, table = profiled(step, asked, rate)
+        print(
+            f"{found['micro_batch']} x {found['sequence_length']}: {found['step_ms']:.1f} ms "
+            f"({found['tokens_per_second']:,.0f} tokens/s), kernels {found['kernels_ms']:.1f} ms in "
+            f"{found['launches']:,} launches, forward and backward replayed "
+            f"{found['replayed_ms']:.1f} ms, floor {found['floor_ms']:.1f} ms "
+            f"at {rate / 1e12:.0f} TFLOP/s"
+        )
+        for name, (ms, calls) in list(table.items())[: args.top]:
+            print(f"{ms:9.2f} ms {calls:6d} x  {name[:110]}")
+        rows.append({"model": args.model, **found})
+        slowest += [
+            {"micro_batch": asked[0], "sequence_length": asked[1], "kernel": name[:200],
+             "ms": ms, "calls": calls}
+            for name, (ms, calls) in list(table.items())[: args.top]
+        ]  # fmt: skip
+        if args.json is not None:
+            write_result(args.json, "step_profile", rows, slowest_kernels=slowest)
 
 
 if __name__ == "__main__":
