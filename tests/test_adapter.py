@@ -12,6 +12,7 @@ from fitlora.adapter import CONFIG, WEIGHTS, adapter_config, load_adapter, save_
 from fitlora.errors import ArtifactError
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
 from fitlora.step.build import build_step, lora_targets
+from fitlora.step.linear import LoraLinear
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import CheckpointWeights
@@ -27,17 +28,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(folder, "llama", dtype=torch.float32, tokenizer=False)
 
 
-@pytest.fixture(scope="module")
-def step(checkpoint: Path) -> TrainingStep:
-    """A step in 16 bits whose adapters already do something."""
+def trained(checkpoint: Path, lora: LoraParams) -> TrainingStep:
+    """A step with adapters that already do something."""
     settings = StepSettings(
-        QuantizationParams(bits=16), LORA, TrainParams(learning_rate=1e-2, warmup_steps=0)
+        QuantizationParams(bits=16), lora, TrainParams(learning_rate=1e-2, warmup_steps=0)
     )
     weights = CheckpointWeights(checkpoint, torch.device("cpu"))
     made = build_step(make_config("llama"), steps.plan(), settings, weights)
     for index in range(3):
         made.run(steps.sequences(7), step=index, learning_rate=1e-2)
     return made
+
+
+@pytest.fixture(scope="module")
+def step(checkpoint: Path) -> TrainingStep:
+    return trained(checkpoint, LORA)
 
 
 def save(folder: Path, step: TrainingStep, lora: LoraParams = LORA) -> dict[str, Tensor]:
@@ -84,14 +89,20 @@ def test_the_config_says_what_peft_needs(step: TrainingStep, tmp_path: Path) -> 
             "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
         ],
         "task_type": "CAUSAL_LM",
+        "use_rslora": False,
     }  # fmt: skip
 
 
-def test_stock_peft_computes_the_same(step: TrainingStep, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rslora", [False, True])
+def test_stock_peft_computes_the_same(rslora: bool, checkpoint: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    save(tmp_path, step)
+    lora = LORA.model_copy(update={"rslora": rslora})
+    step = trained(checkpoint, lora)
+    save(tmp_path, step, lora)
+    scales = {m.scale for m in step.model.modules() if isinstance(m, LoraLinear)}
+    assert scales == {12 / 2 if rslora else 12 / 4}
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
@@ -99,7 +110,7 @@ def test_stock_peft_computes_the_same(step: TrainingStep, checkpoint: Path, tmp_
         adapted = PeftModel.from_pretrained(base, str(tmp_path)).eval()
         logits = adapted(input_ids=ids).logits
         step.model.eval()
-        step.context.lengths = [20]
+        step.context.lengths, step.context.kind = [20], "cpu"
         step.context.starts = torch.tensor([0, 20], dtype=torch.int32)
         model: Any = step.model
         found = model(input_ids=ids, position_ids=torch.arange(20)[None], use_cache=False).logits

@@ -489,6 +489,12 @@ CASES = (
         copy(ADAPTER, "mine"),
     ),
     Case(
+        "an adapter to go on from of another scale",
+        "train --set train.from_adapter=mine --set lora.rslora=true",
+        ("its rslora is False and lora.rslora is True", "set lora.rslora: False"),
+        copy(ADAPTER, "mine"),
+    ),
+    Case(
         "an adapter to go on from on other layers",
         "train --set train.from_adapter=mine --set lora.target_modules=[v_proj]",
         (

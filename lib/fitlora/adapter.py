@@ -35,6 +35,7 @@ def adapter_config(
         "revision": revision,
         "target_modules": sorted(target_modules),
         "task_type": "CAUSAL_LM",
+        "use_rslora": lora.rslora,
     }
 
 

@@ -198,6 +198,11 @@ class LoraParams(Section):
     alpha: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         32.0, description="the update is scaled by alpha / r; auto: twice the rank"
     )
+    rslora: bool = Field(
+        False,
+        description="rank-stabilised LoRA: the update is scaled by alpha / sqrt(r), so that high ranks "
+        "learn as fast as low ones",
+    )
     dropout: float = Field(0.05, ge=0, le=0.9, description="dropout on their input")
     target_modules: Literal["all-linear"] | Annotated[Names, Field(min_length=1)] = Field(
         "all-linear",

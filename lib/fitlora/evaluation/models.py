@@ -125,8 +125,10 @@ def check_adapter(folder: Path, lora: LoraParams) -> None:
         raise ArtifactError(f"{path} is missing; make it with: dvc repro train_adapters") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); {again}") from None
-    for key, wanted in (("r", lora.r), ("lora_alpha", lora.alpha)):
-        found = content.get(key) if isinstance(content, dict) else None
+    described = {"use_rslora": False, **content} if isinstance(content, dict) else {}
+    agreed = (("r", lora.r), ("lora_alpha", lora.alpha), ("use_rslora", lora.rslora))
+    for key, wanted in agreed:
+        found = described.get(key)
         if found != wanted:
             raise ArtifactError(f"{path} says {key} {found!r}, and params.yaml {wanted!r}; {again}")
     load_adapter(folder)

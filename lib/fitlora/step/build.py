@@ -177,6 +177,7 @@ def peft_config(model: nn.Module, lora: LoraParams) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=leaves,
+        use_rslora=lora.rslora,
         bias="none",
         task_type="CAUSAL_LM",
     )

@@ -55,9 +55,7 @@ class Norm:
 
     def backward(self, dy: Tensor, x: Tensor, residual: Tensor | None, out: Tensor) -> Tensor:
         """The gradient of x, plus `residual`, written to `out`, which may be dy."""
-        pointwise.rms_norm_backward(
-            dy, x, self.weight, self.eps, self.offset, residual, out
-        )
+        pointwise.rms_norm_backward(dy, x, self.weight, self.eps, self.offset, residual, out)
         return out
 
 

@@ -21,7 +21,7 @@ _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode",
     "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
-    "target_modules", "task_type",
+    "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 # Ways to start an adapter that leave the base model's weights alone.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -33,10 +33,15 @@ def read_start(folder: Path, lora: LoraParams) -> dict[str, Tensor]:
     Raises UserError where it is missing, damaged, of another kind, or not what `lora` says.
     """
     config = _read_config(folder)
+    wanted = {
+        "lora.r": (lora.r, config.get("r")),
+        "lora.alpha": (lora.alpha, config.get("lora_alpha")),
+        "lora.rslora": (lora.rslora, bool(config.get("use_rslora", False))),
+    }
     problems = [
-        f"its {key} is {config.get(key)!r} and {name} is {wanted!r}; set {name}: {config.get(key)!r}"
-        for key, name, wanted in (("r", "lora.r", lora.r), ("lora_alpha", "lora.alpha", lora.alpha))
-        if config.get(key) != wanted
+        f"its {name.removeprefix('lora.')} is {found!r} and {name} is {asked!r}; set {name}: {found!r}"
+        for name, (asked, found) in wanted.items()
+        if asked != found
     ]
     if config.get("peft_type") != "LORA":
         problems = [f"it is {config.get('peft_type')!r}, and FitLoRA trains LORA"]
