@@ -1,0 +1,82 @@
+"""The grid and the draw that the planner is held to, and what is made of the measurements."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks import planner_regret as regret
+from fitlora.units import GIB
+
+
+def test_every_plan_of_the_grid_is_a_plan_of_its_model() -> None:
+    for key, layouts in regret.GRID.items():
+        plans = [regret.grid_plan(key, layout, "cuda") for layout in layouts]
+        assert len({plan.fingerprint() for plan in plans}) == len(layouts)
+        assert {plan.sequence_length for plan in plans} == {key[1]}
+    assert regret.GRID.keys() == regret.BUDGETS_GIB.keys()
+
+
+def test_the_draw_is_the_seeds_and_has_sixty() -> None:
+    cases = regret.draw_cases(tiny=False)
+    assert cases == regret.draw_cases(tiny=False)
+    assert [case.case for case in cases] == list(range(60))
+    assert len({case.model for case in cases}) >= 10
+    assert {case.rank for case in cases} == {4, 8, 16, 32, 64}
+    assert len({case.sequence_length for case in cases}) == 5
+
+
+def test_plans_share_a_step_where_a_step_can_adopt_them() -> None:
+    key = ("llama-3-8b", 2048)
+    tasks = [
+        regret.Task(key[0], regret.grid_plan(key, layout, "cuda")) for layout in regret.GRID[key]
+    ]
+    resident = {task.built_with for task in tasks if not task.plan.uses_host}
+    assert len(resident) == 1
+    streamed = {task.built_with for task in tasks if task.plan.streamed_layers}
+    assert not resident & streamed
+    asked = regret.Question("llama-3-8b", 8, 2048)
+    held = regret.Task(key[0], tasks[0].plan, asked=asked)
+    assert held.built_with != tasks[0].built_with, "a limit is for one step alone"
+
+
+ANSWER = {
+    "model": "llama-3-8b", "sequence_length": 2048, "budget_gib": 8.0, "described": "mine",
+    "search_seconds": 9.0, "search_cpu_seconds": 8.0, "predicted_tokens_per_second": 110.0,
+    "predicted_process_bytes": 7 * GIB,
+}  # fmt: skip
+
+
+def measured(speed: float | None, gib: float, budget: float | None = None) -> dict[str, Any]:
+    found = {"tokens_per_second": speed} if speed is not None else {}
+    return {
+        "model": "llama-3-8b", "sequence_length": 2048, "budget_gib": budget,
+        "peak_reserved_bytes": int(gib * GIB), "described": f"{speed}", **found,
+    }  # fmt: skip
+
+
+def test_a_cell_is_held_against_what_fits_its_budget() -> None:
+    rows = [measured(100, 7, 8.0), measured(125, 7.5), measured(200, 7.9), measured(90, 3)]
+    found = regret.cell_row(ANSWER, rows, GIB // 4)
+    assert found is not None
+    assert (found["best_tokens_per_second"], found["compared_with"]) == (125, 2)
+    assert found["share_of_best"] == pytest.approx(0.8)
+    assert found["speed_error"] == pytest.approx(0.1)
+
+
+def test_a_chosen_plan_may_be_the_best_and_only_one() -> None:
+    found = regret.cell_row(ANSWER, [measured(100, 7, 8.0)], 0)
+    assert found is not None
+    assert (found["share_of_best"], found["best"]) == (1.0, None)
+    assert regret.cell_row(ANSWER, [measured(100, 7)], 0) is None
+
+
+def test_an_overflow_is_told() -> None:
+    mine = {**measured(None, 8, 8.0), "overflow": True}
+    row = regret.cell_row(ANSWER, [mine], 0)
+    assert row is not None
+    assert (row["overflows"], row["share_of_best"]) == (1, None)
+    trained = {"plan": {"micro_batch_size": 4}, "train_seconds": 1.0, "accelerate_micro_batch": 2}
+    cases = [trained, {**trained, "accelerate_micro_batch": 8}, {"plan": None, "refused": "no"}]
+    found = regret.summarize([row], cases)
+    assert (found["cells_overflowed"], found["cases_trained"], found["cases_refused"]) == (1, 2, 1)
+    assert found["micro_batch_at_least_accelerates"] == 1
