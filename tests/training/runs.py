@@ -15,6 +15,7 @@ from fitlora.planner.chain import Freedom
 from fitlora.planner.ladder import Ladder
 from fitlora.planner.size import ModelSize
 from fitlora.step.batch import TokenSequence
+from fitlora.training.agreement import Agreement
 from fitlora.training.batches import Batches
 from fitlora.training.checkpoint import Checkpoints
 from fitlora.training.identity import Identity
@@ -142,7 +143,14 @@ def make_run(
         log=log,
         record=log.write,
         checkpoints=Checkpoints(folder, Identity({"run": identity}), say=lambda text: None),
-        recovery=Recovery(build, ladder, log.write, torch.device("cpu"), wait=wait),
+        recovery=Recovery(
+            build,
+            ladder,
+            log.write,
+            torch.device("cpu"),
+            agreement=Agreement(ranks),
+            wait=wait,
+        ),
         ranks=ranks,
     )
     run.recovery.begin()

@@ -183,13 +183,21 @@ def test_ranks_add_up_to_one_process(devices: int, tmp_path: Path) -> None:
             torch.testing.assert_close(outcome.last[name], tensor, rtol=1e-3, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("place", ["backward", "update"])
+@pytest.mark.parametrize("place", ["backward", "update", "evaluation"])
 def test_one_rank_out_of_memory_has_all_of_them_begin_again(place: str, tmp_path: Path) -> None:
-    """Before the gradients are summed nothing is lost; after it, all go back to what is saved."""
+    """Before the gradients are summed nothing is lost; after it, all go back to what is saved.
+
+    Either way all of them go down to the same plan.
+    """
     whole, losses = run_real(tmp_path, real_step(1), Ranks())
     made = [real_step(2) for _ in range(2)]
     step, left = made[1], [True]
-    plain = step.network.train if place == "backward" else step.optimizer.step  # type: ignore[union-attr]
+    owner, name = {
+        "backward": (step.network, "train"),
+        "update": (step.optimizer, "step"),
+        "evaluation": (step.network, "loss"),
+    }[place]
+    plain = getattr(owner, name)
     calls = iter(range(100))
 
     def fails(*arguments: Any, **options: Any) -> Any:
@@ -198,12 +206,11 @@ def test_one_rank_out_of_memory_has_all_of_them_begin_again(place: str, tmp_path
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(*arguments, **options)
 
-    if place == "backward":
-        step.network.train = fails  # type: ignore[method-assign]
-    else:
-        step.optimizer.step = fails  # type: ignore[union-attr, method-assign]
+    setattr(owner, name, fails)
     found = in_ranks(2, lambda ranks: run_real(tmp_path / "two", made[ranks.rank], ranks))
     assert not left
+    assert made[0].plan == made[1].plan
+    assert (made[0].plan != real_step(2).plan) == (place != "update")
     for outcome, others in found:
         assert others == pytest.approx(losses, rel=ROUNDING)
         for name, tensor in whole.last.items():

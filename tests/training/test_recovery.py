@@ -15,9 +15,10 @@ from fitlora.errors import UserError
 from fitlora.plan import Plan
 from fitlora.planner.ladder import CALM_STEPS
 from fitlora.training import recovery
+from fitlora.training.agreement import Done, Overflow, attempt
 from fitlora.training.batches import Batches
 from fitlora.training.loop import Run
-from fitlora.training.recovery import WAITS, Done, HalfUpdated, Overflow, attempt
+from fitlora.training.recovery import WAITS, HalfUpdated
 from tests.step import steps
 from tests.training.runs import FakeStep, make_run
 

@@ -200,14 +200,14 @@ def test_a_signal_in_an_evaluation_loses_no_validation(tmp_path: Path) -> None:
     whole = real_run(tmp_path / "whole")
     expected = whole()
     run = real_run(tmp_path / "stopped")
-    plain, calls = run.step.evaluate, iter(range(100))
+    plain, calls = run.step.network.loss, iter(range(100))
 
-    def evaluate(sequences: Any) -> Any:
-        if next(calls) == 3:
+    def loss(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 2:
             run.stop.asked = signal.SIGTERM
-        return plain(sequences)
+        return plain(*arguments, **options)
 
-    run.step.evaluate = evaluate  # type: ignore[method-assign]
+    run.step.network.loss = loss  # type: ignore[method-assign]
     with pytest.raises(SystemExit):
         run()
     assert run.progress.done == 4

@@ -30,13 +30,10 @@ from fitlora.training.log import RunLog
 from fitlora.training.parallel import LostProcess, Ranks
 from fitlora.training.recovery import (
     WAITS,
-    Done,
     HalfUpdated,
     Learned,
     NothingSmaller,
-    Overflow,
     Recovery,
-    attempt,
 )
 from fitlora.training.stopping import Stop, StopAsked
 
@@ -56,10 +53,6 @@ class Outcome:
     best_loss: float | None
     best_step: int
     stopped_early: bool
-
-
-class _Elsewhere(torch.OutOfMemoryError):
-    """Another process ran out of memory, so that this step is not to be."""
 
 
 @dataclass
@@ -89,7 +82,6 @@ class Run:
         self._best: dict[str, Tensor] = {}
         self._saved: Progress | None = None
         self._setbacks: list[int] = []
-        self._summed = False  # whether the step under way has come to its update
         self._start = time.perf_counter()
 
     @property
@@ -220,13 +212,12 @@ class Run:
             )
 
         with self.tracker.measuring("step", lambda: self.step.tensors()):
-            result = self.recovery.carry_out(work, step=index + 1, attempt=self._together)
+            result = self.recovery.carry_out(work, step=index + 1)
         loss, norm = float(result.loss), float(result.gradient_norm)
         seconds = time.perf_counter() - start
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(self._diverged(f"the loss of step {index + 1} is {loss}", norm))
         self.progress = self.progress.model_copy(update={"done": index + 1})
-        self._summed = False
         tokens = sum(len(s.tokens) for s in batch)
         memory = self.tracker.update(step=index + 1)
         self.record(
@@ -245,36 +236,9 @@ class Run:
         )
 
     def _reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Sums over the processes, if all of them have come so far."""
-        if self.ranks.any(False):
-            raise _Elsewhere("another process ran out of memory")
-        self._summed = True
+        """Sums over the processes, if all of them have come so far; what follows is the update."""
+        self.recovery.agreement.commit()
         self.ranks.reduce(tensors)
-
-    def _together(self, work: Callable[[], StepResult]) -> Done[StepResult] | Overflow:
-        """The attempt of all processes: it is done by all of them, or by none."""
-        self._summed = False
-        if self.ranks.devices == 1:
-            return attempt(work)
-        told = False
-
-        def told_of() -> StepResult:
-            nonlocal told
-            try:
-                return work()
-            except _Elsewhere:
-                told = True
-                raise
-
-        found = attempt(told_of)
-        if self._summed:  # one that failed later leaves the others updated
-            failed = self.ranks.any(isinstance(found, Overflow))
-            self.step.half_updated = failed
-            if failed and isinstance(found, Done):
-                return Overflow("another process ran out of memory in its update")
-        elif not told:
-            self.ranks.any(True)
-        return found
 
     # --- validation -----------------------------------------------------------------------------------
 
@@ -297,19 +261,10 @@ class Run:
         """Mean loss over the validation rows' target tokens, over all ranks."""
         start = time.perf_counter()
         mine = share_of(self.validation, self.ranks.rank, self.ranks.devices)
-        summed = torch.zeros((), dtype=torch.float64, device=self.step.device)
-        count = 0
         with self.tracker.measuring("evaluation", lambda: self.step.tensors()):
-            while count < len(mine):
-                part = mine[count : count + self.step.plan.evaluation_batch_size]
-
-                def work(part: Sequence[TokenSequence] = part) -> tuple[Tensor, int]:
-                    return self.step.evaluate(part)
-
-                found, _ = self.recovery.carry_out(work, step=done, evaluation=True)
-                summed.add_(found)
-                count += len(part)
-        tokens = sum(sequence.target_tokens for sequence in mine)
+            summed, tokens = self.recovery.carry_out(
+                lambda: self.step.evaluate(mine), step=done, evaluation=True
+            )
         totals = torch.stack([summed, torch.full_like(summed, tokens)])
         self.ranks.reduce([totals])
         loss = float(totals[0] / totals[1])
@@ -329,7 +284,8 @@ class Run:
         """What there is to say where another process is gone; the first one saves what it can."""
         again = "the same command goes on from the newest checkpoint"
         if self.ranks.is_first:
-            if not self._summed:  # within an update there is nothing whole but what is saved
+            # within an update there is nothing whole but what is saved
+            if not self.recovery.agreement.committed:
                 self.step.abandon()
                 self._save()
             again = f"the same command goes on from step {self._saved_step}, which is saved"

@@ -67,8 +67,11 @@ class Ranks:
         """What the first process makes, on all of them."""
         return make()
 
-    def shared_memory(self) -> SharedMemory | None:
-        """Memory that the processes of this host have in common; None for one that is alone there."""
+    def shared_memory(self, wait: Callable[[], object]) -> SharedMemory | None:
+        """Memory that the processes of this host have in common; None for one that is alone there.
+
+        wait: returns when all processes have called it.
+        """
         return None
 
 
@@ -108,7 +111,7 @@ class JoinedRanks(Ranks):
             torch.distributed.broadcast_object_list(found, src=0, device=torch.device("cpu"))
         return found[0]  # type: ignore[no-any-return]
 
-    def shared_memory(self) -> SharedMemory | None:
+    def shared_memory(self, wait: Callable[[], object]) -> SharedMemory | None:
         file = new_file() if self.host_rank == 0 and self.host_devices > 1 else None
         process, number = self.gather((os.getpid(), file))[self._leader]
         if self.host_devices > 1 and file is None:
@@ -116,7 +119,7 @@ class JoinedRanks(Ranks):
         self.any(False)  # the first one's is open until all have it
         if file is None:
             return None
-        return SharedMemory(file, self.host_rank, self.host_devices, lambda: self.any(False))
+        return SharedMemory(file, self.host_rank, self.host_devices, wait)
 
 
 @contextmanager

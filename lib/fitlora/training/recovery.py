@@ -11,40 +11,28 @@ little, as what took the memory may go, and then ends with everything saved and 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fitlora.artifacts import Hardware
-from fitlora.device import available_bytes, give_back_memory, is_overflow, memory_now
+from fitlora.device import available_bytes, give_back_memory, memory_now
 from fitlora.errors import UserError
 from fitlora.memory.estimate import Estimator
 from fitlora.offload.host_memory import HostMemoryShort
 from fitlora.plan import Plan
 from fitlora.planner.ladder import Ladder
 from fitlora.step.training_step import TrainingStep
+from fitlora.training.agreement import Agreement, Done, attempt
+from fitlora.training.parallel import Ranks
 from fitlora.units import format_bytes
 
 Result = TypeVar("Result")
 
 # Seconds before the smallest plan is tried again.
 WAITS = (0.0, 1.0, 5.0, 20.0)
-
-
-@dataclass(frozen=True)
-class Done(Generic[Result]):
-    """What came of work that found its memory."""
-
-    result: Result
-
-
-@dataclass(frozen=True)
-class Overflow:
-    """Memory ran out; the first line of what was said."""
-
-    cause: str
 
 
 class NothingSmaller(UserError):
@@ -74,22 +62,12 @@ class Learned:
         step.load_optimizer_state(self.optimizer, self.numbers)
 
 
-def attempt(work: Callable[[], Result]) -> Done[Result] | Overflow:
-    """Does the work; an overflow is returned, with the handler and its traceback left behind."""
-    try:
-        return Done(work())
-    except (RuntimeError, MemoryError) as error:
-        if not is_overflow(error):
-            raise
-        lines = str(error).splitlines()
-        return Overflow(lines[0] if lines else type(error).__name__)
-
-
 class Recovery:
     """Has the step, and carries work out with it in the plan in use, or in smaller ones.
 
     build: makes a step for a plan, as it is before it has learned anything. record: takes the event of
-    each change of plan. suggest: told a plan that does not fit, says in figures what would.
+    each change of plan. agreement: of the processes that go down together. suggest: told a plan that
+    does not fit, says in figures what would.
 
     `begin` makes the first step. Nobody else may keep a step, as another may take its place and wants
     its memory; `made` is called with each. phase: the last phase of the step that was entered.
@@ -102,12 +80,14 @@ class Recovery:
         record: Callable[[dict[str, Any]], None],
         device: torch.device,
         *,
+        agreement: Agreement | None = None,
         suggest: Callable[[Plan], str] = lambda plan: "",
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         self.ladder, self.device, self.phase = ladder, device, ""
         self.made: Callable[[TrainingStep], None] = lambda step: None
         self._build, self._record, self._suggest, self.wait = build, record, suggest, wait
+        self.agreement = agreement or Agreement(Ranks())
         self._step: TrainingStep | None = None
         self._learned: Learned | None = None  # of a step that was put away
 
@@ -163,7 +143,6 @@ class Recovery:
         *,
         step: int,
         evaluation: bool = False,
-        attempt: Callable[[Callable[[], Result]], Done[Result] | Overflow] = attempt,
     ) -> Result:
         """The result of `work`, done again in smaller plans until it finds its memory.
 
@@ -172,13 +151,13 @@ class Recovery:
         """
         waits = iter(WAITS)
         while True:
-            found = attempt(work)
+            found = self.agreement.attempt(work)
             if isinstance(found, Done):
                 return found.result
             if self._step is not None:
                 self._step.abandon()
             give_back_memory()
-            if self._step is not None and self._step.half_updated:
+            if found.too_late or (self._step is not None and self._step.half_updated):
                 raise HalfUpdated(found.cause)
             before = self.ladder.plan
             if self.ladder.down(step, evaluation=evaluation) is not None:

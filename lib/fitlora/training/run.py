@@ -29,6 +29,7 @@ from fitlora.step.build import build_step, lora_targets, step_skeleton
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import CheckpointWeights
+from fitlora.training.agreement import Agreement
 from fitlora.training.batches import Batches
 from fitlora.training.checkpoint import Checkpoints
 from fitlora.training.data import TokenizedSplit, longest, sizes
@@ -90,11 +91,12 @@ def train(
     limit_memory(hardware)
     device = torch_device(hardware)
     accelerator = start_accelerator(params, device, places.scratch)
+    agreement = Agreement(ranks)
     weights = _weights(config, plan, settings, params, checkpoint, device)
 
     def build(plan: Plan) -> TrainingStep:
         host = HostMemory(hardware.host_budget_bytes // ranks.host_devices)
-        shared = ranks.shared_memory() if plan.uses_host else None
+        shared = ranks.shared_memory(agreement.meet) if plan.uses_host else None
         return build_step(config, plan, settings, weights, make_transport(device, host, shared))
 
     identity = identity_of(params, plan, checkpoint, rows, validation)
@@ -111,11 +113,12 @@ def train(
         ),
     )
     log = RunLog(places.log if first else None)
+    room = room_on(device, hardware)
     ladder = Ladder(
         plan,
         Freedom.most(plan, model_size(config, settings)),
         predictor(estimator, hardware),
-        room_on(device, hardware),
+        lambda: agreement.least(room()),
     )
     progress: TrainingProgress | None = None
 
@@ -133,7 +136,7 @@ def train(
         log=log,
         record=record,
         checkpoints=checkpoints,
-        recovery=Recovery(build, ladder, record, device),
+        recovery=Recovery(build, ladder, record, device, agreement=agreement),
         ranks=ranks,
     )
     with log, run.stop:
