@@ -149,7 +149,10 @@ class Faults:
             hit = self.bench.train_apart(folder, disturb)
             at = hit.last_step
             again = self.bench.train_apart(folder)
-            lost = max(0, at - again.resumed_at) if hit.status != 0 else 0
+            over = (
+                hit.status == 0 or hit.adapter == self.undisturbed.adapter
+            )  # nothing to go on with
+            lost = 0 if over else max(0, at - again.resumed_at)
             as_promised = lost <= (0 if orderly and "which is saved" in hit.output else _PROMISED)
             found = self._identical(again, lost)
             ending = hit.output.splitlines()[-1] if hit.output else ""

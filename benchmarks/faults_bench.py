@@ -37,6 +37,7 @@ from fitlora.artifacts import (
     PlanArtifact,
     Rates,
 )
+from fitlora.checkpoint import Checkpoint
 from fitlora.errors import UserError
 from fitlora.memory.trace import MemoryTrace
 from fitlora.memory.tracker import MemoryTracker
@@ -354,8 +355,11 @@ class LimitedMemory(MemoryTrace):
 
 @contextlib.contextmanager
 def _told_of_phases(enter: Callable[[str], Any]) -> Iterator[None]:
-    """Has `enter` entered with each phase of training that is entered, and with "loading"."""
-    plain, build = MemoryTracker.phase, run.build_step
+    """Has `enter` entered with each phase of training that is entered, and with "loading".
+
+    Of loading what safetensors does is left out: it maps the file and allocates nothing.
+    """
+    plain, build, read = MemoryTracker.phase, run.build_step, Checkpoint.tensor
 
     @contextlib.contextmanager
     def phase(self: MemoryTracker, name: str) -> Iterator[None]:
@@ -366,11 +370,17 @@ def _told_of_phases(enter: Callable[[str], Any]) -> Iterator[None]:
         with enter("loading"):
             return build(*arguments)
 
+    def tensor(self: Checkpoint, name: str) -> torch.Tensor:
+        with enter(""):
+            return read(self, name)
+
     MemoryTracker.phase, run.build_step = phase, loading  # type: ignore[method-assign]
+    Checkpoint.tensor = tensor  # type: ignore[method-assign]
     try:
         yield
     finally:
         MemoryTracker.phase, run.build_step = plain, build  # type: ignore[method-assign]
+        Checkpoint.tensor = read  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

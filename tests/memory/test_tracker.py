@@ -178,3 +178,18 @@ def test_its_own_time_is_known_and_small(tmp_path: Path) -> None:
     for step in range(20):
         tracker.update(step=step)
     assert 0 < tracker.own_seconds < 1
+
+
+def test_the_peaks_of_earlier_parts_are_taken_in(tmp_path: Path) -> None:
+    tracker = MemoryTracker(tmp_path, "cpu")
+    tracker.take_over(
+        [
+            {"event": "step", "allocated_bytes": 9, "reserved_bytes": None,
+             "phase_bytes": {"forward": 9, "backward": 8}},
+            {"event": "step", "allocated_bytes": None, "phase_bytes": {}},
+            {"event": "evaluation", "validation_loss": 1.0},
+        ]
+    )  # fmt: skip
+    assert tracker.phase_peaks == {"forward": 9, "backward": 8}
+    assert tracker.peak_allocated_bytes == 9
+    assert tracker.peak_reserved_bytes is None

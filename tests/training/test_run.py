@@ -1,6 +1,7 @@
 """A whole run on a tiny checkpoint: its files, and that memory was as predicted."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fitlora.params import Params, check_params
 from fitlora.plan import Plan
 from fitlora.step.training_step import TrainingStep
 from fitlora.training.data import TokenizedSplit
+from fitlora.training.loop import Run
 from fitlora.training.run import Places, _numbers, train
 from tests.rows import tokenized
 from tests.step import steps
@@ -187,6 +189,26 @@ def test_a_run_cut_short_is_found_and_ends_as_if_it_had_not_been(
     for name in (WEIGHTS, f"last/{WEIGHTS}"):
         assert (again.adapter / name).read_bytes() == (done[0].adapter / name).read_bytes()
     assert not list((again.scratch / "checkpoints").iterdir()), "a finished run needs none"
+
+
+def test_a_run_stopped_when_all_was_done_still_tells_its_memory(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Run._validate
+
+    def validate(self: Run) -> None:
+        plain(self)
+        if self.progress.done == self.total_steps:
+            self.stop.asked = signal.SIGTERM
+
+    monkeypatch.setattr(Run, "_validate", validate)
+    with pytest.raises(SystemExit):
+        train_in(tmp_path, checkpoint)
+    monkeypatch.undo()
+    places, end, _ = train_in(tmp_path, checkpoint)
+    records = [json.loads(line) for line in places.log.read_text().splitlines()]
+    peaks = [r["allocated_bytes"] for r in records if r.get("allocated_bytes")]
+    assert end["measured_peak_bytes"] == max(peaks)
 
 
 def test_curves_have_every_step_and_the_same_keys(

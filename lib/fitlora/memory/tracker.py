@@ -10,7 +10,7 @@ asked every half minute. Together that keeps a step within 0.5% of its speed.
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,17 @@ class MemoryTracker:
             self._book(name, trace.phase_peaks.get(name, 0))
         else:
             yield
+
+    def take_over(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Takes in the peaks of a run's earlier parts. records: of its log, of which steps have them."""
+        for record in records:
+            for name, peak in (record.get("phase_bytes") or {}).items():
+                self.phase_peaks[name] = max(self.phase_peaks.get(name, 0), peak)
+            peak = record.get("allocated_bytes") or 0
+            self.peak_allocated_bytes = max(self.peak_allocated_bytes, peak)
+            if self.peak_reserved_bytes is not None:
+                reserved = record.get("reserved_bytes") or 0
+                self.peak_reserved_bytes = max(self.peak_reserved_bytes, reserved)
 
     def _book(self, name: str, peak: int) -> None:
         for peaks in (self._phases, self.phase_peaks):

@@ -327,6 +327,7 @@ class Run:
         self.progress = self._saved = snapshot.progress
         self._best = dict(snapshot.best)
         self.log.restore(snapshot.log)
+        self.tracker.take_over(self.log.records)
         learned = Learned(snapshot.adapter, snapshot.optimizer, snapshot.numbers)
         self.recovery.go_on_from(learned, step=snapshot.progress.done + 1)
 

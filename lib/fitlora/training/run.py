@@ -178,11 +178,11 @@ def train(
         if first:  # a signal that comes now finds the run done, and lets it end
             write_text_atomically(places.curves, json.dumps(log.curves, indent=1) + "\n")
             _save(outcome, run.step.model, params, places.adapter)
-            checkpoints.clear()
             for line in end["recommendations"]:
                 say(f"memory: {line}")
             if places.memory_log is not None:
                 _write_memory_log(places.memory_log, end, tracker)
+            checkpoints.clear()  # last: what is killed before goes on from its end
     return end
 
 
