@@ -14,15 +14,15 @@ import pynvml
 import pytest
 import torch
 
-from fitlora import device, gpu_measurement, hardware, machine, rates
+from fitlora import device, gpu_facts, gpu_measurement, hardware, machine, rates
 from fitlora.artifacts import Gpu, Hardware, Rates
 from fitlora.errors import UserError
 from fitlora.params import HardwareParams, TargetParams
 from fitlora.units import GIB, MIB
 
 UUID = "GPU-12345678-0000-0000-0000-000000000000"
-RTX_3070 = machine.describe_gpu("RTX 3070", "8.6", 8 * GIB)
-RTX_4090 = machine.describe_gpu("RTX 4090", "8.9", 24 * GIB)
+RTX_3070 = gpu_facts.describe_gpu("RTX 3070", "8.6", 8 * GIB)
+RTX_4090 = gpu_facts.describe_gpu("RTX 4090", "8.9", 24 * GIB)
 TARGET = TargetParams(name="RTX 3070", memory="8GiB", compute_capability="8.6")
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -129,7 +129,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> int:
 
 def give_torch_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
     def properties(index: int) -> Any:
-        major, minor = machine.parse_capability(gpus[index].compute_capability)
+        major, minor = gpu_facts.parse_capability(gpus[index].compute_capability)
         return SimpleNamespace(
             name=gpus[index].name,
             major=major,
@@ -179,18 +179,18 @@ def measure_without_a_child(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> 
     ],
 )
 def test_types_follow_the_capability_as_a_version(capability: str, bf16: bool, fp8: bool) -> None:
-    gpu = machine.describe_gpu("a GPU", capability, GIB)
+    gpu = gpu_facts.describe_gpu("a GPU", capability, GIB)
     assert (gpu.bf16, gpu.fp8) == (bf16, fp8)
 
 
 def test_documented_sizes_of_a_gpu_that_is_not_here() -> None:
-    assert {c: machine.documented_workspace_bytes(c) for c in ("7.5", "8.6", "9.0", "12.0")} == {
+    assert {c: gpu_facts.documented_workspace_bytes(c) for c in ("7.5", "8.6", "9.0", "12.0")} == {
         "7.5": 2 * 8_519_680,
         "8.6": 2 * 8_519_680,
         "9.0": 64 * MIB,
         "12.0": 64 * MIB,
     }
-    assert {c: machine.documented_context_bytes(c) for c in ("8.6", "9.0", "12.0")} == {
+    assert {c: gpu_facts.documented_context_bytes(c) for c in ("8.6", "9.0", "12.0")} == {
         "8.6": 620 * MIB,
         "9.0": 620 * MIB,
         "12.0": 800 * MIB,
@@ -823,9 +823,9 @@ def test_real_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert 64 * MIB < made.context_bytes < 2 * GIB
     assert made.workspace_bytes % MIB == 0
     assert (
-        machine.CUBLAS_THREADS * machine.CUBLAS_BYTES
+        gpu_facts.CUBLAS_THREADS * gpu_facts.CUBLAS_BYTES
         <= made.workspace_bytes
-        <= 2 * machine.CUBLAS_THREADS * machine.CUBLAS_BYTES_LARGE
+        <= 2 * gpu_facts.CUBLAS_THREADS * gpu_facts.CUBLAS_BYTES_LARGE
     )
     rates = made.rates.model_dump()
     products = rates.pop("product_flops_per_second")

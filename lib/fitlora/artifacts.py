@@ -373,7 +373,7 @@ class MemoryEstimate(Artifact):
         description="the default's step from its forward to its evaluation, in order",
     )
     cards: tuple[Card, ...] = Field(
-        (), strict=False, description="GPUs of the usual sizes; empty where the CPU computes"
+        (), strict=False, description="GPUs of the usual sizes; empty in older records"
     )
     found: Found | None = Field(None, description="None where no param says auto")
 

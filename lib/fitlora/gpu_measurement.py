@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from fitlora.artifacts import Gpu, Rates, Record
 from fitlora.device import device_used_bytes, nvml_session, process_used_bytes
 from fitlora.errors import UserError
-from fitlora.machine import documented_context_bytes, visible_gpus
+from fitlora.gpu_facts import documented_context_bytes
+from fitlora.machine import visible_gpus
 from fitlora.rates import measure_gpu_rates
 from fitlora.units import GIB, MIB
 

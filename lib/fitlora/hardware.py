@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pynvml
 
-from fitlora import gpu_measurement, machine, rates
+from fitlora import gpu_facts, gpu_measurement, machine, rates
 from fitlora.artifacts import Gpu, Hardware, Rates
 from fitlora.console import say
 from fitlora.device import device_used_bytes, gpu_uuid, nvml_session
@@ -43,8 +43,8 @@ def profile(params: HardwareParams, disk: Path) -> Hardware:
 
     context_bytes = workspace_bytes = 0
     if params.target is not None:
-        context_bytes = machine.documented_context_bytes(params.target.compute_capability)
-        workspace_bytes = machine.documented_workspace_bytes(params.target.compute_capability)
+        context_bytes = gpu_facts.documented_context_bytes(params.target.compute_capability)
+        workspace_bytes = gpu_facts.documented_workspace_bytes(params.target.compute_capability)
         speeds = Rates(
             host_to_device_bytes_per_second=None,
             device_to_host_bytes_per_second=None,
@@ -104,7 +104,7 @@ def _find_gpus(params: HardwareParams) -> tuple[tuple[Gpu, ...], machine.Device]
                 f"hardware.target describes a GPU ({target.name}), but hardware.device is cpu; "
                 "set one of them to null or auto"
             )
-        gpu = machine.describe_gpu(
+        gpu = gpu_facts.describe_gpu(
             target.name, target.compute_capability, parse_bytes(target.memory)
         )
         return (gpu,), "cuda"

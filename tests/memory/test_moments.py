@@ -24,7 +24,7 @@ def test_the_last_step_and_its_evaluation_in_order() -> None:
     }
     found = moments({segment: level(size) for segment, size in segments.items()}, 100)
     assert [(m.name, m.components.weights) for m in found] == [
-        ("build", 4),
+        ("start", 4),
         ("forward of kept layers", 5),
         ("backward of kept layers", 6),
         ("optimizer", 7),
@@ -35,13 +35,16 @@ def test_the_last_step_and_its_evaluation_in_order() -> None:
 
 
 def test_micro_batches_are_told_apart_where_there_are_several() -> None:
-    segments = [Segment(0, n, phase, "") for n in (1, 2) for phase in ("forward", "backward")]
+    phases = ("forward", "build", "backward")
+    segments = [Segment(0, n, phase, "") for n in (1, 2) for phase in phases]
     segments.append(Segment(0, 2, "optimizer", ""))
     names = [m.name for m in moments({s: level(1) for s in segments}, 0)]
     assert names == [
         "micro-batch 1: forward",
+        "micro-batch 1: between phases",
         "micro-batch 1: backward",
         "micro-batch 2: forward",
+        "micro-batch 2: between phases",
         "micro-batch 2: backward",
         "optimizer",
     ]

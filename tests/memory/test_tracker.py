@@ -24,6 +24,7 @@ KEYS = [
     "process_bytes",
     "host_bytes",
     "phases",
+    "components",
 ]
 
 
@@ -45,7 +46,7 @@ def test_update_without_watch(tmp_path: Path) -> None:
     for key in ("allocated_bytes", "peak_allocated_bytes", "reserved_bytes", "process_bytes"):
         assert line[key] is None, "the CPU has none, or it was not watched"
     assert line["host_bytes"] > 10 * MB
-    assert line["phases"] == {}
+    assert line["phases"] == line["components"] == {}
     assert lines(tracker) == [line]
     assert tracker.peak_reserved_bytes is None
     assert len(kept) == MB
@@ -129,7 +130,7 @@ def test_it_measures_what_the_trace_counts(tmp_path: Path) -> None:
     with MemoryTrace():  # what was allocated before does not count
         step = steps.step(plan, settings)
     tracker = MemoryTracker(tmp_path, "cpu")
-    with tracker.watch(step.tensors()):
+    with tracker.measuring("step", step.parts):
         step.phase = tracker.phase
         rehearse(step, load)
         line = tracker.update(step=1)
@@ -137,6 +138,37 @@ def test_it_measures_what_the_trace_counts(tmp_path: Path) -> None:
     assert line["peak_allocated_bytes"] == predicted.peak_bytes
     for phase in ("forward", "backward", "optimizer", "evaluation"):
         assert line["phases"][phase] == predicted.phase_peak_bytes[phase]
+    # what is held is told to the byte; a forward leaves some that its backward's peak has no more
+    found, expected = line["components"], predicted.components
+    assert list(found) == list(expected)
+    assert min(found.values()) > 0
+    for part in ("weights", "adapters", "gradients", "optimizer_states"):
+        assert found[part] == expected[part]
+    assert found["activations"] >= expected["activations"]
+    assert sum(found.values()) == predicted.peak_bytes
+
+
+def test_a_peak_in_a_forward_or_an_evaluation_is_told_apart_too(tmp_path: Path) -> None:
+    tracker = MemoryTracker(tmp_path, "cpu")
+    weight, kept = mb(5), []
+
+    def parts() -> dict[str, list[torch.Tensor]]:
+        return {"weights": [weight, weight[:MB], torch.empty(MB, device="meta")]}
+
+    with tracker.measuring("step", parts):
+        with tracker.phase("forward"):
+            kept.append(mb(3))
+            mb(4)
+        with tracker.phase("backward"):
+            mb(1)
+    line = tracker.update(step=1)
+    expected = {"weights": 5 * MB, "activations": 3 * MB, "temporary_buffers": 4 * MB}
+    assert line["components"] == expected
+    with tracker.measuring("evaluation", parts), tracker.phase("evaluation"):
+        mb(2)
+    line = tracker.update(step=2)
+    assert line["components"] == {"weights": 5 * MB, "activations": 0, "temporary_buffers": 2 * MB}
+    assert tracker.update(step=3)["components"] == {}, "of what was not measured nothing is told"
 
 
 def test_the_device_is_the_one_that_is_here(tmp_path: Path) -> None:
@@ -151,7 +183,7 @@ def test_of_many_times_some_are_counted(tmp_path: Path) -> None:
     counted: dict[str, list[int]] = {"step": [], "evaluation": []}
     for kind, times in (("step", 2 * COUNTED_EVERY + 1), ("evaluation", 4)):
         for time in range(times):
-            with tracker.measuring(kind, list), tracker.phase("forward"):
+            with tracker.measuring(kind, dict), tracker.phase("forward"):
                 mb(time + 1)
             if tracker.update(step=time)["phases"]:
                 counted[kind].append(time)

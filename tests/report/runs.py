@@ -187,6 +187,9 @@ def write_log(root: Path, *more: dict[str, Any], **end: Any) -> None:
                 "allocated_bytes": MEASURED if counted else None,
                 "reserved_bytes": None,
                 "phase_bytes": {"forward": MEASURED - MIB, "backward": MEASURED} if counted else {},
+                "component_bytes": {"weights": 66 * MIB, "activations": 132 * MIB}
+                if counted
+                else {},
             }
         )
     lines.append({"event": "evaluation", "step": STEPS, "validation_loss": 0.02, "seconds": 1.0})

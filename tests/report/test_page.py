@@ -14,6 +14,7 @@ from fitlora.artifacts import (
     PLAN,
     REPORT,
     TRAINING_LOG,
+    Card,
     MemoryEstimate,
     Sample,
 )
@@ -21,7 +22,7 @@ from fitlora.errors import ArtifactError
 from fitlora.params import Params, check_params
 from fitlora.report.page import write_report
 from fitlora.report.sections import Trained
-from tests.report.runs import make_evaluation, make_plan, write_facts, write_log
+from tests.report.runs import STEPS, make_evaluation, make_plan, write_facts, write_log
 
 
 @pytest.fixture
@@ -118,8 +119,14 @@ def test_charts_have_their_places_and_their_numbers(root: Path) -> None:
     assert [row["value"] for row in loss if row["what"] == "training"][:2] == [3.0, 0.75]
     assert charts["loss"]["layer"][0]["encoding"]["y"]["scale"] == {"type": "log"}
     memory = charts["memory"]
-    assert [row["value"] for row in memory["data"]["values"]] == [198.0, 198.0]  # what was measured
-    assert memory["layer"][-1]["data"]["values"] == [{"value": 200.0, "what": "predicted peak"}]
+    lines = [(row["step"], row["what"], row["value"]) for row in memory["data"]["values"]]
+    assert lines == [
+        (1, "measured peak", 198.0), (2, "measured peak", 198.0),
+        (1, "predicted peak", 200.0), (STEPS, "predicted peak", 200.0),
+    ]  # fmt: skip
+    area, _ = memory["layer"]
+    parts = [(row["step"], row["component"], row["value"]) for row in area["data"]["values"]]
+    assert parts == [(s, *part) for s in (1, 2) for part in (("weights", 66), ("activations", 132))]
     phases = charts["phases"]["data"]["values"]
     assert {"phase": "backward", "value": 198.0, "what": "measured"} in phases
     assert {"phase": "backward", "value": 200.0, "what": "predicted"} in phases
@@ -214,21 +221,39 @@ def test_sources_are_groups_too(root: Path) -> None:
     assert "wiki 120" in text
 
 
-def test_plans_for_a_gpu_are_held_against_cards(root: Path) -> None:
-    assert "48 GiB" not in Page(report(root)).text
+def test_a_log_without_components_has_the_peaks_alone(root: Path) -> None:
+    path = root / TRAINING_LOG
+    old = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in old:
+        record.pop("component_bytes", None)
+    path.write_text("".join(json.dumps(record) + "\n" for record in old))
+    charts = json.loads(Page(report(root)).scripts[0])
+    assert len(charts["memory"]["layer"]) == 1
+
+
+def test_plans_are_held_against_the_budget_and_cards(root: Path) -> None:
     found = MemoryEstimate.read(root / MEMORY_ESTIMATE)
-    plan = found.default.plan.replace(device="cuda")
-    default = found.default.model_copy(update={"plan": plan, "process_bytes": 13 * 2**30})
-    found.model_copy(update={"default": default, "neighbours": {}}).write(root / MEMORY_ESTIMATE)
+    assert "another card" not in Page(report(root)).text
+    small = Card(gib=8, fits=False, plan=None, process_bytes=None, host_pinned_bytes=None)
+    large = Card(gib=12, fits=True, plan="half of it", process_bytes=9 * 2**30, host_pinned_bytes=0)
+    found.model_copy(update={"cards": (small, large)}).write(root / MEMORY_ESTIMATE)
     text = Page(report(root)).text
-    assert "in 1.00 GiB 8 GiB 12 GiB 16 GiB 24 GiB 40 GiB 48 GiB 80 GiB" in text
-    assert "13.00 GiB fits ✗ ✗ ✓ ✓ ✓ ✓ ✓" in text
+    assert "This run was on a CPU, which says nothing of a GPU." in text
+    assert "card whole process plan 8 GiB ✗ does not fit none of those tried" in text
+    assert "12 GiB ✓ fits 9.00 GiB half of it" in text
     assert "pinned on the host" not in text
-    away = default.model_copy(update={"host_pinned_bytes": 5 * 2**30})
-    found.model_copy(update={"default": away, "neighbours": {}}).write(root / MEMORY_ESTIMATE)
+
+    plan = found.default.plan.replace(device="cuda")
+    away = {"plan": plan, "host_pinned_bytes": 5 * 2**30, "fits": False}
+    default = found.default.model_copy(update=away)
+    card = large.model_copy(update={"host_pinned_bytes": 3 * 2**30})
+    changes = {"default": default, "neighbours": {}, "cards": (small, card)}
+    found.model_copy(update=changes).write(root / MEMORY_ESTIMATE)
     text = Page(report(root)).text
+    assert "This run was on a CPU" not in text
     assert "whole process pinned on the host in 1.00 GiB" in text
-    assert "13.00 GiB 5.00 GiB fits ✗" in text
+    assert "205.00 MiB 5.00 GiB does not fit" in text
+    assert "12 GiB ✓ fits 9.00 GiB 3.00 GiB half of it" in text
 
 
 def test_a_run_without_samples_or_groups(root: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fitlora.artifacts import DATASET, HARDWARE, Dataset, Hardware, MemoryEstimate, Rates
 from fitlora.params import check_params
 from fitlora.pipeline.estimate_memory import estimate_memory, read_dataset
-from fitlora.units import GIB
+from fitlora.units import GIB, MIB
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +51,13 @@ def test_a_config_alone_is_enough(root: Path, capsys: pytest.CaptureFixture[str]
     assert highest == result.default.peak_allocated_bytes
     assert MemoryEstimate.read(root / "artifacts/memory_estimate.json") == result
     assert "planning for sequences of 32 tokens" in capsys.readouterr().out
+    # a CPU's run is told of GPUs too, which have a context
+    assert [card.gib for card in result.cards] == [8, 12, 16, 24, 40, 48, 80]
+    smallest = result.cards[0]
+    assert smallest.plan is not None
+    assert smallest.process_bytes is not None
+    assert smallest.plan.endswith("bfloat16, adamw on cuda")
+    assert smallest.process_bytes > 620 * MIB
 
 
 def test_the_longest_rows_are_planned_for(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What tests of the loop and of recovery share: a step that follows a script, and runs around it."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,7 +88,10 @@ class FakeStep:
     def abandon(self) -> None:
         self.abandoned += 1
 
-    def tensors(self) -> Iterable[Tensor]:
+    def parts(self) -> dict[str, list[Tensor]]:
+        return {}
+
+    def tensors(self) -> list[Tensor]:
         return []
 
     def adapter_state(self) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def cut_at(run: Run, cut: int) -> None:
 
 
 def untimed(run: Run) -> list[dict[str, Any]]:
-    times = ("seconds", "tokens_per_second", "allocated_bytes", "phase_bytes")
+    times = ("seconds", "tokens_per_second", "allocated_bytes", "phase_bytes", "component_bytes")
     return [{k: v for k, v in r.items() if k not in times} for r in run.log.records]
 
 

@@ -149,13 +149,14 @@ def test_what_memory_came_to_is_written_where_it_is_found(
     assert kinds == ["peak", "padding"], "a CPU has no budget of its own, and no allocator"
 
 
-def test_numbers_for_trackers_have_the_phases() -> None:
+def test_numbers_for_trackers_have_phases_and_components() -> None:
     record = {
         "event": "step", "step": 3, "loss": 1.5, "reserved_bytes": None,
-        "phase_bytes": {"forward": 7, "backward": 9},
+        "phase_bytes": {"forward": 7, "backward": 9}, "component_bytes": {"weights": 5},
     }  # fmt: skip
     assert _numbers(record) == {
         "loss": 1.5, "memory/forward_bytes": 7, "memory/backward_bytes": 9,
+        "memory/weights_bytes": 5,
     }  # fmt: skip
     assert _numbers({"event": "plan", "step": 3, "cause": "x", "before": {}, "after": {}}) == {}
 

@@ -108,8 +108,7 @@ class _Booking:
             self.micro_batches += 1
             self.trace.enter(step=self.steps, micro_batch=self.micro_batches)
         if name == "optimizer":
-            grads = [p.grad for p in self.step.adapters.values() if p.grad is not None]
-            self.gradients |= self.trace.numbers_of(grads)
+            self.gradients |= self.trace.numbers_of(self.step.parts()["gradients"])
         with self.trace.during(name):
             yield
             if name == "forward":
@@ -127,27 +126,8 @@ class _Booking:
 
     def purposes(self) -> dict[str, set[int]]:
         """Numbers of the timeline's blocks by what they are for, the more particular first."""
-        model = self.step.model
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        slots = self.step.network.placement.slot_tensors
-        return {
-            "weights": self.trace.numbers_of([*frozen, *model.buffers(), *slots]),
-            "adapters": self.trace.numbers_of(self.step.adapters.values()),
-            "gradients": self.gradients,
-            "optimizer_states": self.trace.numbers_of(_states(self.step)),
-            "activations": self.saved,
-        }
-
-
-def _states(step: TrainingStep) -> list[torch.Tensor]:
-    if step.optimizer is None:
-        return []
-    return [
-        value
-        for state in step.optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    ]
+        found = {name: self.trace.numbers_of(held) for name, held in self.step.parts().items()}
+        return {**found, "gradients": self.gradients, "activations": self.saved}
 
 
 def _paged(step: TrainingStep) -> list[torch.Tensor]:

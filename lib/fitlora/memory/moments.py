@@ -23,11 +23,20 @@ def moments(levels: Mapping[Segment, Level], workspace_bytes: int) -> tuple[Mome
     several = len({s.micro_batch for s in shown if s.phase == "forward"}) > 1
     return tuple(
         Moment(
-            name=f"micro-batch {s.micro_batch}: {s}" if several and _in_pass(s) else str(s),
+            name=f"micro-batch {s.micro_batch}: {_name(s)}"
+            if several and _in_pass(s)
+            else _name(s),
             components=Components(**levels[s].components, library_workspaces=workspace_bytes),
         )
         for s in shown
     )
+
+
+def _name(segment: Segment) -> str:
+    """In words; what is outside of the phases is built before a forward, or on the way between two."""
+    if segment.phase != "build":
+        return str(segment)
+    return "between phases" if segment.micro_batch else "start"
 
 
 def _in_pass(segment: Segment) -> bool:

@@ -5,6 +5,10 @@ the same trace that makes an estimate; the size of the process stands apart, as 
 and libraries. That trace looks at every operator, so a run has only some of its steps counted: the
 first, which are the heaviest, and one now and then. What is dear to ask (the driver, the host) is
 asked every half minute. Together that keeps a step within 0.5% of its speed.
+
+What a counted step's peak is made of is measured as well, in the estimate's terms: what the step holds
+as the phase of the peak begins is asked of the step; activations are what a forward leaves behind; and
+temporary buffers are the rest, with what libraries keep.
 """
 
 import os
@@ -23,11 +27,13 @@ from fitlora.artifacts import dump_line
 from fitlora.console import say
 from fitlora.device import gpu_uuid, nvml_session, process_used_bytes
 from fitlora.memory.advice import Edge
-from fitlora.memory.trace import MemoryTrace
+from fitlora.memory.trace import MemoryTrace, rounded
 
 FILE = "memory.jsonl"
 COUNTED_FIRST, COUNTED_EVERY = 2, 25  # of each kind of work, on the CPU
 SECONDS_BETWEEN_QUESTIONS = 30.0
+
+Parts = Callable[[], Mapping[str, Iterable[torch.Tensor]]]
 
 
 class MemoryTracker:
@@ -61,6 +67,9 @@ class MemoryTracker:
         self._trace: MemoryTrace | None = None
         self._left: int | None = None  # alive at the end of a watch, until the next update tells it
         self._phases: dict[str, int] = {}
+        self._parts: Parts | None = None  # asked in steps that are counted
+        self._floor = 0  # alive when the last forward began
+        self._components: dict[str, int] = {}  # of the highest phase since the last update
         self._edge, self._warn = edge or Edge(), warn
         self._times: Counter[str] = Counter()
         self._since = time.perf_counter()
@@ -90,15 +99,23 @@ class MemoryTracker:
                 self._left, self._trace = trace.live_bytes, None
 
     @contextmanager
-    def measuring(self, kind: str, tensors: Callable[[], Iterable[torch.Tensor]]) -> Iterator[None]:
-        """`watch`, the first times that work of this kind is done and now and then after."""
+    def measuring(self, kind: str, parts: Parts) -> Iterator[None]:
+        """`watch`, the first times that work of this kind is done and now and then after.
+
+        parts: gives the tensors that are held, by what they are for. What the peak is made of is then
+        measured too, on a GPU as well.
+        """
         times = self._times[kind]
         self._times[kind] += 1
-        if self.device.type == "cuda" or (times >= COUNTED_FIRST and times % COUNTED_EVERY):
+        if times >= COUNTED_FIRST and times % COUNTED_EVERY:
             yield
             return
-        with self.watch(tensors()):
-            yield
+        self._parts = parts
+        try:
+            with self.watch(tensor for held in parts().values() for tensor in held):
+                yield
+        finally:
+            self._parts = None
 
     def also(self, tensors: Iterable[torch.Tensor]) -> None:
         """Counts tensors that were made unseen while a watch was on."""
@@ -112,15 +129,17 @@ class MemoryTracker:
             with self._on_own_time():
                 self._read_peak()
                 torch.cuda.reset_peak_memory_stats(self.device)
+                held = self._held(name)
             yield
             with self._on_own_time():
-                self._book(name, self._read_peak())
+                self._book(name, self._read_peak(), held)
         elif self._trace is not None:
             trace = self._trace
             trace.phase_peaks.pop(name, None)
+            held = self._held(name)
             with trace.during(name):
                 yield
-            self._book(name, trace.phase_peaks.get(name, 0))
+            self._book(name, trace.phase_peaks.get(name, 0), held)
         else:
             yield
 
@@ -135,7 +154,36 @@ class MemoryTracker:
                 reserved = record.get("reserved_bytes") or 0
                 self.peak_reserved_bytes = max(self.peak_reserved_bytes, reserved)
 
-    def _book(self, name: str, peak: int) -> None:
+    def _held(self, phase: str) -> dict[str, int]:
+        """Bytes that are held on the device as a phase begins, by what for; empty where none asks.
+
+        What a forward leaves is its backward's activations: all that came since the forward began.
+        """
+        if self._parts is None:
+            return {}
+        found = {name: self._bytes_of(tensors) for name, tensors in self._parts().items()}
+        alive = self._alive()
+        if phase != "backward":
+            self._floor = alive
+        return {**found, "activations": alive - self._floor}
+
+    def _bytes_of(self, tensors: Iterable[torch.Tensor]) -> int:
+        """What the tensors' storages take of the device, each once, as its allocator counts."""
+        here = (t.untyped_storage() for t in tensors if t.device.type == self.device.type)
+        return sum({storage.data_ptr(): rounded(storage.nbytes()) for storage in here}.values())
+
+    def _alive(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        assert self._trace is not None
+        return self._trace.live_bytes
+
+    def _book(self, name: str, peak: int, held: dict[str, int]) -> None:
+        if peak > max(self._phases.values(), default=0):
+            if held and name == "forward":
+                held["activations"] = self._alive() - self._floor
+            rest = {"temporary_buffers": peak - sum(held.values())} if held else {}
+            self._components = {**held, **rest}
         for peaks in (self._phases, self.phase_peaks):
             peaks[name] = max(peaks.get(name, 0), peak)
 
@@ -181,6 +229,7 @@ class MemoryTracker:
             "process_bytes": process_bytes,
             "host_bytes": self._process.memory_info().rss,
             "phases": dict(self._phases),
+            "components": self._components,
         }
         found = self._edge.look(
             step,
@@ -195,6 +244,7 @@ class MemoryTracker:
             for warning in found:
                 self._warn(f"memory: {warning}")
         self._phases.clear()
+        self._components = {}
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self._trace is not None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fitlora.artifacts import (
     DATASET,
@@ -17,11 +16,13 @@ from fitlora.artifacts import (
 )
 from fitlora.console import say
 from fitlora.errors import UserError
+from fitlora.gpu_facts import documented_context_bytes, documented_workspace_bytes
 from fitlora.memory.estimate import Estimator, Load, count_parameters
 from fitlora.memory.moments import moments
-from fitlora.memory.question import fit_cards, ways_out
+from fitlora.memory.question import CARDS_GIB, fit_cards, ways_out
 from fitlora.model import has_tokenizer, load_config, resolve_model
 from fitlora.params import Params, with_found
+from fitlora.plan import Plan
 from fitlora.planner.parameters import find_parameters
 from fitlora.planner.search import default_plan, device_count, neighbours
 from fitlora.planner.size import ModelSize
@@ -29,11 +30,14 @@ from fitlora.report.memory import data_lines, estimate_lines
 from fitlora.step.settings import StepSettings
 from fitlora.training.batches import Batches
 from fitlora.training.data import load_splits, longest, padding_of, sizes, token_limit
+from fitlora.units import GIB
 
 _REWRITTEN = (
     "rewritten  {count:,} earlier answers in {rows}: the chat template writes them otherwise once later "
     "turns follow, so they are read and not learned; a row that ends with such an answer learns it"
 )
+# Of the cards that a run on a CPU is told about: 12.0 is today's, and has the largest context.
+_CAPABILITY = "12.0"
 
 
 def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
@@ -73,7 +77,7 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
         default=default,
         neighbours=others,
         over_step=moments(estimator.trace(start).levels, estimator.workspace_bytes),
-        cards=_cards([default, *others.values()], estimator, config),
+        cards=_cards(params, [default, *others.values()], estimator),
         found=found,
     )
     result.write(root / MEMORY_ESTIMATE)
@@ -82,15 +86,28 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
     return result
 
 
-def _cards(known: Sequence[Estimate], estimator: Estimator, config: Any) -> tuple[Card, ...]:
-    """GPUs of the usual sizes, with what is known and the plans that take least."""
-    plan = known[0].plan
+def _cards(params: Params, known: Sequence[Estimate], estimator: Estimator) -> tuple[Card, ...]:
+    """GPUs of the usual sizes, with what is known and the plans that take least.
+
+    What a CPU takes says nothing of a GPU, which computes otherwise. So where the CPU computes, the
+    default plan is asked about again, as a GPU has it: with a context and libraries' workspaces.
+    """
+    plan, beside = known[0].plan, 0
     if plan.device == "cpu":
-        return ()  # what a CPU takes says nothing of a GPU, which computes otherwise
-    smaller = [
-        estimator(other) for _, other in list(ways_out(plan, config, estimator.settings))[-3:]
-    ]
-    return fit_cards([*known, *smaller])
+        beside = documented_context_bytes(_CAPABILITY) + documented_workspace_bytes(_CAPABILITY)
+        asked = params.plan.compute_dtype
+        plan = plan.replace(device="cuda", compute_dtype="bfloat16" if asked == "auto" else asked)
+
+    def on_a_card(other: Plan) -> Estimate:
+        found = estimator(other)
+        return found.model_copy(update={"process_bytes": found.process_bytes + beside})
+
+    if beside:
+        known = [on_a_card(plan)]
+    if min(found.process_bytes for found in known) > CARDS_GIB[0] * GIB:
+        less = list(ways_out(plan, estimator.config, estimator.settings))[-3:]
+        known = [*known, *(on_a_card(other) for _, other in less)]
+    return fit_cards(known)
 
 
 def read_dataset(params: Params, folder: Path, vocabulary: int) -> Dataset:

@@ -27,7 +27,14 @@ COMPONENTS = {
     "temporary_buffers": "temporary buffers",
     "library_workspaces": "library workspaces",
 }
-PHASES = ("load", "build", "forward", "backward", "optimizer", "evaluation")
+PHASES = {
+    "load": "load",
+    "build": "between phases",
+    "forward": "forward",
+    "backward": "backward",
+    "optimizer": "optimizer",
+    "evaluation": "evaluation",
+}
 _WIDE = 30.0  # largest over smallest, from which on a scale is logarithmic
 
 
@@ -138,26 +145,58 @@ def speed(log: TrainingLog) -> Spec:
 
 
 def memory(log: TrainingLog) -> Spec:
-    """The peak of each step that was measured, and the predicted peak."""
+    """The peak of each step that was measured, what it was made of, and the predicted peak."""
     predicted = int(log.end["predicted_peak_bytes"])
     measured = [entry for entry in log.steps if entry["allocated_bytes"] is not None]
-    reserved = [entry for entry in log.steps if entry["reserved_bytes"] is not None]
     name, unit = _unit([predicted, *(entry["allocated_bytes"] for entry in measured)])
-    rows = [_point(entry, "allocated", entry["allocated_bytes"] / unit) for entry in measured]
-    rows += [_point(entry, "reserved", entry["reserved_bytes"] / unit) for entry in reserved]
-    encoding = {
-        "y": {
-            "field": "value",
-            "type": "quantitative",
-            "title": f"peak of the step ({name})",
-            "axis": {"tickCount": 5},
-            "scale": {"zero": True},
+    lines = [_point(entry, "measured peak", entry["allocated_bytes"] / unit) for entry in measured]
+    reserved = [entry for entry in log.steps if entry["reserved_bytes"] is not None]
+    lines += [_point(entry, "reserved", entry["reserved_bytes"] / unit) for entry in reserved]
+    lines += [
+        {"step": step, "what": "predicted peak", "value": predicted / unit}
+        for step in (1, log.end["steps"])
+    ]
+    parts = [
+        {
+            "step": entry["step"],
+            "component": COMPONENTS[part],
+            "order": order,
+            "value": count / unit,
+        }
+        for entry in log.steps
+        for order, (part, count) in enumerate(entry.get("component_bytes", {}).items())
+    ]
+    made_of = list(dict.fromkeys(row["component"] for row in parts))
+    title = f"peak of the step ({name})"
+    y = {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 5}}
+    area: Spec = {
+        "data": {"values": parts},
+        "mark": {"type": "area", "opacity": 0.7, "point": "transparent"},
+        "encoding": {
+            "y": {**y, "stack": "zero"},
+            "color": _color("component", made_of),
+            "order": {"field": "order"},
+            "tooltip": _tooltip("component", ",.2f"),
         },
-        "color": _color("what", ["allocated", "predicted peak", *["reserved"] * bool(reserved)]),
     }
-    lines = [("predicted peak", predicted / unit)]
-    few = {"what": "allocated"} if len(measured) < 50 else None
-    return _over_steps(rows, encoding, ",.2f", last=log.end["steps"], lines=lines, points=few)
+    dashes = {"measured peak": [1, 0], "predicted peak": [6, 4]}
+    if reserved:
+        dashes["reserved"] = [2, 3]
+    across: Spec = {
+        "mark": {"type": "line", "strokeWidth": 1.75, "point": "transparent"},
+        "encoding": {
+            "y": {**y, "stack": None},
+            "strokeDash": {
+                "field": "what",
+                "type": "nominal",
+                "scale": {"domain": list(dashes), "range": list(dashes.values())},
+                "legend": {"title": None, "symbolType": "stroke"},
+            },
+            "tooltip": _tooltip("what", ",.2f"),
+        },
+    }
+    layers = [area, across] if parts else [across]
+    return _layers(lines, layers, height=260, x=_steps(log.end["steps"]))
 
 
 def components(estimate: MemoryEstimate) -> Spec:
@@ -232,7 +271,7 @@ def phases(default: Estimate, log: TrainingLog) -> Spec:
     predicted = [(phase, "predicted", default.phase_peak_bytes.get(phase)) for phase in PHASES]
     found = [(phase, "measured", measured.get(phase)) for phase in PHASES]
     rows = [
-        {"phase": phase, "what": what, "value": count / unit}
+        {"phase": PHASES[phase], "what": what, "value": count / unit}
         for phase, what, count in [*predicted, *found]
         if count is not None
     ]
@@ -254,7 +293,11 @@ def phases(default: Estimate, log: TrainingLog) -> Spec:
             ],
         },
     }
-    shown = [phase for phase in PHASES if phase in default.phase_peak_bytes or phase in measured]
+    shown = [
+        title
+        for phase, title in PHASES.items()
+        if phase in default.phase_peak_bytes or phase in measured
+    ]
     y: Spec = {"field": "phase", "type": "nominal", "sort": shown, "title": None}
     return _layers(rows, [bars], y=y, height=230)
 
@@ -264,6 +307,26 @@ def phases(default: Estimate, log: TrainingLog) -> Spec:
 
 def _point(entry: Mapping[str, Any], what: str, value: float) -> dict[str, Any]:
     return {"step": entry["step"], "what": what, "value": value}
+
+
+def _steps(last: int) -> Spec:
+    """The axis of optimizer steps."""
+    return {
+        "field": "step",
+        "type": "quantitative",
+        "title": "optimizer step",
+        "axis": {"tickCount": 6, "format": "d", "grid": False},
+        "scale": {"nice": False, "domain": [1, last]},
+    }
+
+
+def _tooltip(name: str, number: str) -> list[Spec]:
+    """Of a point over the steps. name: the field that says what it is; number: its value's format."""
+    return [
+        {"field": "step", "type": "quantitative"},
+        {"field": name, "type": "nominal"},
+        {"field": "value", "type": "quantitative", "format": number},
+    ]
 
 
 def _over_steps(
@@ -276,11 +339,7 @@ def _over_steps(
     points: Mapping[str, str] | None = None,
 ) -> Spec:
     """A line over the optimizer steps. last: step; points: a series with its points; lines: across."""
-    tooltip = [
-        {"field": "step", "type": "quantitative"},
-        {"field": "what", "type": "nominal"},
-        {"field": "value", "type": "quantitative", "format": number},
-    ]
+    tooltip = _tooltip("what", number)
     layers: list[Spec] = [
         {
             "mark": {"type": "line", "strokeWidth": 1.75, "interpolate": "linear"},
@@ -308,13 +367,7 @@ def _over_steps(
                 },
             }
         )
-    x = {
-        "field": "step",
-        "type": "quantitative",
-        "title": "optimizer step",
-        "axis": {"tickCount": 6, "format": "d", "grid": False},
-        "scale": {"nice": False, "domain": [1, last]},
-    }
+    x = _steps(last)
     layers[0]["encoding"]["x"] = x
     if points is not None:
         layers[1]["encoding"]["x"] = x

@@ -35,10 +35,18 @@ from fitlora.plan import Plan
 from fitlora.report.charts import MODELS
 from fitlora.report.html import Content, Html, chart, escaped, facts, section, table, tag
 from fitlora.report.log import TrainingLog
-from fitlora.units import GIB, format_bytes
+from fitlora.units import format_bytes
 
 _ON_ORIGINAL = "adapter_on_original"
-_CARDS = (8, 12, 16, 24, 40, 48, 80)  # GiB of memory that GPUs are sold with
+_MEASURED = (
+    "Measured in some of the steps: the first ones, which are the heaviest, and one now and then. "
+    "Activations are what a forward pass leaves for its backward; temporary buffers are what the peak "
+    "is above that, with what libraries keep."
+)
+_NOT_HERE = (
+    "This run was on a CPU, which says nothing of a GPU. The default plan was asked about again, as a "
+    "GPU would compute it and with a CUDA context beside it."
+)
 
 
 @dataclass(frozen=True)
@@ -317,47 +325,69 @@ def memory(run: Run) -> Html:
     )
     over_step = []
     if run.estimate.over_step:
-        over_step.append(chart("over-step", "One step by component, and the predicted peak"))
+        over_step.append(chart("over-step", "One step by component, predicted"))
+    cards = []
+    if run.estimate.cards:
+        cards = [tag("h3", "Will it fit on another card?"), *_cards(run.estimate)]
     return section(
         "Memory",
+        *over_step,
+        chart("memory", "The run by component, measured, and the predicted peak"),
+        tag("p", _MEASURED, class_="note"),
         tag(
             "div",
             chart("phases", "One step, phase by phase"),
-            chart("memory", "The run: each measured step's peak, and the predicted peak"),
+            chart("components", "What the predicted peak is made of, by plan"),
             class_="pair",
         ),
-        *over_step,
-        chart("components", "What the predicted peak is made of, by plan"),
         tag("h3", "Will it fit?"),
         _fits(run.estimate),
+        *cards,
         note=note,
     )
 
 
 def _fits(estimate: MemoryEstimate) -> Html:
-    """Each plan against the budget, and on a GPU against cards of the usual sizes.
-
-    A whole process on a CPU says nothing of one on a GPU, which has a context and computes otherwise.
-    """
+    """Each plan against the budget."""
     plans = {"default plan": estimate.default, **estimate.neighbours}
-    cards = _CARDS if estimate.default.plan.device == "cuda" else ()
     pinned = any(found.host_pinned_bytes for found in plans.values())
     head = ["", "plan", "peak", "whole process", *["pinned on the host"] * pinned]
-    head.append(f"in {format_bytes(estimate.budget_bytes)}")
     rows = [
         (
             tag("strong", name),
-            found.plan.describe(),
+            tag("div", found.plan.describe(), class_="plan"),
             format_bytes(found.peak_allocated_bytes),
             format_bytes(found.process_bytes),
             *[format_bytes(found.host_pinned_bytes)] * pinned,
             _verdict(found.fits, "fits", "does not fit"),
-            *(_verdict(found.process_bytes <= size * GIB, "✓", "✗") for size in cards),
         )
         for name, found in plans.items()
     ]
     numbers = (2, 3, 4) if pinned else (2, 3)
-    return table([*head, *(f"{size} GiB" for size in cards)], rows, numbers=numbers)
+    return table([*head, f"in {format_bytes(estimate.budget_bytes)}"], rows, numbers=numbers)
+
+
+def _cards(estimate: MemoryEstimate) -> Iterator[Html]:
+    """GPUs of the usual sizes, and the plan that each was found to hold."""
+    if estimate.default.plan.device == "cpu":
+        yield tag("p", _NOT_HERE, class_="note")
+    pinned = any(card.host_pinned_bytes for card in estimate.cards)
+    head = ["card", "", "whole process", *["pinned on the host"] * pinned, "plan"]
+    rows = [
+        (
+            tag("strong", f"{card.gib} GiB"),
+            _verdict(card.fits, "✓ fits", "✗ does not fit"),
+            _size(card.process_bytes),
+            *[_size(card.host_pinned_bytes)] * pinned,
+            tag("div", card.plan or "none of those tried", class_="plan"),
+        )
+        for card in estimate.cards
+    ]
+    yield table(head, rows, numbers=(2, 3) if pinned else (2,))
+
+
+def _size(count: int | None) -> str:
+    return "" if count is None else format_bytes(count)
 
 
 def _verdict(fits: bool, yes: str, no: str) -> Html:

@@ -103,12 +103,25 @@ class TrainingStep:
         for parameter in self.adapters.values():
             parameter.grad = None
 
-    def tensors(self) -> list[Tensor]:
-        """All that it holds between two steps: weights, buffers, the optimizer's states."""
+    def parts(self) -> dict[str, list[Tensor]]:
+        """What it holds now, by what it is for, whether on the device or on the host.
+
+        weights: frozen ones, buffers, and the slots that streamed weights pass through.
+        """
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        slots = self.network.placement.slot_tensors
         states = {} if self.optimizer is None else self.optimizer.state
-        held = [value for state in states.values() for value in state.values()]
-        found = [value for value in held if isinstance(value, Tensor)]
-        return [*self.model.parameters(), *self.model.buffers(), *found]
+        kept = [value for state in states.values() for value in state.values()]
+        return {
+            "weights": [*frozen, *self.model.buffers(), *slots],
+            "adapters": list(self.adapters.values()),
+            "gradients": [p.grad for p in self.adapters.values() if p.grad is not None],
+            "optimizer_states": [value for value in kept if isinstance(value, Tensor)],
+        }
+
+    def tensors(self) -> list[Tensor]:
+        """All of its parts."""
+        return [tensor for held in self.parts().values() for tensor in held]
 
     def micro_batches(self, sequences: Sequence[TokenSequence]) -> list[Sequence[TokenSequence]]:
         """This device's share of an effective batch, cut as the Plan says; the last may be smaller."""

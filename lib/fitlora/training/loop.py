@@ -211,7 +211,7 @@ class Run:
                 reduce_gradients=None if self.ranks.devices == 1 else self._reduce,
             )
 
-        with self.tracker.measuring("step", lambda: self.step.tensors()):
+        with self.tracker.measuring("step", lambda: self.step.parts()):
             result = self.recovery.carry_out(work, step=index + 1)
         loss, norm = float(result.loss), float(result.gradient_norm)
         seconds = time.perf_counter() - start
@@ -232,6 +232,7 @@ class Run:
                 "allocated_bytes": memory["peak_allocated_bytes"],
                 "reserved_bytes": memory["reserved_bytes"],
                 "phase_bytes": memory["phases"],
+                "component_bytes": memory["components"],
             }
         )
 
@@ -261,7 +262,7 @@ class Run:
         """Mean loss over the validation rows' target tokens, over all ranks."""
         start = time.perf_counter()
         mine = share_of(self.validation, self.ranks.rank, self.ranks.devices)
-        with self.tracker.measuring("evaluation", lambda: self.step.tensors()):
+        with self.tracker.measuring("evaluation", lambda: self.step.parts()):
             summed, tokens = self.recovery.carry_out(
                 lambda: self.step.evaluate(mine), step=done, evaluation=True
             )

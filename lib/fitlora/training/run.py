@@ -291,11 +291,11 @@ def _announce(run: Run, probed_tokens_per_second: float | None) -> None:
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    """What of a record a tracker can draw, by name; peaks of phases among it."""
+    """What of a record a tracker can draw, by name; peaks of phases and of components among it."""
     found: dict[str, float] = {}
     for key, value in record.items():
-        if key == "phase_bytes":
-            found |= {f"memory/{phase}_bytes": count for phase, count in value.items()}
+        if key in ("phase_bytes", "component_bytes"):
+            found |= {f"memory/{name}_bytes": count for name, count in value.items()}
         elif isinstance(value, int | float) and key != "step":
             found[key] = value
     return found

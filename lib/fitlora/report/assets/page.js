@@ -7,8 +7,9 @@
 
   // Legends begin where bars do, behind the names of these, so on a phone there is room for one column.
   function columns(spec, container) {
-    const colors = spec.layer.map((layer) => layer.encoding.color?.scale?.domain.length ?? 0);
-    return container.clientWidth < 480 && Math.max(...colors) > 3 ? 1 : 3;
+    const entries = (channel) => Math.max(
+      ...spec.layer.map((layer) => layer.encoding[channel]?.scale?.domain.length ?? 0));
+    return container.clientWidth < 480 && entries("color") + entries("strokeDash") > 3 ? 1 : 3;
   }
 
   function theme() {
@@ -36,6 +37,7 @@
         labelLimit: 0, offset: 8,
       },
       rule: { color: color("--ink") },
+      line: { color: color("--ink") },
       text: { color: color("--ink"), fontSize: 12, font },
     };
   }
