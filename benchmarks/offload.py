@@ -16,8 +16,10 @@ timed in a resident run of the same work in the same process, its fastest step, 
 with the optimizer on the device; the link by copying 1 GiB. A row whose resident run does not fit the
 device, or is not asked for, has no floor.
 
-A throttled link sends every byte several times, so that it is as busy as the slower one would be. Rows
-that an earlier run left in the file stay, unless this one makes them anew.
+A throttled link sends every byte several times, so that it is as busy as the slower one would be. Where
+a row has less host memory than its weights take, some layers are read from disk, and the kernel is told
+to keep nothing of the file, as a host of that size could not. Rows that an earlier run left in the file
+stay, unless this one makes them anew.
 """
 
 import argparse
@@ -45,6 +47,7 @@ from fitlora.artifacts import Hardware, SequenceSize
 from fitlora.device import give_back_memory, limit_memory
 from fitlora.hardware import profile
 from fitlora.memory.estimate import Estimator, Load, sequences_of
+from fitlora.offload import disk, residency
 from fitlora.offload.host_memory import HostMemory
 from fitlora.offload.residency import spread
 from fitlora.offload.transport import CudaTransport, HostTransport, Transport, copy
@@ -61,6 +64,7 @@ GB = 10**9
 LINK_BYTES = 2**30
 CARD = {"name": "H200", "memory": "139GiB", "compute_capability": "9.0"}
 CARD_CONTEXT_BYTES = 760 * MIB  # as results/offload.h200.json has it, more than is documented
+HOST_OWN_BYTES = 5 * GIB  # what a process that uses CUDA has of its own on the host
 WORKER = ("-m", "benchmarks.offload", "--worker")
 
 # From what costs least to what costs most; in each, as few layers as possible are streamed.
@@ -136,6 +140,7 @@ CASES = (
          seconds=70),
     Case(model="llama-3-8b", budget_gib=24, sequence_length=131072, warm_steps=1, timed_steps=1,
          resident=False, seconds=260),
+    Case(model="llama-3-70b", budget_gib=8, host_gib=24, warm_steps=1, timed_steps=2, seconds=150),
 )  # fmt: skip
 
 
@@ -185,6 +190,23 @@ def link_bytes_per_second(device: torch.device) -> float:
             copy(destination, source)
         seconds.append(time.perf_counter() - start)
     return count / statistics.median(seconds[2:])
+
+
+class Uncached(disk.DiskRing):
+    """Weights on disk that the kernel keeps no copy of."""
+
+    read_bytes = 0
+    _written = False
+
+    def _fill(self, flat: Tensor, number: int) -> None:
+        if not self._written:
+            os.fsync(self._file)  # what is still to be written cannot be dropped
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._written = True
+        super()._fill(flat, number)
+        Uncached.read_bytes += self._sizes[number]
+        start = self._starts[number]
+        os.posix_fadvise(self._file, start, self._sizes[number], os.POSIX_FADV_DONTNEED)
 
 
 # --- one step's time -----------------------------------------------------------------------------
@@ -350,13 +372,28 @@ def choose_plan(plan: Plan, layers: int, fits: Callable[[Plan], bool]) -> Plan |
     return None
 
 
+def read_from_disk(plan: Plan, fits: Callable[[Plan], bool]) -> Plan | None:
+    """The plan with as few layers on disk as make it fit the host; None where none do."""
+    most = len(plan.streamed_layers)
+    count = least(0, most, lambda count: fits(plan.replace(disk_layers=count)))
+    return None if count is None else plan.replace(disk_layers=count)
+
+
+def room_on_host(hardware: Hardware) -> int:
+    return hardware.host_budget_bytes - HOST_OWN_BYTES
+
+
 def plan_case(case: Case, described: Hardware) -> dict[str, Any]:
     """The case's plan and what it is predicted to take; `fits` is False where no layout does."""
     torch.set_num_threads(1)
     hardware, config = hardware_of(case, described), shape_config(case.model)
     estimator = Estimator(config, settings_of(), load_of(case), hardware)
     asked, layers = resident_plan(case, hardware.device), config.num_hidden_layers
-    plan = choose_plan(asked, layers, lambda plan: estimator(plan).fits)
+    plan = choose_plan(asked, layers, lambda p: estimator(p).process_bytes <= hardware.budget_bytes)
+    if plan is not None:
+        plan = read_from_disk(
+            plan, lambda p: estimator(p).host_pinned_bytes <= room_on_host(hardware)
+        )
     if plan is None:
         smallest = asked.replace(**LAYOUTS[-1], streamed_layers=spread(layers, layers))
         return {"fits": False, "predicted_process_bytes": estimator(smallest).process_bytes}
@@ -391,6 +428,9 @@ def measure(
         times = max(1.0, link_bytes_per_second / (case.throttle_gb_per_second * GB))
     memory = HostMemory(None if hardware is None else hardware.host_budget_bytes)
     transport = make_transport(device, memory, times)
+    transport.folder = ROOT / ".fitlora" / "benchmark"
+    residency.DiskRing = Uncached  # type: ignore[misc]
+    Uncached.read_bytes = 0
     start = time.perf_counter()
     config = shape_config(case.model)
     step = build_step(config, plan, settings_of(), RandomWeights(device), transport=transport)
@@ -403,6 +443,7 @@ def measure(
         **found,
         "ready_seconds": ready,
         "host_pinned_bytes": transport.pinned_bytes,
+        "read_bytes": Uncached.read_bytes // (case.warm_steps + case.timed_steps),
         "allocated_before_bytes": before,
         "link_bytes_per_second": link_bytes_per_second / times,
     }
@@ -499,6 +540,7 @@ def make_row(
             "streamed_layers": len(plan.streamed_layers),
             **{part: getattr(plan, part) for part in _PARTS},
             "streaming_slots": plan.streaming_slots,
+            "disk_layers": plan.disk_layers,
             "mlp_chunk_tokens": plan.mlp_chunk_tokens,
             "compute_dtype": plan.compute_dtype,
         }

@@ -22,6 +22,7 @@ BASE: dict[str, Any] = {
     "mlp_chunk_tokens": None,
     "streamed_layers": (),
     "streaming_slots": 2,
+    "disk_layers": 0,
     "checkpoints": "device",
     "embedding": "device",
     "head": "device",
@@ -42,6 +43,7 @@ OTHER: dict[str, Any] = {
     "mlp_chunk_tokens": 8192,
     "streamed_layers": (0, 3),
     "streaming_slots": 3,
+    "disk_layers": 1,
     "checkpoints": "host",
     "embedding": "host",
     "head": "host",
@@ -78,6 +80,9 @@ def plan(**changes: Any) -> Plan:
         {"compute_dtype": "float16"},
         {"streamed_layers": (2, 1)},
         {"streaming_slots": 0},
+        {"disk_layers": -1},
+        {"disk_layers": 1},
+        {"streamed_layers": (0, 3), "disk_layers": 3},
         {"head": "disk"},
         {"optimizer": "sgd"},
         {"peak_bytes": 1},
@@ -125,7 +130,7 @@ def test_micro_batches_cover_the_share_exactly() -> None:
 
 def test_the_fingerprint_sees_every_decision() -> None:
     assert set(BASE) == set(OTHER) == set(Plan.model_fields)
-    base = plan()
+    base = plan(streamed_layers=(0, 1, 2))
     prints = {base.fingerprint()}
     for key, value in OTHER.items():
         assert value != BASE[key]
@@ -137,7 +142,7 @@ def test_the_fingerprint_is_the_decisions_alone() -> None:
     assert plan().fingerprint() == plan(recompute_layers=[0, 1]).fingerprint()
     assert plan().replace(micro_batch_size=8).replace(micro_batch_size=4) == plan()
     # written down, so that a change of the form is noticed: DVC would see other bytes everywhere
-    assert plan().fingerprint() == "d5aa861ca5ad"
+    assert plan().fingerprint() == "c644b1a1abc9"
     assert len(plan().fingerprint()) == 12
 
 

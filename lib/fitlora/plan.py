@@ -61,6 +61,11 @@ class Plan(BaseModel):
         (), strict=False, description="decoder layers whose frozen weights come from host memory"
     )
     streaming_slots: int = Field(2, ge=1, description="streamed layers on the device at one time")
+    disk_layers: int = Field(
+        0,
+        ge=0,
+        description="of the streamed layers, how many are read from disk, evenly among them",
+    )
     checkpoints: Side = Field(
         "device", description="where recomputed layers' inputs wait for backward"
     )
@@ -79,6 +84,10 @@ class Plan(BaseModel):
             layers = list(getattr(self, name))
             if layers != sorted(set(layers)) or (layers and layers[0] < 0):
                 raise ValueError(f"{name} must be ascending, from 0, free of duplicates")
+        if self.disk_layers > len(self.streamed_layers):
+            raise ValueError(
+                f"disk_layers is {self.disk_layers}, and {len(self.streamed_layers)} layers are streamed"
+            )
         if list(self.recompute_keeps) != [kind for kind in KEPT if kind in self.recompute_keeps]:
             raise ValueError(f"recompute_keeps must be some of {', '.join(KEPT)}, in this order")
         if set(self.recompute_keeps) == set(KEPT):
@@ -130,6 +139,8 @@ class Plan(BaseModel):
         """One line for logs and tables."""
         recompute = len(self.recompute_layers)
         offloaded = [f"{len(self.streamed_layers)} layers"] if self.streamed_layers else []
+        if self.disk_layers:
+            offloaded[0] += f" ({self.disk_layers} of them on disk)"
         for name in ("checkpoints", "embedding", "head"):
             if getattr(self, name) == "host":
                 offloaded.append(name)

@@ -20,6 +20,7 @@ from fitlora.memory.estimate import (
     estimate,
     layer_kinds,
     sequences_of,
+    trace_levels,
     trace_step,
 )
 from fitlora.plan import Plan
@@ -310,6 +311,22 @@ def test_few_layers_tell_of_many(layers: int, recomputed: int, changes: dict[str
     assert found.phase_peak_bytes == full.phase_peak_bytes
     assert found.components.model_dump(exclude={"library_workspaces"}) == full.components
     assert all(c.num_hidden_layers < layers for c in traced_configs(short)), "no full trace"
+
+
+def test_layers_on_disk_pin_their_buffers_alone() -> None:
+    """At any depth: by the shortcut as by the trace of all layers."""
+    config = steps.config(num_hidden_layers=12)
+    layers = tuple(range(12))
+    whole = steps.plan(recompute_layers=layers, streamed_layers=layers)
+    estimator = Estimator(config, SETTINGS, LOAD, hardware())
+    bytes_each = estimator(whole).host_pinned_bytes // 12
+    for count in (0, 1, 3, 5, 9):
+        plan = whole.replace(disk_layers=count)
+        found = estimator(plan)
+        assert found.host_pinned_bytes == (12 - count + min(3, count)) * bytes_each
+        assert found.peak_allocated_bytes == estimator(whole).peak_allocated_bytes
+    full = trace_levels(config, plan, SETTINGS, LOAD)
+    assert full.host_pinned_bytes == found.host_pinned_bytes
 
 
 @pytest.mark.parametrize("changes", [changes for *_, changes in OFFLOADED], ids=str)

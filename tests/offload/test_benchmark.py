@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from benchmarks import offload
 from benchmarks.common import SHAPES
 from benchmarks.offload import Case, Part, floor_seconds
+from fitlora.offload import residency
+from fitlora.offload.residency import streamed_bytes
+from fitlora.offload.transport import HostTransport
 from fitlora.plan import Plan
 from fitlora.units import GIB
+from tests.offload.stacks import WIDTH, Run, make_stack, resident, streamed
 
 
 def test_the_floor_is_the_longer_of_computing_and_moving_in_each_pass() -> None:
@@ -102,6 +107,29 @@ def test_a_row_says_what_was_asked_and_what_came_out() -> None:
     nothing = {"fits": False, "predicted_process_bytes": 4 * GIB}
     assert "does not fit" in offload.line(offload.make_row(case, nothing, {}, {}, card))
     assert offload.key_of(without) != offload.key_of(row)
+
+
+def test_as_few_layers_as_can_be_are_read_from_disk() -> None:
+    plan = offload.resident_plan(offload.TINY[0], "cuda").replace(streamed_layers=(0, 1, 2, 3))
+    for most, count in ((40, 0), (39, 1), (10, 3), (0, 4)):
+        found = offload.read_from_disk(plan, lambda p, most=most: 10 * (4 - p.disk_layers) <= most)
+        assert found == plan.replace(disk_layers=count)
+    assert offload.read_from_disk(plan, lambda p: False) is None
+
+
+def test_weights_that_the_kernel_keeps_no_copy_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "DiskRing", offload.Uncached)
+    monkeypatch.setattr(offload.Uncached, "read_bytes", 0)
+    plain, x = Run(resident(6)), torch.ones(3, WIDTH)
+    transport = HostTransport(torch.device("cpu"))
+    run = Run(*streamed(6, tuple(range(6)), transport, 2, on_disk=(1, 3, 5), folder=tmp_path))
+    for found, wanted in zip(run.train(x), plain.train(x), strict=True):
+        assert torch.equal(found, wanted)
+    sizes = [streamed_bytes(layer) for layer in make_stack(6)]
+    # read ahead at the start, and once more for backward and the next forward
+    assert offload.Uncached.read_bytes >= sizes[1] + sizes[3] + sizes[5]
 
 
 def test_rows_are_there_once_and_named_by_number() -> None:

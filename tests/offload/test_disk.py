@@ -1,6 +1,5 @@
 """Weights on disk are the resident ones too, through fewer buffers than there are layers."""
 
-import itertools
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fitlora.errors import ArtifactError, UserError
 from fitlora.offload.disk import DiskRing
-from fitlora.offload.residency import Residency, least_on_disk, streamed_bytes
+from fitlora.offload.residency import Residency, streamed_bytes
 from fitlora.offload.transport import HostTransport, TracedTransport
 from tests.offload.stacks import WIDTH, Run, make_stack, resident, streamed
 from tests.offload.transports import DelayedTransport
@@ -134,16 +133,3 @@ def test_a_full_disk_is_refused_with_figures(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"10 B are free.*hardware.host_memory_budget"):
         streamed(LAYERS, ALL, HostTransport(torch.device("cpu")), 1, on_disk=(1,), folder=tmp_path)
-
-
-def test_as_few_layers_as_can_be_are_left_on_disk() -> None:
-    sizes = [10] * 80
-    assert least_on_disk(sizes, 800) == ()
-    # three buffers are as large as three layers: the first that may leave are a fourth and so on
-    assert len(least_on_disk(sizes, 799)) == 4
-    assert len(least_on_disk(sizes, 400)) == 43
-    assert len(least_on_disk(sizes, 30)) == 80
-    assert len(least_on_disk(sizes, 29)) == 80
-    assert least_on_disk([10, 10, 30], 40, disk_buffers=1) == (0, 2)
-    chosen = least_on_disk(sizes, 400)
-    assert max(b - a for a, b in itertools.pairwise(chosen)) == 2

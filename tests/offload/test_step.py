@@ -2,6 +2,7 @@
 
 import threading
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,14 +63,18 @@ def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
     [
         {"streamed_layers": ALL, "streaming_slots": 1},
         {"streamed_layers": (0, 2, 3), "streaming_slots": 2},
+        {"streamed_layers": ALL, "disk_layers": 3},
         {"checkpoints": "host"},
         {"embedding": "host"},
         {"optimizer_device": "host"},
         {"streamed_layers": ALL, **HOST},
     ],
 )
-def test_each_part_alone_and_all_together(changes: dict[str, Any]) -> None:
-    assert_same(run(build(plan(**changes), DelayedTransport()), 4), resident(4))
+def test_each_part_alone_and_all_together(changes: dict[str, Any], tmp_path: Path) -> None:
+    transport = DelayedTransport()
+    transport.folder = tmp_path
+    assert_same(run(build(plan(**changes), transport), 4), resident(4))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_next_forward_begins_beside_the_hosts_update(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,20 @@ def test_without_rates_the_first_of_the_chain_that_fits(gib: int) -> None:
     assert len(made.seen) <= 14
 
 
+def test_what_neither_memory_has_room_for_is_read_from_disk() -> None:
+    """The device has room for the smallest plan alone, and the host not for all of its share."""
+    ample = make(Truth(), 4, rates=NOT_MEASURED, micro_batch_size=1)
+    whole = smallest_plan(ample.params, ample.model, ample.start, host=True)
+    gib, pinned = Truth()(whole) / GIB, guess_host_bytes(whole, shape(), TOKENS)
+    for short, count in ((0, 0), (1, 4), (shape().layer_bytes + 1, 5)):
+        made = make(Truth(), gib, rates=NOT_MEASURED, host=pinned - short, micro_batch_size=1)
+        choice = next(made.fitting())
+        assert choice.plan == whole.replace(disk_layers=count)
+        assert ("disk_layers" in choice.reasons) == (count > 0)
+    with pytest.raises(UserError, match="nothing fits"):
+        first(make(Truth(), gib, rates=NOT_MEASURED, host=GIB // 8, micro_batch_size=1))
+
+
 def test_ever_smaller_budgets_move_ever_more() -> None:
     places, seen = [], set()
     for gib in (30, 20, 12, 8, 6.5, 5, 4, 3.5, 3):

@@ -236,7 +236,8 @@ def _evaluated(plan: Plan, place: Place, *, as_placed: bool) -> Plan:
     step, and layers that are streamed have to be called recomputed, which without gradients none is.
     """
     if not as_placed or place.device.type != plan.device:
-        plan = plan.replace(streamed_layers=(), embedding="device", head="device")
+        nothing = {"streamed_layers": (), "disk_layers": 0}
+        plan = plan.replace(**nothing, embedding="device", head="device")
     return plan.replace(
         device=place.device.type,
         compute_dtype=place.compute_dtype,

@@ -18,6 +18,7 @@ is quick, sets `FRAGMENTATION` of the peak aside instead: enough to rank plans b
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,11 +28,13 @@ from fitlora.memory.allocator import Overflow, replay
 from fitlora.memory.timeline import Level, Segment, Timeline, deepen, levels
 from fitlora.memory.trace import MemoryTrace
 from fitlora.model import decoder_layers, empty_model
+from fitlora.offload.disk import BUFFERS as DISK_BUFFERS
 from fitlora.offload.transport import make_transport
 from fitlora.plan import PAGED_OPTIMIZERS, Plan
 from fitlora.step.batch import PackedSequence, TokenSequence
 from fitlora.step.build import step_skeleton
 from fitlora.step.network import HandNetwork
+from fitlora.step.placement import on_disk
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import EmptyWeights, Weights
@@ -351,15 +354,19 @@ class Estimator:
     def trace(self, plan: Plan) -> Traced:
         """What is found at the model's full depth.
 
-        Layers differ by whether they recompute and whether they are streamed. Where streamed layers lie
-        makes no difference to the device, whose slots are there from the start; so of each kind a few
-        are traced, the recomputed ones below the others as in the plan.
+        Layers differ by whether they recompute, whether they are streamed, and whether from disk. Where
+        streamed layers lie makes no difference to the device, whose slots are there from the start; so
+        of each kind a few are traced, the recomputed ones below the others as in the plan.
         """
         recomputed, streamed = set(plan.recompute_layers), set(plan.streamed_layers)
-        counts = dict.fromkeys(((True, True), (True, False), (False, True), (False, False)), 0)
+        read = set(on_disk(plan))
+        ways = (True, False)
+        counts = dict.fromkeys(product(ways, ways, ways), 0)
         for layer in range(self._layers):
-            counts[layer in recomputed, layer in streamed] += 1
+            counts[layer in recomputed, layer in streamed, layer in read] += 1
         depth = max(self.DEPTH, plan.streaming_slots) + (plan.checkpoints == "host")
+        if read:
+            depth = max(depth, DISK_BUFFERS)
         lowest = plan.recompute_layers == tuple(range(len(recomputed)))
         if not (self._alike and lowest) or max(counts.values()) <= depth:
             return self._trace(plan, self._layers)
@@ -382,12 +389,13 @@ class Estimator:
             base.by_hand,
         )
 
-    def _shallow(self, plan: Plan, counts: Mapping[tuple[bool, bool], int]) -> Traced:
+    def _shallow(self, plan: Plan, counts: Mapping[tuple[bool, bool, bool], int]) -> Traced:
         """The plan on a model with so many layers of each kind."""
         kinds = [kind for kind, count in counts.items() for _ in range(count)]
         small = plan.replace(
-            recompute_layers=[i for i, (recomputed, _) in enumerate(kinds) if recomputed],
-            streamed_layers=[i for i, (_, streamed) in enumerate(kinds) if streamed],
+            recompute_layers=[i for i, (recomputed, _, _) in enumerate(kinds) if recomputed],
+            streamed_layers=[i for i, (_, streamed, _) in enumerate(kinds) if streamed],
+            disk_layers=sum(read for _, _, read in kinds),
         )
         return self._trace(small, len(kinds))
 

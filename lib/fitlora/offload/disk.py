@@ -26,6 +26,7 @@ from fitlora.offload.transport import Mark, Transport, outline
 from fitlora.units import format_bytes
 
 PURPOSE = "buffers for weights on disk"
+BUFFERS = 3  # one is read into while one goes to the device, and one more as neither is even
 
 
 class _Buffer:
@@ -47,7 +48,7 @@ class DiskRing:
     """
 
     def __init__(
-        self, sizes: dict[int, int], transport: Transport, folder: Path, *, buffers: int = 3
+        self, sizes: dict[int, int], transport: Transport, folder: Path, *, buffers: int = BUFFERS
     ) -> None:
         self.transport = transport
         self._sizes = sizes

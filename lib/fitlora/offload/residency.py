@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fitlora.offload.disk import DiskRing
+from fitlora.offload.disk import BUFFERS, DiskRing
 from fitlora.offload.transport import Mark, Transport, aligned, tensor_bytes, untraced, view_as
 from fitlora.step.linear import FrozenLinear, Linear4bit
 
@@ -107,22 +107,6 @@ def spread(layers: int, streamed: int) -> tuple[int, ...]:
     return tuple(index for index in range(layers) if index not in resident)
 
 
-def least_on_disk(
-    sizes: Sequence[int], room_bytes: int, *, disk_buffers: int = 3
-) -> tuple[int, ...]:
-    """Which of the streamed layers to leave on disk so that the others fit `room_bytes` of the host.
-
-    sizes: their bytes, bottom up. As few as can be, spread evenly; all of them where even the buffers
-    that they come through do not fit, which making them will refuse.
-    """
-    for count in range(len(sizes) + 1):
-        chosen = spread(len(sizes), count)
-        buffers = min(disk_buffers, count) * max((sizes[number] for number in chosen), default=0)
-        if sum(sizes) - sum(sizes[number] for number in chosen) + buffers <= room_bytes:
-            return chosen
-    return tuple(range(len(sizes)))
-
-
 class _Slot:
     """A buffer on the device, whose weights it has, and when it may be read and written."""
 
@@ -164,7 +148,7 @@ class Residency:
         slots: int = 2,
         on_disk: Collection[int] = (),
         folder: Path | None = None,
-        disk_buffers: int = 3,
+        disk_buffers: int = BUFFERS,
     ) -> None:
         assert list(streamed) == sorted(set(streamed)), "streamed layers must be ascending"
         assert slots >= 1

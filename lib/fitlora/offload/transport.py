@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fitlora.artifacts import SCRATCH
 from fitlora.offload.host_memory import HostMemory, Pages
 from fitlora.offload.shared import SharedMemory
 
@@ -67,8 +68,10 @@ class Transport(ABC):
     device: the computation's. memory: what host buffers are counted against. uploaded_bytes and
     downloaded_bytes: what went over the link so far; pinned_bytes: host buffers that are pinned, of
     which shared_bytes hold what all processes of the host have alike. shared: where those are one copy;
-    without it there is one process.
+    without it there is one process. folder: where what the host's memory has no room for is on disk.
     """
+
+    folder = SCRATCH
 
     def __init__(
         self,

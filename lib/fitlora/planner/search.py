@@ -17,6 +17,7 @@ trace of a large model takes seconds, and no plan is believed that was not trace
 This module imports no torch: it is handed the function that estimates.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -346,6 +347,15 @@ class Search:
 
     def _best(self, limit: int) -> tuple[Estimate | None, Estimate]:
         """The preferred plan within `limit` bytes, and the smallest that was looked at."""
+        found, least = self._in_memory(limit)
+        if found is None and self.free.stream:
+            sizes = self._sizes()
+            for micro in dict.fromkeys((enough_sequences(sizes, self.tokens), sizes[-1])):
+                found = found or self._from_disk(micro, limit)
+        return found, least
+
+    def _in_memory(self, limit: int) -> tuple[Estimate | None, Estimate]:
+        """The same with nothing on disk."""
         sizes = self._sizes()
         enough = enough_sequences(sizes, self.tokens)
         larger = [size for size in reversed(sizes) if size >= enough]
@@ -387,6 +397,24 @@ class Search:
                 before = part[-1]
             else:
                 return None, corner
+
+    def _from_disk(self, micro: int, limit: int) -> Estimate | None:
+        """The chain's first plan that fits the device, with the fewest layers on disk that fit the host.
+
+        The slowest of all: a disk gives a fraction of what the link does.
+        """
+        plans = [self._plan(micro)]
+        for part in segments(plans[0], self.free).values():
+            plans = [plans[-1], *part]
+            if self._estimate(plans[-1]).process_bytes <= limit:
+                break
+        plan = _first(plans, lambda plan: self._estimate(plan).process_bytes <= limit)
+        if plan is None or not plan.streamed_layers:
+            return None
+        counts = range(1, len(plan.streamed_layers) + 1)
+        read = [plan.replace(disk_layers=count) for count in counts]
+        plan = _first(read, lambda plan: self._fits(self._estimate(plan), limit))
+        return None if plan is None else self._estimate(plan)
 
     def _most_streamed(self, before: Plan, corner: Estimate) -> int:
         """How many of the corner's streamed layers the host has room for."""
@@ -509,6 +537,8 @@ class Search:
                 found[name] = "the device is the host"
             else:
                 found[name] = "there is room"
+        if plan.disk_layers:
+            found["disk_layers"] = "as few as the host's memory has no room for"
         if not plan.recompute_layers and asked.checkpoints == "auto":
             found["checkpoints"] = "there are none"
         return found
@@ -539,6 +569,14 @@ class Search:
             f"{format_bytes(least.process_bytes)}, of which weights are "
             f"{format_bytes(least.components.weights)}. Ways out: {'; '.join(ways)}"
         )
+
+
+def _first(plans: Sequence[Plan], enough: Callable[[Plan], bool]) -> Plan | None:
+    """The first of `plans` that is `enough`, as all behind it are; None where none is."""
+    if not enough(plans[-1]):
+        return None
+    at = bisect_left(range(len(plans) - 1), True, key=lambda index: enough(plans[index]))
+    return plans[at]
 
 
 def neighbours(plan: Plan, layers: int) -> dict[str, Plan]:

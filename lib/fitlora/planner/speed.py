@@ -242,11 +242,11 @@ def guess_bytes(plan: Plan, shape: Shape, tokens: int) -> int:
 
 
 def guess_host_bytes(plan: Plan, shape: Shape, tokens: int) -> int:
-    """About what of the host's memory the plan pins."""
+    """About what of the host's memory the plan pins; layers on disk come through three buffers."""
     waiting = len(plan.recompute_layers) if plan.checkpoints == "host" else 0
     tables = (plan.embedding == "host") + (plan.head == "host")
     return (
-        len(plan.streamed_layers) * shape.layer_bytes
+        (len(plan.streamed_layers) - max(0, plan.disk_layers - 3)) * shape.layer_bytes
         + 2 * shape.hidden * tokens * waiting
         + tables * shape.table_bytes
         + (20 * shape.adapters if plan.optimizer_device == "host" else 0)

@@ -16,7 +16,7 @@ from fitlora.errors import UserError
 from fitlora.model import decoder_layers
 from fitlora.offload.checkpoints import HostCheckpoints
 from fitlora.offload.loading import PlacedWeights
-from fitlora.offload.residency import Residency
+from fitlora.offload.residency import Residency, spread
 from fitlora.offload.transport import Transport, make_transport
 from fitlora.offload.vocabulary import HostEmbedding, StreamedHead, sliced_logits
 from fitlora.plan import Plan
@@ -43,7 +43,12 @@ class Placement:
         places: dict[int, Tensor] = {}
         if plan.streamed_layers:
             self.residency = Residency(
-                decoder_layers(model), plan.streamed_layers, move, slots=plan.streaming_slots
+                decoder_layers(model),
+                plan.streamed_layers,
+                move,
+                slots=plan.streaming_slots,
+                on_disk=on_disk(plan),
+                folder=move.folder,
             )
             places |= self.residency.places
         ends = cast(Any, model)
@@ -103,6 +108,12 @@ class Placement:
         for part in (self.residency, self.checkpoints, self.head):
             if part is not None:
                 part.reset()
+
+
+def on_disk(plan: Plan) -> tuple[int, ...]:
+    """The decoder layers that are read from disk: evenly among the streamed ones."""
+    chosen = spread(len(plan.streamed_layers), plan.disk_layers)
+    return tuple(plan.streamed_layers[index] for index in chosen)
 
 
 def scale_of(embed: nn.Module) -> float:

@@ -26,7 +26,8 @@ from fitlora.step.settings import StepSettings
 # Decisions that a step is built with. The others say how the same work is cut up.
 _FIXED = (
     "device", "devices", "effective_batch_size", "sequence_length", "compute_dtype", "optimizer",
-    "streamed_layers", "streaming_slots", "checkpoints", "embedding", "head", "optimizer_device",
+    "streamed_layers", "streaming_slots", "disk_layers", "checkpoints", "embedding", "head",
+    "optimizer_device",
 )  # fmt: skip
 
 # Sums each tensor over the devices, in place.

@@ -97,7 +97,9 @@ def train(
     def build(plan: Plan) -> TrainingStep:
         host = HostMemory(hardware.host_budget_bytes // ranks.host_devices)
         shared = ranks.shared_memory(agreement.meet) if plan.uses_host else None
-        return build_step(config, plan, settings, weights, make_transport(device, host, shared))
+        transport = make_transport(device, host, shared)
+        transport.folder = places.scratch
+        return build_step(config, plan, settings, weights, transport)
 
     identity = identity_of(params, plan, checkpoint, rows, validation)
     _check_alike(identity, ranks)
