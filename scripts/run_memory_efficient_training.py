@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--auto_find_batch_size", action="store_true", help="the planner finds the micro-batch")
     add("--auto_find_parameters", action="store_true", help="find rank and sequence length")
-    add("--device_map", help="cuda, cpu, or auto for the GPU where there is one")
+    add("--device_map", help="auto for every GPU that is here; cuda, cpu")
     add("--memory_budget", help="like 8GiB; default: all of the device's")
     add("--per_device_train_batch_size", type=int, help="the micro-batch (default 1)")
     add("--gradient_accumulation_steps", type=int, help="micro-batches of one optimizer step")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import fitlora
-from fitlora import MemoryEfficientTrainer, UserError, hardware, rates
-from fitlora.artifacts import ADAPTER, HARDWARE, PLAN, PlanArtifact
+from fitlora import MemoryEfficientTrainer, UserError, rates
+from fitlora.artifacts import ADAPTER, PLAN, PlanArtifact
 from fitlora.params import Params, read_params
 from scripts import run_memory_efficient_training as script
 
@@ -219,18 +219,11 @@ def test_the_seeds_model_is_refused_with_what_there_is() -> None:
         MemoryEfficientTrainer("meta-llama/Llama-3.3-8B", "unused")
 
 
-def test_one_model_on_several_gpus_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, str]
-) -> None:
-    from fitlora import trainer
-    from fitlora.artifacts import Gpu
-
-    gpu = Gpu(name="any", compute_capability="9.0", memory_bytes=2**33, bf16=True, fp8=True)
-    several = hardware.profile(Params().hardware, tmp_path).model_copy(update={"gpus": (gpu, gpu)})
-    several.write(tmp_path / HARDWARE)
-    with pytest.raises(UserError, match="device_map='auto' asks for one model on the 2 GPUs"):
-        trainer._check_devices("auto", tmp_path)
-    trainer._check_devices(None, tmp_path)
+@pytest.mark.parametrize(
+    ("device_map", "devices"), [(None, 1), ("cuda", 1), ("cpu", 1), ("auto", "auto")]
+)
+def test_auto_is_every_gpu_and_else_there_is_one(device_map: str | None, devices: object) -> None:
+    assert params_of(device_map=device_map).train.devices == devices
 
 
 def test_offloading_is_the_planners_unless_it_is_forbidden() -> None:

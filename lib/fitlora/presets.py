@@ -79,7 +79,7 @@ PRESETS = {
         notes={"hardware.memory_budget": "24 GiB less the driver's and a desktop's; null: all"},
     ),
     "multi-gpu": Preset(
-        "70B on a large GPU; several GPUs come later",
+        "70B on several GPUs of one host",
         {
             **_LLAMA_70B,
             **_RUN,
@@ -91,8 +91,8 @@ PRESETS = {
         head=(
             *_NO_8B,
             _GATED,
-            "Sharing one model among several GPUs is not part of FitLoRA yet: the first GPU is",
-            "used. What it has no room for of 70B in 4 bits comes from about 40 GiB of host memory.",
+            "Every GPU that is here gets its part of a batch (train.devices). What they have no room",
+            "for of 70B in 4 bits is streamed from one copy in about 40 GiB of host memory.",
             _AUTO,
         ),
     ),

@@ -74,7 +74,8 @@ class MemoryEfficientTrainer:
     memory_profiling: copies the memory of each step to output_dir/memory_logs and prints each phase's
         peak.
     memory_budget: like "8GiB"; all of the device's memory by default.
-    device_map: "cuda", "cpu", or "auto" for the GPU where there is one.
+    device_map: "auto" for every GPU that is here, each with its part of a batch; "cuda" for the first
+        one, "cpu" for none. Left out, the first GPU where there is one.
     from_adapter: folder of an adapter to go on from.
 
     Raises UserError, which says what to change, for whatever cannot be.
@@ -120,7 +121,7 @@ class MemoryEfficientTrainer:
         self.output_dir = Path(output_dir)
         self.memory_profiling = memory_profiling
         self.auto_find_parameters = auto_find_parameters
-        self._rank, self._max_length, self._device_map = lora_r, max_seq_length, device_map
+        self._rank, self._max_length = lora_r, max_seq_length
         self._alpha = lora_alpha
         default_alpha = _LORA.alpha if lora_r is None else 2.0 * lora_r
         train: dict[str, Any] = {
@@ -131,6 +132,7 @@ class MemoryEfficientTrainer:
             "optimizer": optim,
             "from_adapter": None if from_adapter is None else str(from_adapter),
             "seed": seed,
+            "devices": "auto" if device_map == "auto" else 1,
         }
         if num_train_epochs is not None or max_steps is not None:
             train |= {"epochs": num_train_epochs, "max_steps": max_steps}
@@ -173,7 +175,6 @@ class MemoryEfficientTrainer:
 
         open_output(self.params, self.output_dir, force=True)
         run_stages(self.params, self.output_dir, "profile_hardware")
-        _check_devices(self._device_map, self.output_dir)
         if self.auto_find_parameters:
             self._find_parameters()
             open_output(self.params, self.output_dir, force=True)
@@ -282,8 +283,8 @@ def _device(device_map: str | None) -> str:
     if device_map in ("cuda", "cpu"):
         return device_map
     raise UserError(
-        f"device_map is {device_map!r}; FitLoRA trains on one device: 'cuda', 'cpu', or 'auto' for the "
-        "GPU where there is one. Another GPU than the first is chosen with CUDA_VISIBLE_DEVICES"
+        f"device_map is {device_map!r}; it is 'cuda' or 'cpu' for one device, or 'auto' for every "
+        "GPU that is here. Which those are is chosen with CUDA_VISIBLE_DEVICES"
     )
 
 
@@ -291,16 +292,6 @@ def _recompute(checkpointing: bool | None, auto: bool) -> str:
     if checkpointing is False:
         return "none"
     return "all" if checkpointing and not auto else "auto"
-
-
-def _check_devices(device_map: str | None, root: Path) -> None:
-    """Refuses what several GPUs would be asked to do together."""
-    gpus = Hardware.read(root / HARDWARE).gpus
-    if device_map == "auto" and len(gpus) > 1:
-        raise UserError(
-            f"device_map='auto' asks for one model on the {len(gpus)} GPUs that are here, which "
-            "FitLoRA does not do yet; leave it out to train on the first one"
-        )
 
 
 def _is_a_model(folder: Path) -> bool:

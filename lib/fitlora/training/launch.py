@@ -42,7 +42,9 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> None:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + error.sigval) from None
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
+            failures = error.failures
+            rank = min(failures, key=lambda rank: _is_consequence(failures[rank].exitcode))
+            failure = failures[rank]
             if failure.exitcode > 0:
                 raise SystemExit(failure.exitcode) from None
             name = signal.Signals(-failure.exitcode).name
@@ -50,6 +52,11 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> None:
                 f"process {rank} of {processes} was ended by {name} (the kernel does that for want of "
                 "host memory); the same command goes on from what is saved"
             ) from None
+
+
+def _is_consequence(status: int) -> int:
+    """How likely a process ended so because another one did: with a message, or by the agent."""
+    return 2 if status == -signal.SIGTERM else int(status > 0)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ a collective raises, memory aside, means that another process is gone: `LostProc
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -130,8 +131,9 @@ def _others_answer() -> Iterator[None]:
     except RuntimeError as error:
         if is_overflow(error):
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LostProcess(f"another process of the run is gone ({first})") from error
+        # less where in gloo it was, and advice
+        said = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0]
+        raise LostProcess(f"another process of the run is gone ({said})") from error
 
 
 def _host() -> tuple[str, str]:
