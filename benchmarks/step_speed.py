@@ -63,6 +63,8 @@ FINER: tuple[Layout, ...] = (
     (_BF16, 2, 1.0, (), _BOTH),
     (_BF16, 8, 1.0, (), _BOTH),
     (_BF16, 4, 1.0, ("attention",), _BOTH),
+    (_BF16, 1, 0.0, (), ()),
+    (_BF16, 2, 0.0, (), ()),
     (_BF16, 1, 0.5, (), _EMBEDDING),
     (_BF16, 2, 0.75, (), _EMBEDDING),
     (_BF16, 2, 0.5, (), _EMBEDDING),
