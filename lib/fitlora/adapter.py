@@ -18,6 +18,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NAME = ".default.weight"  # how peft names the one adapter inside a model
+_MAGNITUDE = "lora_magnitude_vector"  # which peft stores without a last part
 
 
 def adapter_config(
@@ -35,6 +36,7 @@ def adapter_config(
         "revision": revision,
         "target_modules": sorted(target_modules),
         "task_type": "CAUSAL_LM",
+        "use_dora": lora.dora,
         "use_rslora": lora.rslora,
     }
 
@@ -44,10 +46,10 @@ def save_adapter(folder: Path, state: dict[str, Tensor], config: dict[str, Any])
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{_PREFIX}{name.removesuffix(_NAME)}.weight": tensor
-        for name, tensor in sorted(state.items())
-    }
+    tensors = {}
+    for name, tensor in sorted(state.items()):
+        part = f"{_PREFIX}{name.removesuffix(_NAME)}"
+        tensors[part if part.endswith(_MAGNITUDE) else f"{part}.weight"] = tensor
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -203,6 +203,11 @@ class LoraParams(Section):
         description="rank-stabilised LoRA: the update is scaled by alpha / sqrt(r), so that high ranks "
         "learn as fast as low ones",
     )
+    dora: bool = Field(
+        False,
+        description="DoRA: the magnitude of each output is learned apart from its direction; takes the "
+        "general step, which is slower and larger",
+    )
     dropout: float = Field(0.05, ge=0, le=0.9, description="dropout on their input")
     target_modules: Literal["all-linear"] | Annotated[Names, Field(min_length=1)] = Field(
         "all-linear",

@@ -125,8 +125,14 @@ def check_adapter(folder: Path, lora: LoraParams) -> None:
         raise ArtifactError(f"{path} is missing; make it with: dvc repro train_adapters") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); {again}") from None
-    described = {"use_rslora": False, **content} if isinstance(content, dict) else {}
-    agreed = (("r", lora.r), ("lora_alpha", lora.alpha), ("use_rslora", lora.rslora))
+    unsaid = {"use_rslora": False, "use_dora": False}
+    described = {**unsaid, **content} if isinstance(content, dict) else {}
+    agreed = (
+        ("r", lora.r),
+        ("lora_alpha", lora.alpha),
+        ("use_rslora", lora.rslora),
+        ("use_dora", lora.dora),
+    )
     for key, wanted in agreed:
         found = described.get(key)
         if found != wanted:

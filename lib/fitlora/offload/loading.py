@@ -37,7 +37,7 @@ class PlacedWeights:
     def __init__(
         self, weights: Weights, places: Mapping[int, Tensor], transport: Transport
     ) -> None:
-        self.device = weights.device
+        self.device, self.fresh = weights.device, weights.fresh
         self._weights, self._places, self._transport = weights, places, transport
         self._reads: list[_Read] = []
         self._checkpoint = None

@@ -72,6 +72,8 @@ class StepSkeleton:
             network = by_hand = HandNetwork(self.model, self.layers, self.plan, placement)
         else:
             network = AutogradNetwork(self.model, self.context, self.plan, placement)
+        if weights.fresh and self.settings.lora is not None and self.settings.lora.dora:
+            _start_magnitudes(layers, placement)
         arrange(layers, self.plan.recompute_layers, at_home=placement.at_home)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = (
@@ -106,6 +108,16 @@ class StepSkeleton:
                 "checkpoints on the host and float8 need a family that FitLoRA does by hand "
                 f"({self.reason})"
             )
+
+
+@torch.no_grad()
+def _start_magnitudes(layers: Sequence[nn.Module], placement: Placement) -> None:
+    placement.begin(backward_follows=False)
+    for index, layer in enumerate(layers):
+        with placement.at_home(index):
+            for module in layer.modules():
+                if isinstance(module, LoraLinear):
+                    module.start_magnitude()
 
 
 def step_skeleton(config: Any, plan: Plan, settings: StepSettings) -> StepSkeleton:
@@ -178,6 +190,7 @@ def peft_config(model: nn.Module, lora: LoraParams) -> Any:
         lora_dropout=lora.dropout,
         target_modules=leaves,
         use_rslora=lora.rslora,
+        use_dora=lora.dora,
         bias="none",
         task_type="CAUSAL_LM",
     )

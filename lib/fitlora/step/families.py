@@ -43,6 +43,8 @@ def recognise(model: nn.Module) -> tuple[list[DecoderLayer], str]:
     if getattr(config, "resid_pdrop", 0.0):
         return [], "it has dropout of its own on the residual stream"
     layers = decoder_layers(model)
+    if any(isinstance(m, LoraLinear) and m.magnitude is not None for m in model.modules()):
+        return [], "DoRA has no step by hand"
     foreign = next((name for layer in layers for name in _foreign(layer)), None)
     if foreign is not None:
         return [], f"its {foreign} is no frozen linear layer"

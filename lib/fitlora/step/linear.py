@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fitlora.quantization.layout import NESTED_BLOCK_SIZE, QuantSpec
 from fitlora.step import ops
 from fitlora.step.batch import StepContext
+from fitlora.step.dora import DoraProduct, Magnitude, row_norms
 
 
 class FrozenLinear(nn.Linear):
@@ -195,6 +196,7 @@ class LoraLinear(nn.Module, LoraLayer):
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
     lora_dropout: nn.ModuleDict
+    lora_magnitude_vector: nn.ModuleDict
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any
@@ -204,6 +206,23 @@ class LoraLinear(nn.Module, LoraLayer):
         self._active_adapter = adapter_name
         assert adapter_name == self.adapter, "one adapter is trained at a time"
         LoraLayer.update_layer(self, adapter_name, kwargs["r"], kwargs["lora_alpha"], config=config)
+        if config.use_dora:
+            self.lora_magnitude_vector[adapter_name] = Magnitude(self.frozen.out_features)
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """DoRA's, float32 (out,); None without it."""
+        part = cast(dict[str, Magnitude], self.lora_magnitude_vector)
+        return part[self.adapter].weight if self.adapter in part else None
+
+    def start_magnitude(self) -> None:
+        """Makes it that of the frozen weight, where there is one."""
+        if self.magnitude is not None:
+            weight = self.frozen.compute_weight(torch.float32)
+            self.magnitude.data.copy_(row_norms(weight))
+
+    def resolve_lora_variant(self, **_: Any) -> None:
+        """None: what a variant of LoRA does is done here and not by peft."""
 
     @property
     def frozen(self) -> AnyFrozenLinear:
@@ -243,4 +262,6 @@ class LoraLinear(nn.Module, LoraLayer):
         if self.disable_adapters:
             return cast(Tensor, self.frozen(x))
         a, b = (cast(nn.Linear, part[self.adapter]).weight for part in (self.lora_A, self.lora_B))
+        if self.magnitude is not None:
+            return cast(Tensor, DoraProduct.apply(x, a, b, self.magnitude, self))
         return cast(Tensor, _LoraProduct.apply(x, a, b, self))

@@ -25,9 +25,13 @@ from fitlora.quantization.layout import (
 
 
 class Weights(Protocol):
-    """Gives each tensor of a skeleton its place and content."""
+    """Gives each tensor of a skeleton its place and content.
+
+    fresh: whether adapters begin, so that what follows from the frozen weights is still to be made.
+    """
 
     device: torch.device
+    fresh: bool
 
     def frozen(self, name: str, like: Tensor) -> Tensor:
         """A frozen weight. name: as in the model without adapters; like: on meta."""
@@ -42,6 +46,8 @@ class Weights(Protocol):
 class EmptyWeights:
     """Tensors of the right shape with no content: enough for an estimate, on meta or fake."""
 
+    fresh = True
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
@@ -53,6 +59,8 @@ class EmptyWeights:
 
 class RandomWeights:
     """Noise of a plausible size, for the probe: finite values, and the power draw of real products."""
+
+    fresh = True
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
         self.device = device
@@ -80,9 +88,10 @@ class RandomWeights:
 def start_adapter(name: str, like: Tensor, seed: int) -> Tensor:
     """A at random and B zero, as in LoRA; drawn on the CPU by name, so alike on every device.
 
+    DoRA's magnitudes are zero until the frozen weights are there.
     A is uniform in +-1/sqrt(in), which is what peft's kaiming_uniform(a=sqrt(5)) comes to.
     """
-    if "lora_B" in name:
+    if "lora_A" not in name:
         return torch.zeros(like.shape, dtype=like.dtype)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -106,7 +115,7 @@ class CheckpointWeights:
     ) -> None:
         self.device = device
         self.checkpoint = Checkpoint(folder)
-        self._adapter = adapter
+        self._adapter, self.fresh = adapter, adapter is None
         self._seed = seed
 
     def frozen(self, name: str, like: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fitlora.plan import Plan
 from fitlora.planner.chain import Freedom
 from fitlora.planner.ladder import Ladder, faster
 from fitlora.planner.model import model_size
-from fitlora.step.build import build_step, lora_targets, step_skeleton
+from fitlora.step.build import lora_targets, step_skeleton
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import CheckpointWeights
@@ -99,7 +99,10 @@ def train(
         shared = ranks.shared_memory(agreement.meet) if plan.uses_host else None
         transport = make_transport(device, host, shared)
         transport.folder = places.scratch
-        return build_step(config, plan, settings, weights, transport)
+        skeleton = step_skeleton(config, plan, settings)
+        if not skeleton.layers and ranks.is_first:
+            say(f"taking the general step, which is slower: {skeleton.reason}")
+        return skeleton.fill(weights, transport)
 
     identity = identity_of(params, plan, checkpoint, rows, validation)
     _check_alike(identity, ranks)

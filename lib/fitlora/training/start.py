@@ -21,7 +21,7 @@ _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode",
     "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
-    "target_modules", "task_type", "use_rslora",
+    "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 # Ways to start an adapter that leave the base model's weights alone.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -37,6 +37,7 @@ def read_start(folder: Path, lora: LoraParams) -> dict[str, Tensor]:
         "lora.r": (lora.r, config.get("r")),
         "lora.alpha": (lora.alpha, config.get("lora_alpha")),
         "lora.rslora": (lora.rslora, bool(config.get("use_rslora", False))),
+        "lora.dora": (lora.dora, bool(config.get("use_dora", False))),
     }
     problems = [
         f"its {name.removeprefix('lora.')} is {found!r} and {name} is {asked!r}; set {name}: {found!r}"
