@@ -89,6 +89,7 @@ def test_the_config_says_what_peft_needs(step: TrainingStep, tmp_path: Path) -> 
             "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
         ],
         "task_type": "CAUSAL_LM",
+        "use_dora": False,
         "use_rslora": False,
     }  # fmt: skip
 

@@ -507,10 +507,10 @@ CASES = (
     Case(
         "an adapter to go on from of another kind",
         "train --set train.from_adapter=mine",
-        ("train.from_adapter mine: its use_dora is True", "does not train"),
+        ("train.from_adapter mine: its lora_bias is True", "does not train"),
         lambda: (
             copy(ADAPTER, "mine")(),
-            edit_json(Path("mine/adapter_config.json"), use_dora=True)(),
+            edit_json(Path("mine/adapter_config.json"), lora_bias=True)(),
         ),
     ),
     # places

@@ -97,6 +97,7 @@ def merged_by_peft(tensors: dict[str, Tensor], folders: dict[str, Path]) -> dict
 CASES = [
     ("llama", {"shards": 4}),
     ("llama", {"tied": True, "use_rslora": True}),
+    ("llama", {"use_dora": True}),
     ("llama", {"spec": None, "shards": 3}),
     ("qwen2", {"tied": True, "spec": QuantSpec("fp4", 64, double=False), "r": 3}),
     ("phi3", {"shards": 3, "target_modules": ["qkv_proj", "down_proj"]}),
@@ -233,7 +234,6 @@ def test_4_bits_need_a_4_bit_base(folders: Folders, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
         ({"lora_bias": True}, "lora_bias"),

@@ -41,12 +41,13 @@ from fitlora.step.weights import CheckpointWeights
 from fitlora.units import format_bytes
 
 PREFIX = "base_model.model."
+_MAGNITUDE = "magnitude_vector"
 # Settings of an adapter that say nothing of what its product is; every other one must be off.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
     "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
-    "target_modules", "task_type", "use_rslora",
+    "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 # Ways to start an adapter that leave the base model's weights alone.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -54,11 +55,12 @@ _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True)
 class Update:
-    """One layer's adapter. a: (r, in), b: (out, r), as stored."""
+    """One layer's adapter. a: (r, in), b: (out, r), magnitude: (out,) where it is DoRA's; as stored."""
 
     a: Tensor
     b: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -181,8 +183,8 @@ def _shard_in_4_bits(
 def read_adapter(folder: Path) -> dict[str, Update]:
     """A peft LoRA folder, by the name of the weight that each update belongs to.
 
-    Raises UserError for an adapter that is more than A and B of linear layers (DoRA, trained biases,
-    saved modules, ranks by layer, …), by the name of its setting or tensor.
+    Raises UserError for an adapter that is more than A, B and magnitudes of linear layers (trained
+    biases, saved modules, ranks by layer, …), by the name of its setting or tensor.
     """
     config = _adapter_config(folder)
     alpha, rank = config["lora_alpha"], config["r"]
@@ -191,15 +193,18 @@ def read_adapter(folder: Path) -> dict[str, Update]:
     if not file.is_file():
         raise ArtifactError(f"{file} is missing; FitLoRA reads safetensors only")
     tensors = _read_file(file)
+    dims = {"A.weight": 2, "B.weight": 2}
+    if config.get("use_dora"):
+        dims[_MAGNITUDE] = 1
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, leaf = name.removeprefix(PREFIX).rpartition(".lora_")
-        if not name.startswith(PREFIX) or leaf not in ("A.weight", "B.weight") or tensor.dim() != 2:
+        if not name.startswith(PREFIX) or tensor.dim() != dims.get(leaf):
             raise UserError(
                 f"{file}: {name} is no part of a linear layer's LoRA; it cannot be merged"
             )
         require_finite(name, tensor)
-        layers.setdefault(module, {})[leaf[0]] = tensor
+        layers.setdefault(module, {})[leaf.removesuffix(".weight")] = tensor
     updates = {}
     for module, pair in layers.items():
         for side, other in (("A", "B"), ("B", "A")):
@@ -209,7 +214,12 @@ def read_adapter(folder: Path) -> dict[str, Update]:
             raise UserError(
                 f"{file}: {module} is not of rank {rank}, which adapter_config.json says"
             )
-        updates[f"{module}.weight"] = Update(pair["A"], pair["B"], scale)
+        magnitude = pair.get(_MAGNITUDE)
+        if len(pair) != len(dims) or (
+            magnitude is not None and len(magnitude) != pair["B"].shape[0]
+        ):
+            raise UserError(f"{file}: {module} has no magnitude for each of its outputs")
+        updates[f"{module}.weight"] = Update(pair["A"], pair["B"], scale, magnitude)
     if not updates:
         raise UserError(f"{file} is empty")
     return updates
@@ -322,7 +332,11 @@ class _Merge:
         for start in range(0, weight.shape[0], rows):
             part = slice(start, start + rows)
             base = weight[part].to(self.device, torch.float32)
-            merged[part] = torch.addmm(base, b[part], a, alpha=update.scale)
+            turned = torch.addmm(base, b[part], a, alpha=update.scale)
+            if update.magnitude is not None:
+                norms = torch.linalg.vector_norm(turned, dim=1)
+                turned.mul_((update.magnitude[part].to(self.device) / norms)[:, None])
+            merged[part] = turned
         return merged
 
     def _dequantized(self, name: str) -> Tensor:
