@@ -18,7 +18,7 @@ import huggingface_hub.constants
 import pytest
 from click.testing import CliRunner, Result
 
-from fitlora import artifacts, hardware
+from fitlora import artifacts, rates
 from fitlora.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,8 +53,8 @@ def fitlora(command: str) -> Result:
 
 
 def measure_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(hardware, "disk_read_rate", lambda folder: 10**9)
-    patch.setattr(hardware, "product_rate", lambda *arguments: 10**11)
+    patch.setattr(rates, "disk_read_rate", lambda folder: 10**9)
+    patch.setattr(rates, "product_rate", lambda *arguments: 10**11)
     patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
