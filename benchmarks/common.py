@@ -123,16 +123,17 @@ def shape_config(name: str, **changes: Any) -> Any:
     )
 
 
-def make_checkpoint(name: str, folder: Path, device: torch.device) -> None:
+def make_checkpoint(name: str, folder: Path, device: torch.device, **changes: Any) -> None:
     """A bf16 checkpoint of random weights in the named shape, one shard a layer, with a tokenizer.
 
+    changes: as for `shape_config`.
     One that an earlier benchmark left whole in the folder stays: its index is written last.
     """
     from safetensors.torch import save_file
 
     from fitlora.model import empty_model
 
-    config = shape_config(name)
+    config = shape_config(name, **changes)
     index_file = folder / "model.safetensors.index.json"
     if index_file.is_file():
         there = json.loads((folder / "config.json").read_text())

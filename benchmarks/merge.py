@@ -1,17 +1,20 @@
-"""What a merge takes and what the gate sees.
+"""What a merge takes of the host, for any model and on any disk.
 
-memory: an adapter into a checkpoint of random weights, in a process of its own. Its peak is the most
+An adapter is merged into a checkpoint of random weights, in a process of its own. Its peak is the most
 of its own memory that was resident (RssAnon); mapped pages of files, which the system drops when it
-needs room, are apart. It fails where that is more than --limit-gib.
-gate: right and wrong merges of a finished default run, by the figures that the gate holds to limits.
+needs room, are apart. It fails where that is more than the limit: 8 GiB, and 16 for a 70B.
 
-python -m benchmarks.merge memory --folder /tmp --json benchmarks/results/merge.cpu.json
-make run && python -m benchmarks.merge gate --json benchmarks/results/merge_gate.cpu.json
+One layer's weights are drawn and quantized, and written as every layer's, under its names: what a merge
+takes does not hang on the numbers. Of a 70B only the 4-bit weights (40 GB) need room: with --discard a
+file of the merged model is emptied when it is complete, so that 141 GB are written and one file is kept.
+
+    python -m benchmarks.merge --folder /tmp --json benchmarks/results/merge.cpu.json
+    python -m benchmarks.merge --model llama-3-70b --base dequantized --discard --device cuda \
+        --folder /dev/shm --json benchmarks/results/merge.h200.json
 """
 
 import argparse
 import contextlib
-import io
 import json
 import shutil
 import subprocess
@@ -19,42 +22,42 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.common import device_label, make_checkpoint, shape_config, write_result
-from fitlora.adapter import WEIGHTS, adapter_config, save_adapter
-from fitlora.artifacts import ADAPTER, PLAN, QUANTIZED_MODEL, PlanArtifact
-from fitlora.evaluation.compare import HeldOut, read_held_out
-from fitlora.evaluation.gate import fidelity
+from fitlora.adapter import adapter_config, save_adapter
 from fitlora.evaluation.merge import merge_checkpoint
-from fitlora.evaluation.models import Contender, Place, contenders, load
-from fitlora.evaluation.scores import Reference, RowScore, mean_loss, score
-from fitlora.model import empty_model, linear_names, resolve_model
-from fitlora.params import LoraParams, Params, read_params
-from fitlora.plan import Plan
+from fitlora.model import empty_model, linear_names
+from fitlora.params import LoraParams
 from fitlora.quantization.layout import QuantSpec
 from fitlora.quantization.quantize import quantize_checkpoint
+from fitlora.quantization.writer import INDEX
 from fitlora.units import GIB
 
-CPU = torch.device("cpu")
-CASES: tuple[tuple[Literal["dequantized", "original"], Literal[16, 4]], ...] = (
-    ("dequantized", 16), ("original", 16), ("original", 4),
-)  # fmt: skip
+LIMITS_GIB = {"llama-3-70b": 16}  # of the host; for others 8
+BITS = {"dequantized": (16,), "original": (16, 4)}  # of the merged model, by the base
+_LAYER = "model.layers.0."
 
 
-# --- memory ---------------------------------------------------------------------------------------
+def make_folders(
+    model: str, folder: Path, device: torch.device, *, layers: int | None, original: bool
+) -> int:
+    """An original, its 4-bit checkpoint and an adapter of rank 16 on every linear layer.
 
-
-def make_folders(model: str, folder: Path, device: torch.device) -> None:
-    """An original, its 4-bit checkpoint and an adapter of rank 16 on every linear layer."""
-    make_checkpoint(model, folder / "original", device)
+    layers: of the model; None for as many as it has. original: whether all of its layers are written, or
+    one. Returns the number of layers.
+    """
+    make_checkpoint(model, folder / "original", device, num_hidden_layers=1)
     quantize_checkpoint(folder / "original", folder / "quantized", spec=QuantSpec(), device=device)
-    skeleton = empty_model(shape_config(model), dtype=torch.bfloat16)
+    config = shape_config(model, **({} if layers is None else {"num_hidden_layers": layers}))
+    for made in ["quantized"] + ["original"] * original:
+        deepen(folder / made, config.num_hidden_layers)
+    skeleton = empty_model(config, dtype=torch.bfloat16)
     lora = LoraParams(r=16)
     generator = torch.Generator().manual_seed(0)
     state = {}
@@ -64,8 +67,27 @@ def make_folders(model: str, folder: Path, device: torch.device) -> None:
             values = torch.randn(shape, generator=generator) * 0.01
             state[f"{name}.lora_{side}.default.weight"] = values
     targets = sorted({name.rpartition(".")[2] for name in linear_names(skeleton)})
-    config = adapter_config(lora, targets, base_model=str(folder / "original"), revision=None)
-    save_adapter(folder / "adapter", state, config)
+    described = adapter_config(lora, targets, base_model=str(folder / "original"), revision=None)
+    save_adapter(folder / "adapter", state, described)
+    return int(config.num_hidden_layers)
+
+
+def deepen(folder: Path, layers: int) -> None:
+    """Gives a checkpoint of one layer, which has a file of its own, as many as that: all the same."""
+    index = json.loads((folder / INDEX).read_text())
+    files: dict[str, str] = index["weight_map"]
+    (file,) = {file for name, file in files.items() if name.startswith(_LAYER)}
+    tensors = load_file(folder / file)
+    for layer in range(1, layers):
+        renamed = {
+            name.replace(_LAYER, f"model.layers.{layer}."): tensor
+            for name, tensor in tensors.items()
+        }
+        files |= dict.fromkeys(renamed, f"layer-{layer:03}.safetensors")
+        save_file(renamed, folder / f"layer-{layer:03}.safetensors", {"format": "pt"})
+    (folder / INDEX).write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
 
 
 def bytes_of(folder: Path) -> int:
@@ -93,8 +115,8 @@ def anonymous_peak() -> Iterator[Callable[[], int]]:
         thread.join()
 
 
-def merge_once(folder: Path, base: Any, bits: Any, device: torch.device) -> None:
-    """One merge; prints its figures as JSON. Runs in a process of its own."""
+def merge_once(folder: Path, base: Any, bits: Any, device: torch.device) -> dict[str, Any]:
+    """One merge, in this process."""
     start = time.perf_counter()
     with anonymous_peak() as peak, contextlib.redirect_stdout(sys.stderr):
         merge_checkpoint(
@@ -106,177 +128,98 @@ def merge_once(folder: Path, base: Any, bits: Any, device: torch.device) -> None
             bits=bits,
             device=device,
         )
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": round(seconds, 1), "host_peak_bytes": peak()}))
+    return {"seconds": round(time.perf_counter() - start, 1), "host_peak_bytes": peak()}
 
 
-def measure_memory(args: argparse.Namespace) -> list[dict[str, Any]]:
-    folder = Path(tempfile.mkdtemp(prefix="merge-", dir=args.folder))
-    rows = []
-    try:
-        make_folders(args.model, folder, torch.device(args.device))
-        for base, bits in CASES:
-            limit = args.limit_gib * GIB
-            command = [sys.executable, "-m", "benchmarks.merge", "once", "--folder", str(folder)]
-            command += ["--base", base, "--bits", str(bits), "--device", args.device]
-            found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            row = {
-                "measured": "memory", "model": args.model, "device": args.device, "base": base,
-                "bits": bits, "host_limit_bytes": limit,
-                "source_bytes": bytes_of(folder / ("original" if base == "original" else "quantized")),
-                "largest_file_bytes": max(
-                    f.stat().st_size for f in (folder / "original").glob("*.safetensors")
-                ),
-                "adapter_bytes": bytes_of(folder / "adapter"),
-                "merged_bytes": bytes_of(folder / "merged"),
-                **json.loads(found.stdout.splitlines()[-1]),
-            }  # fmt: skip
-            print(row, flush=True)
-            assert row["host_peak_bytes"] <= limit, "above the limit"
-            rows.append(row)
-            shutil.rmtree(folder / "merged")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return rows
+def discard(folder: Path) -> int:
+    """Empties the files of the merged model that are complete; returns the bytes that they had."""
+    freed = 0
+    for place in (folder / ".merged.partial", folder / "merged"):
+        for file in place.glob("*.safetensors"):
+            freed += file.stat().st_size
+            with contextlib.suppress(FileNotFoundError):  # its folder was renamed just now
+                file.open("r+b").truncate(0)
+    return freed
 
 
-# --- gate -----------------------------------------------------------------------------------------
-
-Edit = Callable[[dict[str, torch.Tensor]], None]
-
-
-def without(part: str) -> Edit:
-    """An adapter that forgot the layers whose names have `part`."""
-
-    def edit(tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if part in name:
-                tensor.zero_()
-
-    return edit
-
-
-def times(factor: float) -> Edit:
-    """An adapter of another scale."""
-
-    def edit(tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if "lora_B" in name:
-                tensor.mul_(factor)
-
-    return edit
-
-
-RIGHT = [("right", base, bits, None) for base in ("dequantized", "original") for bits in (16, 4)]
-WRONG = [
-    ("twice the scale", "dequantized", 16, times(2.0)),
-    ("half the scale", "dequantized", 16, times(0.5)),
-    ("one layer left out", "dequantized", 16, without("layers.2.")),
-    ("all q_proj left out", "dequantized", 16, without("q_proj")),
-    ("one down_proj left out", "dequantized", 16, without("layers.2.mlp.down_proj")),
-]
+def measure(args: argparse.Namespace, folder: Path, base: str, bits: int) -> dict[str, Any]:
+    """One merge in a process of its own, and what there was to merge."""
+    limit = LIMITS_GIB.get(args.model, 8) * GIB
+    command = [sys.executable, "-m", "benchmarks.merge", "--folder", str(folder), "--once"]
+    command += ["--base", base, "--bits", str(bits), "--device", args.device]
+    merged = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        while args.discard and child.poll() is None:
+            merged += discard(folder)
+            time.sleep(0.05)
+        output, _ = child.communicate()
+        assert child.returncode == 0
+    merged += discard(folder) if args.discard else bytes_of(folder / "merged")
+    shutil.rmtree(folder / "merged")
+    source = folder / ("original" if base == "original" else "quantized")
+    row = {
+        "measured": "memory", "device": args.device, "base": base,
+        "bits": bits, "host_limit_bytes": limit, "file_system": file_system(folder),
+        "source_bytes": bytes_of(source),
+        "largest_file_bytes": max(f.stat().st_size for f in source.glob("*.safetensors")),
+        "adapter_bytes": bytes_of(folder / "adapter"), "merged_bytes": merged,
+        "discarded": args.discard, **json.loads(output.splitlines()[-1]),
+    }  # fmt: skip
+    print(row, flush=True)
+    return row
 
 
-class DefaultRun:
-    """A finished run in `root`, and a scratch folder to merge in."""
-
-    def __init__(self, root: Path, scratch: Path) -> None:
-        self.root, self.scratch = root, scratch
-        self.params: Params = read_params(root / "params.yaml")
-        self.plan: Plan = PlanArtifact.read(root / PLAN).plan
-        self.original = resolve_model(self.params.model.id, None, weights=True)
-
-    def adapter(self, edits: Sequence[Edit]) -> Path:
-        """The run's adapter, edited."""
-        folder = self.scratch / "adapter"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self.root / ADAPTER, folder)
-        tensors = load_file(folder / WEIGHTS)
-        for edit in edits:
-            edit(tensors)
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-        return folder
-
-    def models(self, adapter: Path, bits: Any) -> dict[str, Contender]:
-        found = contenders(
-            original=self.original,
-            quantized=self.root / QUANTIZED_MODEL,
-            adapter=adapter,
-            merged=self.scratch / "merged",
-            quantization=self.params.quantization,
-            lora=self.params.lora,
-            merged_bits=bits,
-        )
-        return {model.name: model for model in found}
-
-    def merge(self, adapter: Path, base: Any, bits: Any) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            merge_checkpoint(
-                original=self.original,
-                quantized=self.root / QUANTIZED_MODEL,
-                adapter=adapter,
-                target=self.scratch / "merged",
-                base=base,
-                bits=bits,
-                device=CPU,
-                compute_dtype=getattr(torch, self.plan.compute_dtype),
-            )
-
-    def score(self, model: Contender, held_out: HeldOut, **reference: Reference) -> list[RowScore]:
-        step = load(model, self.plan, Place(CPU, self.plan.compute_dtype, 64))
-        return score(step, held_out.sequences, lambda count: None, **reference)
-
-
-def measure_gate(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        run = DefaultRun(args.root, Path(scratch))
-        held_out = read_held_out(run.original, run.params.data, run.params.evaluate)
-        for strength in (1.0, 0.3):
-            weaker = times(strength)
-            reference = Reference()
-            adapter = run.models(run.adapter([weaker]), 16)["adapter"]
-            run.score(adapter, held_out, record=reference)
-            for what, base, bits, wrong in [*RIGHT, *WRONG]:
-                folder = run.adapter([weaker] if wrong is None else [weaker, wrong])
-                run.merge(folder, base, bits)
-                merged = run.models(folder, bits)["merged"]
-                scores = run.score(merged, held_out, against=reference)
-                row = {
-                    "measured": "gate", "merge": what, "base": base, "bits": bits,
-                    "adapter_strength": strength,
-                    "loss": mean_loss(scores), **fidelity(scores).model_dump(),
-                }  # fmt: skip
-                print(row, flush=True)
-                rows.append(row)
-    return rows
+def file_system(folder: Path) -> str:
+    """Its type: tmpfs is memory of the host, though not the process's own."""
+    found = subprocess.run(
+        ["stat", "--file-system", "--format=%T", str(folder)],
+        check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return found.stdout.strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="what", required=True)
-    memory, once, gate = (commands.add_parser(name) for name in ("memory", "once", "gate"))
-    for command in (memory, once):
-        command.add_argument(
-            "--folder", type=Path, required=True, help="needs room: see source_bytes"
-        )
-        command.add_argument("--device", default="cpu")
-    memory.add_argument("--model", default="llama-3-8b")
-    memory.add_argument("--limit-gib", type=int, default=8)
-    once.add_argument("--base", required=True)
-    once.add_argument("--bits", type=int, required=True)
-    gate.add_argument("--root", type=Path, default=Path(), help="where the run's artifacts are")
-    for command in (memory, gate):
-        command.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="where the files are made")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="llama-3-8b")
+    parser.add_argument("--layers", type=int, help="of the model; all by default")
+    parser.add_argument("--base", choices=list(BITS), help="both by default")
+    parser.add_argument("--discard", action="store_true", help="keep nothing of the merged model")
+    parser.add_argument("--json", type=Path, help="rows of other models and devices are kept in it")
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--bits", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.what == "once":
-        device = torch.device(args.device)
-        merge_once(args.folder, args.base, args.bits, device)
+    if args.once:
+        found = merge_once(args.folder, args.base, args.bits, torch.device(args.device))
+        print(json.dumps(found))
         return
-    if args.what == "memory":
-        args.folder.mkdir(parents=True, exist_ok=True)
-    rows = measure_memory(args) if args.what == "memory" else measure_gate(args)
-    write_result(args.json, "merge", rows, label=device_label())
+    bases = [args.base] if args.base else list(BITS)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="merge-", dir=args.folder))
+    try:
+        device = torch.device(args.device)
+        original = "original" in bases
+        count = make_folders(args.model, folder, device, layers=args.layers, original=original)
+        made = {"model": args.model, "layers": count}
+        rows = [
+            {**made, **measure(args, folder, base, bits)} for base in bases for bits in BITS[base]
+        ]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if args.json is not None:
+        write_result(args.json, "merge", [*others(args), *rows], label=device_label())
+    for row in rows:
+        assert row["host_peak_bytes"] <= row["host_limit_bytes"], "above the limit"
+
+
+def others(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The file's rows of other models and devices."""
+    if not args.json.exists():
+        return []
+    asked = (args.model, args.device)
+    rows = json.loads(args.json.read_text())["rows"]
+    return [row for row in rows if (row["model"], row["device"]) != asked]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Also makes pictures of a page by hand:
 
     python -m tests.report.browser reports/report.html docs/report.png --width 1280 --dark
+    python -m tests.report.browser reports/report.html docs/memory.png --section Memory
 """
 
 import argparse
@@ -25,6 +26,13 @@ _FLAGS = (
     "--remote-debugging-pipe",
 )  # fmt: skip
 _DRAWN = "document.documentElement?.dataset.charts === 'drawn'"
+
+_BOX = """(() => {
+    const found = [...document.querySelectorAll('section')].find(
+        section => section.querySelector('h2').textContent === TITLE);
+    const box = found?.getBoundingClientRect();
+    return box && [box.left + scrollX, box.top + scrollY, box.width, box.height];
+})()"""
 
 
 def find_chromium() -> str | None:
@@ -113,7 +121,17 @@ class Browser:
     def picture(self, path: Path, *, width: int, height: int | None = None) -> None:
         """A picture of the page from its top, all of it where no height is given."""
         whole = int(self.evaluate("document.documentElement.scrollHeight"))
-        clip = {"x": 0, "y": 0, "width": width, "height": height or whole, "scale": 1}
+        self._capture(path, [0, 0, width, height or whole])
+
+    def picture_of(self, path: Path, section: str) -> None:
+        """A picture of the page's section with that heading."""
+        box = self.evaluate(_BOX.replace("TITLE", json.dumps(section)))
+        assert box is not None, f"no section is called {section}"
+        self._capture(path, box)
+
+    def _capture(self, path: Path, box: list[float]) -> None:
+        """box: left, top, width and height on the page."""
+        clip = {**dict(zip(("x", "y", "width", "height"), box, strict=True)), "scale": 1}
         found = self.call(
             "Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True
         )
@@ -154,11 +172,15 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--height", type=int, help="of the picture; all of the page by default")
+    parser.add_argument("--section", help="the one to show, by its heading")
     parser.add_argument("--dark", action="store_true")
     args = parser.parse_args()
     with browser() as tab:
         tab.open(args.page, width=args.width, dark=args.dark)
-        tab.picture(args.picture, width=args.width, height=args.height)
+        if args.section is None:
+            tab.picture(args.picture, width=args.width, height=args.height)
+        else:
+            tab.picture_of(args.picture, args.section)
         for problem in tab.problems:
             print(problem)
 

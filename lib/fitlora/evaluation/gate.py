@@ -6,7 +6,7 @@ base, a scale, a layer left out) is far off, and often still answers in whole se
 against limits is the distance of its next-token distributions from those of the 4-bit base with the
 adapter, along held-out rows, and the answers that it no longer gets right.
 
-The default limits are from right and wrong merges of the shipped default (benchmarks/merge.py gate):
+The default limits are from right and wrong merges of the shipped default (benchmarks/merge_gate.py):
 into the dequantized weights a mean of 1e-6 nats a token, into the original ones 5e-3, and from 1.7e-2
 to 0.8 where the scale is wrong or a layer left out. One projection left out of 28 stays below them.
 """
