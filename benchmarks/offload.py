@@ -419,6 +419,7 @@ def measure(
         torch._C._cuda_clearCublasWorkspaces()
         give_back_memory()
         torch.cuda.reset_peak_memory_stats(device)
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # as with a budget
         torch.cuda.set_per_process_memory_fraction(1.0, device)
     if hardware is not None:
         limit_memory(hardware)

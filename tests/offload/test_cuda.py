@@ -1,6 +1,7 @@
 """On a GPU the copies really are beside the computation: late, into poisoned slots, and yet in order."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,22 @@ from fitlora.device import give_back_memory
 from fitlora.offload.checkpoints import HostCheckpoints
 from fitlora.offload.host_memory import HostMemory
 from fitlora.offload.optimizer import CPUOffloadOptimizer
-from fitlora.offload.transport import CudaTransport
+from fitlora.offload.transport import CudaTransport, Transport
 from fitlora.offload.vocabulary import HostEmbedding, StreamedHead, sliced_loss
+from fitlora.step.build import build_step
+from fitlora.step.layer import DecoderLayer
+from fitlora.step.training_step import TrainingStep
+from fitlora.step.weights import RandomWeights
 from tests.offload.stacks import WIDTH, Run, resident, resident_slices, streamed
+from tests.offload.test_step import assert_same, run
+from tests.step import steps
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+DEVICE = torch.device("cuda", 0)
 LAYERS = 6
 LONGEST_DELAY = 2_000_000  # cycles, about a millisecond
 
@@ -28,25 +36,20 @@ LONGEST_DELAY = 2_000_000  # cycles, about a millisecond
 class LateCopies(CudaTransport):
     """Before a copy comes a wait of random length; what it will overwrite is poisoned."""
 
-    def __init__(self, seed: int) -> None:
-        super().__init__(torch.device("cuda", torch.cuda.current_device()), HostMemory())
-        self._draw = random.Random(seed)
+    def __init__(self, seed: int, longest_delay: int = LONGEST_DELAY) -> None:
+        super().__init__(DEVICE, HostMemory())
+        self._draw, self._longest = random.Random(seed), longest_delay
 
     def _copy(self, destination: Tensor, source: Tensor) -> None:
         if destination.is_cuda:
             destination.view(-1).view(torch.uint8).fill_(0xFF)
-        torch.cuda._sleep(self._draw.randrange(LONGEST_DELAY))
+        torch.cuda._sleep(self._draw.randrange(self._longest))
         super()._copy(destination, source)
 
 
 def late_computation(*_: Any) -> None:
     """The device falls behind the host, so that a copy that does not wait for it is too early."""
     torch.cuda._sleep(LONGEST_DELAY // 2)
-
-
-def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
-    for a, b in zip(found, wanted, strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, LAYERS])
@@ -108,7 +111,7 @@ def test_the_host_never_waits_for_a_copy_of_weights() -> None:
 
 
 def test_pinned_memory_is_pinned_and_given_back() -> None:
-    transport = CudaTransport(torch.device("cuda", torch.cuda.current_device()), HostMemory())
+    transport = CudaTransport(DEVICE, HostMemory())
     buffer = transport.reserve(2**24 + 123, "test")
     buffer.fill_(7)
     assert not buffer.is_pinned()
@@ -179,3 +182,140 @@ def test_both_ends_of_the_vocabulary() -> None:
             assert gradient is not None
             results.append([loss, gradient])
         assert_same(*results)
+
+
+# --- the whole step ------------------------------------------------------------------------------
+
+ALL = tuple(range(LAYERS))
+# the head's loss sums in another order when it comes in slices, so that it is compared with itself
+HOST: dict[str, Any] = {"checkpoints": "host", "embedding": "host"}
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every kernel gives the same bits each time; memory that is not written is full of NaN."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def build(transport: Transport | None = None, **changes: Any) -> TrainingStep:
+    config = steps.config(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS, tie_word_embeddings=False
+    )
+    plan = steps.plan(
+        device=DEVICE.type, compute_dtype="bfloat16", micro_batch_size=3, recompute_layers=ALL
+    )
+    weights = RandomWeights(DEVICE)
+    return build_step(config, plan.replace(**changes), steps.settings(), weights, transport)
+
+
+def late_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device falls behind in every layer, so that a copy that does not wait for it is too early."""
+    for name in ("forward", "backward"):
+        whole = getattr(DecoderLayer, name)
+
+        def late(layer: DecoderLayer, *a: Any, whole: Any = whole, **options: Any) -> Any:
+            late_computation()
+            return whole(layer, *a, **options)
+
+        monkeypatch.setattr(DecoderLayer, name, late)
+
+
+@pytest.mark.parametrize("optimizer", ["device", "host"])
+def test_twenty_steps_are_the_resident_ones_bit_for_bit(
+    optimizer: str, deterministic: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Losses, norms, evaluations and adapters, at several sizes of the ring, under late copies."""
+    resident_steps = run(build(optimizer_device=optimizer), 20)
+    assert_same(run(build(optimizer_device=optimizer), 20), resident_steps)
+    late_layers(monkeypatch)
+    layouts: list[dict[str, Any]] = [
+        {"streamed_layers": ALL, "streaming_slots": 1, **HOST},
+        {"streamed_layers": ALL, "streaming_slots": 2, **HOST},
+        {"streamed_layers": (0, 2, 3, 5), "streaming_slots": 3, "checkpoints": "host"},
+        {"streamed_layers": ALL, "disk_layers": 4, "streaming_slots": 2, **HOST},
+        {"streamed_layers": ALL, "recompute_layers": (0, 1), "streaming_slots": LAYERS},
+    ]
+    for seed, layout in enumerate(layouts):
+        transport = LateCopies(seed)
+        transport.folder = tmp_path
+        found = run(build(transport, optimizer_device=optimizer, **layout), 20)
+        assert_same(found, resident_steps)
+
+
+def test_a_step_that_was_broken_off_may_be_run_again(
+    deterministic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after Ctrl-C or an overflow: nothing hangs, and the next steps are the resident ones."""
+    layout = {"streamed_layers": ALL, "optimizer_device": "host", **HOST}
+    step = build(LateCopies(0), **layout)
+    for name in ("forward", "backward"):
+        left = iter(range(4))
+        whole = getattr(DecoderLayer, name)
+
+        def broken(*a: Any, left: Any = left, whole: Any = whole, **options: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return whole(*a, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DecoderLayer, name, broken)
+            with pytest.raises(KeyboardInterrupt):
+                step.run(steps.sequences(7), step=0, learning_rate=1e-2)
+        step.abandon()
+    assert_same(run(step, 4), run(build(optimizer_device="host"), 4))
+
+
+def test_five_hundred_steps_of_varying_lengths_have_no_nan() -> None:
+    transport = LateCopies(0, longest_delay=LONGEST_DELAY // 20)
+    step = build(
+        transport,
+        streamed_layers=ALL,
+        head="host",
+        optimizer_device="host",
+        mlp_chunk_tokens=16,
+        **HOST,
+    )
+    found = []
+    for index in range(500):
+        batch = steps.sequences(1 + index % 7, seed=index)
+        result = step.run(batch, step=index, learning_rate=1e-3)
+        found.append(torch.stack([result.loss, result.gradient_norm.to(DEVICE)]))
+    assert torch.stack(found).isfinite().all()
+
+
+def test_the_peak_is_flat_from_the_second_step_on() -> None:
+    transport = CudaTransport(DEVICE, HostMemory())
+    step = build(transport, streamed_layers=ALL, head="host", optimizer_device="host", **HOST)
+    peaks = []
+    for index in range(5):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step.run(steps.sequences(7), step=index, learning_rate=1e-2)
+        torch.cuda.synchronize()
+        peaks.append((torch.cuda.max_memory_allocated(), transport.pinned_bytes))
+    assert len(set(peaks[1:])) == 1
+
+
+def test_memory_goes_back_when_a_step_is_dropped() -> None:
+    memory = HostMemory()
+    give_back_memory()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    step = build(
+        CudaTransport(DEVICE, memory),
+        streamed_layers=ALL,
+        head="host",
+        optimizer_device="host",
+        **HOST,
+    )
+    step.run(steps.sequences(7), step=0, learning_rate=1e-2)
+    torch.cuda.synchronize()
+    assert memory.taken["streamed weights"] > 0
+    del step
+    torch._C._cuda_clearCublasWorkspaces()
+    give_back_memory()
+    assert memory.taken["streamed weights"] == memory.taken["activation checkpoints"] == 0
+    assert torch.cuda.memory_allocated() <= before
