@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -430,7 +430,7 @@ def measure(
     memory = HostMemory(None if hardware is None else hardware.host_budget_bytes)
     transport = make_transport(device, memory, times)
     transport.folder = ROOT / ".fitlora" / "benchmark"
-    residency.DiskRing = Uncached  # type: ignore[misc]
+    cast(Any, residency).DiskRing = Uncached
     Uncached.read_bytes = 0
     start = time.perf_counter()
     config = shape_config(case.model)
