@@ -17,6 +17,8 @@ BASE: dict[str, Any] = {
     "recompute_layers": (0, 1),
     "recompute_keeps": (),
     "compute_dtype": "bfloat16",
+    "layer_dtype": None,
+    "frozen_layers": (),
     "optimizer": "adamw",
     "loss_chunk_tokens": 1024,
     "mlp_chunk_tokens": None,
@@ -38,6 +40,8 @@ OTHER: dict[str, Any] = {
     "recompute_layers": (0, 2),
     "recompute_keeps": ("attention",),
     "compute_dtype": "float32",
+    "layer_dtype": "float32",
+    "frozen_layers": (1,),
     "optimizer": "adamw_8bit",
     "loss_chunk_tokens": 1023,
     "mlp_chunk_tokens": 8192,
@@ -77,7 +81,9 @@ def plan(**changes: Any) -> Plan:
         {"device": "cpu", "optimizer": "paged_adamw"},
         {"device": "cpu", "optimizer": "paged_adamw_8bit"},
         {"device": "tpu"},
-        {"compute_dtype": "float16"},
+        {"compute_dtype": "float64"},
+        {"layer_dtype": "int8"},
+        {"frozen_layers": (1, 0)},
         {"streamed_layers": (2, 1)},
         {"streaming_slots": 0},
         {"disk_layers": -1},
@@ -142,7 +148,7 @@ def test_the_fingerprint_is_the_decisions_alone() -> None:
     assert plan().fingerprint() == plan(recompute_layers=[0, 1]).fingerprint()
     assert plan().replace(micro_batch_size=8).replace(micro_batch_size=4) == plan()
     # written down, so that a change of the form is noticed: DVC would see other bytes everywhere
-    assert plan().fingerprint() == "c644b1a1abc9"
+    assert plan().fingerprint() == "4ed6c66fb7f0"
     assert len(plan().fingerprint()) == 12
 
 

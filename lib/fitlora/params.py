@@ -227,10 +227,11 @@ class PlanParams(Section):
     recompute: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = Field(
         "auto", description="decoder layers that recompute their activations: none, all, or N"
     )
-    compute_dtype: Literal["auto", "bfloat16", "float32", "float8"] = Field(
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32", "float8"] = Field(
         "auto",
-        description="auto: bfloat16 where the GPU has it, float32 on the CPU. float8 takes the products "
-        "of frozen 4-bit weights in fp8 and all else in bfloat16; never chosen by itself",
+        description="auto: bfloat16 where the GPU has it, float16 (with scaled losses) where not, "
+        "float32 on the CPU. float8 takes the products of frozen 4-bit weights in fp8 and all else in "
+        "bfloat16; never chosen by itself",
     )
     stream_layers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
@@ -280,6 +281,20 @@ class TrainParams(Section):
     )
     max_gradient_norm: float | None = Field(
         1.0, gt=0, description="gradients are scaled down to this norm; null: never"
+    )
+    precision: Literal["fixed", "dynamic"] = Field(
+        "fixed",
+        description="dynamic: a step that overflows, or whose loss is a spike, is done again in the "
+        "next wider precision, and after a calm stretch it is narrower again; fixed: such a run ends",
+    )
+    freeze: Literal["off", "memory", "speed"] = Field(
+        "off",
+        description="a share of the layers whose adapters are not trained: memory, those with the "
+        "smallest gradients; speed, the lowest, above which the backward pass then ends. More of them "
+        "where memory runs out otherwise",
+    )
+    freeze_share: float = Field(
+        0.5, gt=0, lt=1, description="of the layers that freeze freezes from the start"
     )
     from_adapter: Annotated[str | None, AfterValidator(_is_no_output)] = Field(
         None,

@@ -9,14 +9,16 @@ This module imports no torch: a Plan is compared, listed and tested in microseco
 """
 
 import hashlib
+import itertools
 import json
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# float16 would need its gradients scaled, which the step does not do. float8: the products of frozen
-# weights; all else is bfloat16.
-ComputeDtype = Literal["bfloat16", "float32", "float8"]
+# float8: the products of frozen weights; all else is bfloat16. float16: for GPUs without bfloat16; its
+# losses are scaled.
+ComputeDtype = Literal["bfloat16", "float16", "float32", "float8"]
+Dtype = Literal["bfloat16", "float16", "float32"]
 Side = Literal["device", "host"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 # What a layer that recomputes may keep beside its input: the projected queries, keys and values; what
@@ -49,6 +51,12 @@ class Plan(BaseModel):
         (), strict=False, description="what layers that recompute keep all the same"
     )
     compute_dtype: ComputeDtype
+    layer_dtype: ComputeDtype | None = Field(
+        None, description="what decoder layers compute in instead, after a switch of precision"
+    )
+    frozen_layers: tuple[int, ...] = Field(
+        (), strict=False, description="decoder layers whose adapters are not trained"
+    )
     optimizer: Optimizer
     loss_chunk_tokens: int = Field(ge=1, description="rows of logits that exist at one time")
     mlp_chunk_tokens: int | None = Field(
@@ -80,7 +88,7 @@ class Plan(BaseModel):
                 f"micro_batch_size {self.micro_batch_size} is larger than the "
                 f"{self.sequences_per_device} sequences that one device has in a step"
             )
-        for name in ("recompute_layers", "streamed_layers"):
+        for name in ("recompute_layers", "streamed_layers", "frozen_layers"):
             layers = list(getattr(self, name))
             if layers != sorted(set(layers)) or (layers and layers[0] < 0):
                 raise ValueError(f"{name} must be ascending, from 0, free of duplicates")
@@ -101,9 +109,25 @@ class Plan(BaseModel):
         return self.recompute_keeps if layer in self.recompute_layers else KEPT
 
     @property
-    def storage_dtype(self) -> Literal["bfloat16", "float32"]:
-        """What activations, and weights that are not quantized, are in."""
+    def lowest_learning(self) -> int:
+        """The lowest decoder layer whose adapters are trained: there the backward pass ends."""
+        return next(i for i in itertools.count() if i not in self.frozen_layers)
+
+    @property
+    def storage_dtype(self) -> Dtype:
+        """What weights that are not quantized are in, and activations outside of the layers."""
         return "bfloat16" if self.compute_dtype == "float8" else self.compute_dtype
+
+    @property
+    def activation_dtype(self) -> Dtype:
+        """What decoder layers' activations are in."""
+        dtype = self.layer_dtype or self.compute_dtype
+        return "bfloat16" if dtype == "float8" else dtype
+
+    @property
+    def float8_products(self) -> bool:
+        """Whether decoder layers take the products of frozen weights in fp8."""
+        return (self.layer_dtype or self.compute_dtype) == "float8"
 
     @property
     def uses_host(self) -> bool:
@@ -148,8 +172,12 @@ class Plan(BaseModel):
             offloaded.append("optimizer")
         host = f", on the host: {', '.join(offloaded)}" if offloaded else ""
         each = f"{self.devices} devices, each " if self.devices > 1 else ""
+        frozen = f", {len(self.frozen_layers)} layers frozen" if self.frozen_layers else ""
+        dtype: str = self.compute_dtype
+        if self.layer_dtype is not None:
+            dtype = f"{self.layer_dtype} in place of {dtype}"
         return (
             f"{each}micro-batch {self.micro_batch_size} x {self.accumulation} accumulation x "
-            f"{self.sequence_length} tokens, {recompute} layers recomputed, "
-            f"{self.compute_dtype}, {self.optimizer} on {self.device}{host}"
+            f"{self.sequence_length} tokens, {recompute} layers recomputed{frozen}, "
+            f"{dtype}, {self.optimizer} on {self.device}{host}"
         )

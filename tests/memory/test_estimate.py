@@ -75,6 +75,8 @@ def drawn(count: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
             "optimizer": ["adamw", "adamw_8bit"][index // 2 % 2],
             "loss_chunk_tokens": draw.choice([7, 50, 4096]),
             "compute_dtype": draw.choice(["float32", "bfloat16"]),
+            "layer_dtype": [None, "bfloat16", None, "float32", "float8"][index],
+            "frozen_layers": [(0,), (), (1,), (), ()][index],
         }
         found.append((plan, {"bits": [4, 4, 16][index % 3], "dropout": [0.0, 0.1][index % 2]}))
     return found
@@ -282,6 +284,15 @@ OFFLOADED = [
     (9, 4, {"streamed_layers": (0, 2, 4, 5, 6, 7, 8), "streaming_slots": 3}),
     (6, 6, {"optimizer_device": "host", "micro_batch_size": 3}),
     (5, 5, {"checkpoints": "host", "recompute_keeps": ("attention",)}),
+    (9, 9, {"frozen_layers": (0, 1, 2, 3), "streamed_layers": (0, 1, 2, 3, 4, 6, 7, 8)}),
+]
+FROZEN: list[tuple[int, int, dict[str, Any]]] = [
+    (7, 0, {"frozen_layers": (0, 1, 2), "micro_batch_size": 3}),
+    (8, 8, {"frozen_layers": (0, 1, 2, 3), "optimizer_device": "host"}),
+    (9, 3, {"frozen_layers": (0, 1, 2, 3, 4)}),
+    (8, 0, {"frozen_layers": (1, 2, 3, 4), "micro_batch_size": 3}),
+    (8, 8, {"frozen_layers": (1, 2, 3, 4)}),
+    (12, 0, {"frozen_layers": (0, 1, 2, 4, 5, 6), "layer_dtype": "bfloat16"}),
 ]
 
 
@@ -299,7 +310,7 @@ def test_processes_of_a_host_have_one_copy_of_what_streams_and_the_rest_each() -
     assert pinned(3, checkpoints="host", **weights) == pinned(1, **weights) + 2 * staging + 3 * own
 
 
-@pytest.mark.parametrize(("layers", "recomputed", "changes"), [*deep_cases(), *OFFLOADED])
+@pytest.mark.parametrize(("layers", "recomputed", "changes"), [*deep_cases(), *OFFLOADED, *FROZEN])
 def test_few_layers_tell_of_many(layers: int, recomputed: int, changes: dict[str, Any]) -> None:
     """The shortcut against the trace at full depth: every phase and component, to the byte."""
     config = steps.config(num_hidden_layers=layers)
@@ -342,6 +353,34 @@ def test_what_is_on_the_host_is_not_on_the_device(changes: dict[str, Any]) -> No
     everything = estimator(plan.replace(**here))
     assert everything.host_pinned_bytes == 0
     assert measured.peak_bytes < everything.peak_allocated_bytes
+
+
+def test_the_choice_of_what_to_freeze_is_part_of_the_estimate() -> None:
+    config = steps.config(num_hidden_layers=8)
+    plan = steps.plan(frozen_layers=(1, 2, 3, 4, 5, 6), micro_batch_size=1)
+    by_place, by_gradients = (
+        Estimator(config, steps.settings(freeze=freeze), LOAD, hardware())(plan)
+        for freeze in ("speed", "memory")
+    )
+    full = trace_step(config, plan, steps.settings(freeze="memory"), LOAD)
+    assert by_gradients.peak_allocated_bytes == full.peak_bytes >= by_place.peak_allocated_bytes
+    assert by_gradients.phase_peak_bytes == full.phase_peak_bytes != by_place.phase_peak_bytes
+
+
+def test_what_is_frozen_has_no_gradients_and_no_states() -> None:
+    config = steps.config(num_hidden_layers=8)
+    estimator = Estimator(config, SETTINGS, LOAD, hardware())
+    whole, below, between = (
+        estimator(steps.plan(frozen_layers=frozen)).components
+        for frozen in ((), (0, 1, 2, 3), (1, 2, 3, 4))
+    )
+    for found in (below, between):
+        assert found.adapters == whole.adapters
+        # what is rounded up, of each of them, does not halve
+        assert found.gradients == pytest.approx(whole.gradients / 2, rel=0.01)
+        assert found.optimizer_states == pytest.approx(whole.optimizer_states / 2, rel=0.05)
+    assert below.activations < 0.6 * whole.activations
+    assert between.activations == pytest.approx(whole.activations, rel=0.01)
 
 
 def traced_configs(estimator: Estimator) -> list[Any]:

@@ -393,10 +393,11 @@ def test_dtypes() -> None:
 
     old = hardware().gpus[0].model_copy(update={"bf16": False, "name": "Tesla T4"})
     assert chosen("auto") == "bfloat16"
-    assert chosen("auto", gpus=(old,)) == "float32"
-    assert chosen("auto", gpus=(hardware().gpus[0], old)) == "float32"  # all of them need it
+    assert chosen("auto", gpus=(old,)) == "float16"
+    assert chosen("auto", gpus=(hardware().gpus[0], old)) == "float16"  # all of them need it
     assert chosen("auto", device="cpu", gpus=()) == "float32"
     assert chosen("bfloat16", device="cpu", gpus=()) == "bfloat16"
+    assert chosen("float16", gpus=(old,)) == "float16"
     with pytest.raises(UserError, match="bfloat16, which Tesla T4 lacks"):
         chosen("bfloat16", gpus=(old,))
 

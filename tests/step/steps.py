@@ -1,7 +1,8 @@
 """Small steps for tests: a model of two layers, sequences of unequal lengths, plans for the CPU."""
 
 import random
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from transformers import LlamaConfig
@@ -80,20 +81,24 @@ def step(
     return made
 
 
-def gradients(made: TrainingStep, batch: list[TokenSequence], **options: Any) -> dict[str, Any]:
-    """The gradients of one optimizer step, before clipping; the weights stay as they are."""
+def gradients(
+    made: TrainingStep,
+    batch: list[TokenSequence],
+    look: Callable[[float, float], object] = lambda loss, norm: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The gradients of one optimizer step, before clipping; the weights stay as they are.
+
+    look: handed its loss and its gradients' norm.
+    """
     found: dict[str, Any] = {}
 
-    def update(rate: float, also: Any, reduce: Any) -> torch.Tensor:
-        if reduce is not None:
-            reduce([p.grad for p in made.adapters.values()])
-        found.update({n: p.grad.clone() for n, p in made.adapters.items()})
-        for parameter in made.adapters.values():
-            parameter.grad = None
-        return torch.zeros(())
+    def take(loss: float, norm: float) -> bool:
+        look(loss, norm)
+        found.update({n: cast(torch.Tensor, p.grad).clone() for n, p in made.learning.items()})
+        return False
 
-    made._update = update  # type: ignore[method-assign]
-    made.run(batch, step=3, learning_rate=0.0, **options)
+    made.run(batch, step=3, learning_rate=0.0, accept=take, **options)
     return found
 
 

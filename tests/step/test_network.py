@@ -108,17 +108,14 @@ def both_ways(made: TrainingStep) -> tuple[tuple[float, dict[str, Any]], ...]:
         AutogradNetwork(made.model, made.context, made.plan, made.network.placement),
     ):
         made.network = network
-        losses = []
+        losses: list[float] = []
 
-        def update(rate: float, also: Any, reduce: Any, losses: Any = losses) -> torch.Tensor:
-            losses.append(float(also[0]))
-            losses.append({n: p.grad.clone() for n, p in made.adapters.items()})
-            made.abandon()
-            return torch.zeros(())
+        def look(loss: float, norm: float, losses: list[float] = losses) -> bool:
+            losses.append(loss)
+            return True
 
-        made._update = update  # type: ignore[method-assign]
-        made.run(batch, step=3, learning_rate=0.0)
-        found.append((losses[0], losses[1]))
+        gradients = steps.gradients(made, batch, look=look)
+        found.append((losses[0], gradients))
     return tuple(found)
 
 
@@ -186,6 +183,28 @@ def test_what_is_recomputed_changes_nothing(case: str) -> None:
 )
 def test_adapters_on_some_layers(targets: list[str]) -> None:
     assert_alike(make("qwen2", dropout=0.1, targets=targets))
+
+
+@pytest.mark.parametrize("recompute", [(), (0, 1, 2)])
+@pytest.mark.parametrize("frozen", [(0,), (0, 1), (1,), (0, 2), (2,)])
+def test_frozen_layers_learn_nothing_and_the_others_as_before(
+    frozen: tuple[int, ...], recompute: tuple[int, ...]
+) -> None:
+    assert_alike(make("llama", dropout=0.2, frozen_layers=frozen, recompute_layers=recompute))
+    whole = both_ways(make("llama", recompute_layers=recompute))[0][1]
+    _, found = both_ways(make("llama", frozen_layers=frozen, recompute_layers=recompute))[0]
+    kept = {n: g for n, g in whole.items() if int(n.split(".")[2]) not in frozen}
+    assert found.keys() == kept.keys()
+    assert steps.distance(found, kept) == 0.0
+
+
+def test_backward_ends_above_the_lowest_frozen_layers() -> None:
+    made = make("llama", frozen_layers=(0, 1))
+    assert isinstance(made.network, HandNetwork)
+    seen: list[int | None] = []
+    made.network.watch = seen.append
+    made.run(steps.sequences(3), step=0, learning_rate=0.0)
+    assert seen == [0, 1, 2, None, 2, None]
 
 
 def test_sixteen_bits_are_not_dequantized() -> None:

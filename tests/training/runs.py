@@ -15,6 +15,7 @@ from fitlora.planner.chain import Freedom
 from fitlora.planner.ladder import Ladder
 from fitlora.planner.size import ModelSize
 from fitlora.step.batch import TokenSequence
+from fitlora.step.training_step import StepResult
 from fitlora.training.agreement import Agreement
 from fitlora.training.batches import Batches
 from fitlora.training.checkpoint import Checkpoints
@@ -60,17 +61,13 @@ class FakeStep:
                 error = self.overflows(step, self.plan) if name == "backward" else None
                 if error is not None:
                     raise error
-        self.done += 1
-        self.rates.append(learning_rate)
-        self.seen.append(tuple(sequence.sample for sequence in sequences))
-        loss = self.train[step] if self.train else 1.0 / self.done
-
-        class Result:
-            pass
-
-        result: Any = Result()
-        result.loss, result.gradient_norm = torch.tensor(loss), torch.tensor(0.5)
-        return result
+        loss = self.train[step] if self.train else 1.0 / (self.done + 1)
+        updated = options["accept"](loss, 0.5)
+        if updated:
+            self.done += 1
+            self.rates.append(learning_rate)
+            self.seen.append(tuple(sequence.sample for sequence in sequences))
+        return StepResult(torch.tensor(loss), torch.tensor(0.5), 1, 1, updated)
 
     def evaluate(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, int]:
         """The next of the script's losses for each of the sequences, of which all are in one batch."""
@@ -121,6 +118,7 @@ def make_run(
     wait: Callable[[float], None] = lambda seconds: None,
     anew: Callable[[Plan], Any] | None = None,
     host: bool = False,
+    layers: int = LAYERS,
     **train: Any,
 ) -> Run:
     """A run whose checkpoints are below `folder`. predict: by default less for a smaller plan.
@@ -131,7 +129,7 @@ def make_run(
     log = RunLog()
     ranks = ranks or Ranks()
     plan = step.plan
-    model = ModelSize(LAYERS, steps.VOCABULARY)
+    model = ModelSize(layers, steps.VOCABULARY)
     free = Freedom.most(plan.replace(device="cuda" if host else "cpu"), model)
     ladder = Ladder(plan, free, predict or size)
 

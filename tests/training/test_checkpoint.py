@@ -23,6 +23,7 @@ from fitlora.training.checkpoint import (
     read_manifest,
 )
 from fitlora.training.identity import Identity, sampled
+from fitlora.training.precision import PrecisionState
 from tests.step import steps
 
 ROWS = {"train.seed": 0, "the training rows": "a" * 64}
@@ -38,6 +39,7 @@ def snapshot(done: int = 4, **changes: Any) -> Snapshot:
         "best": {"q.lora_A": torch.ones(2, 3)},
         "optimizer": {"q.lora_A/state1": torch.arange(6, dtype=torch.uint8)},
         "numbers": {"q.lora_A/step": 7},
+        "precision": PrecisionState(loss_scale=2.0**9, losses=(0.1 + 0.2, 1e-9), spike_at=3),
     }
     return Snapshot(**{**base, **changes})
 
@@ -55,7 +57,7 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted([LOG, MANIFEST, TENSORS])
     found = store.newest()
     assert found is not None
-    for part in ("progress", "rung", "seconds", "log", "numbers"):
+    for part in ("progress", "rung", "seconds", "log", "numbers", "precision"):
         assert getattr(found, part) == getattr(wanted, part)
     for part in ("adapter", "best", "optimizer"):
         ours, theirs = getattr(found, part), getattr(wanted, part)

@@ -15,10 +15,9 @@ depth, and only such an estimate says for certain that a plan fits. An estimate 
 is quick, sets `FRAGMENTATION` of the peak aside instead: enough to rank plans by.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -49,8 +48,8 @@ REPLAY_MARGIN = 0.015
 # bitsandbytes pages states of parameters from this many elements on (`Optimizer8bit.get_state_buffer`).
 PAGED_NUMEL = 100_000
 
-# The stacks of layers that a Plan makes.
-RECOMPUTED, KEPT = "recomputed layers", "kept layers"
+# The stacks of layers that a Plan makes; of the latter two, frozen ones are stacks of their own.
+BELOW, RECOMPUTED, KEPT = "layers without a backward", "recomputed layers", "kept layers"
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,12 @@ class _Booking:
         """Told by the step which decoder layer is at work: the trace learns which stack it is of."""
         part = ""
         if layer is not None:
-            part = RECOMPUTED if layer in self.step.plan.recompute_layers else KEPT
+            plan = self.step.plan
+            part = RECOMPUTED if layer in plan.recompute_layers else KEPT
+            if layer < plan.lowest_learning:
+                part = BELOW
+            elif layer in plan.frozen_layers:
+                part = f"frozen {part}"
         self.trace.enter(part=part)
 
     def purposes(self) -> dict[str, set[int]]:
@@ -159,6 +163,11 @@ def rehearse(step: TrainingStep, load: Load) -> None:
     """
     plan = step.plan
     heavy = sequences_of(load.train[: plan.micro_batch_size])
+    if step.settings.train.freeze == "memory" and plan.frozen_layers and plan.lowest_learning == 0:
+        # which layers to freeze is found by the gradients of all (`fitlora.planner.freezing`)
+        step.adopt(plan.replace(frozen_layers=()))
+        step.survey(heavy * min(2, plan.accumulation), step=0)
+        step.adopt(plan)
     for index, batch in enumerate((heavy, heavy * min(2, plan.accumulation))):
         step.run(batch, step=index, learning_rate=step.settings.train.learning_rate)
     held_out = sequences_of(load.validation[: plan.evaluation_batch_size])
@@ -268,6 +277,29 @@ def shallow(config: Any, layers: int) -> Any:
     return type(config).from_dict({**content, **cut, "num_hidden_layers": layers})
 
 
+@dataclass(frozen=True, order=True)
+class _Kind:
+    """What tells one layer of a stack from another; those that sort first are traced further down."""
+
+    has_backward: bool
+    kept: bool
+    learns: bool
+    resident: bool
+    read: bool
+
+    @classmethod
+    def of(cls, plan: Plan, layer: int, read: Collection[int]) -> "_Kind":
+        """read: the layers that come from disk."""
+        has_backward = layer >= plan.lowest_learning
+        return cls(
+            has_backward,
+            has_backward and layer not in plan.recompute_layers,
+            layer not in plan.frozen_layers,
+            layer not in plan.streamed_layers,
+            layer in read,
+        )
+
+
 class Estimator:
     """Estimates of many plans for one model, load and machine; shallow traces are made once.
 
@@ -354,16 +386,17 @@ class Estimator:
     def trace(self, plan: Plan) -> Traced:
         """What is found at the model's full depth.
 
-        Layers differ by whether they recompute, whether they are streamed, and whether from disk. Where
-        streamed layers lie makes no difference to the device, whose slots are there from the start; so
-        of each kind a few are traced, the recomputed ones below the others as in the plan.
+        Layers differ by whether they have a backward, recompute, are frozen, streamed, and from disk.
+        Where streamed layers lie makes no difference to the device, whose slots are there from the
+        start; so of each kind a few are traced, the recomputed ones below the others as in the plan.
+        Frozen ones are traced above the lowest that learns and below the others, where the peak is no
+        lower.
         """
-        recomputed, streamed = set(plan.recompute_layers), set(plan.streamed_layers)
-        read = set(on_disk(plan))
-        ways = (True, False)
-        counts = dict.fromkeys(product(ways, ways, ways), 0)
+        recomputed, read = set(plan.recompute_layers), set(on_disk(plan))
+        counts: dict[_Kind, int] = {}
         for layer in range(self._layers):
-            counts[layer in recomputed, layer in streamed, layer in read] += 1
+            kind = _Kind.of(plan, layer, read)
+            counts[kind] = counts.get(kind, 0) + 1
         depth = max(self.DEPTH, plan.streaming_slots) + (plan.checkpoints == "host")
         if read:
             depth = max(depth, DISK_BUFFERS)
@@ -389,13 +422,17 @@ class Estimator:
             base.by_hand,
         )
 
-    def _shallow(self, plan: Plan, counts: Mapping[tuple[bool, bool, bool], int]) -> Traced:
+    def _shallow(self, plan: Plan, counts: Mapping["_Kind", int]) -> Traced:
         """The plan on a model with so many layers of each kind."""
-        kinds = [kind for kind, count in counts.items() for _ in range(count)]
+        kinds = sorted(kind for kind, count in counts.items() for _ in range(count))
+        below = sum(not kind.has_backward for kind in kinds)
+        learns = next(i for i, kind in enumerate(kinds) if kind.learns)
+        kinds.insert(below, kinds.pop(learns))
         small = plan.replace(
-            recompute_layers=[i for i, (recomputed, _, _) in enumerate(kinds) if recomputed],
-            streamed_layers=[i for i, (_, streamed, _) in enumerate(kinds) if streamed],
-            disk_layers=sum(read for _, _, read in kinds),
+            frozen_layers=[i for i, kind in enumerate(kinds) if not kind.learns],
+            recompute_layers=[i for i, kind in enumerate(kinds) if not kind.kept],
+            streamed_layers=[i for i, kind in enumerate(kinds) if not kind.resident],
+            disk_layers=sum(kind.read for kind in kinds),
         )
         return self._trace(small, len(kinds))
 

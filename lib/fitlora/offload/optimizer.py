@@ -268,13 +268,28 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
         max_norm: None only measures. Returns the norm before, float32 () on the CPU.
         """
+        norm = self.gradient_norm()
+        if max_norm is not None:
+            self.scale_gradients(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """The total norm of gradients that are on the host, float32 () on the CPU."""
         self.join()
         with self.transport.hidden():
             norms = [self._norm(one) for one in self._masters.values() if one.has_gradient]
-            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-            if max_norm is not None:
-                self._clip = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        return norm
+            return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Has the next step multiply gradients that are on the host. factor: () on the CPU."""
+        self._clip = factor
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """A parameter's gradient on the host, float32; None where it has none."""
+        self.join()
+        one = self._masters[parameter]
+        return one.gradient if one.has_gradient else None
 
     def state_dict(self) -> dict[str, Any]:
         """As the wrapped optimizer's; the state of bf16 parameters has their fp32 `master` as well."""

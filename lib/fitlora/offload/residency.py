@@ -176,7 +176,7 @@ class Residency:
                     self.places[id(place.parameter)] = view
         self._slots: list[_Slot] = []
         self._entered: dict[int, tuple[_Slot, bool]] = {}
-        self._turns = False
+        self._turns, self._end = False, 0
 
     def start(self) -> None:
         """Makes the slots and fetches the lowest layers; the host's buffers are full and pinned."""
@@ -197,13 +197,14 @@ class Residency:
         """The ring's buffers on the device."""
         return [slot.flat for slot in self._slots]
 
-    def begin(self, *, backward_follows: bool) -> None:
+    def begin(self, *, backward_follows: bool, lowest: int = 0) -> None:
         """A pass over the layers begins at the lowest.
 
-        backward_follows: whether it comes back down, or begins again from below. What a broken pass
-        left behind is put in order.
+        backward_follows: whether it comes back down, as far as layer `lowest`, or begins again from
+        below. What a broken pass left behind is put in order.
         """
         self._turns = backward_follows
+        self._end = sum(index < lowest for index in self._numbers)
         for number in list(self._entered):
             self._leave(number)
         self._fetch(range(len(self._layers)))
@@ -249,11 +250,17 @@ class Residency:
 
     def _wanted_after(self, number: int, backward: bool) -> Sequence[int]:
         """All layers, those that will be wanted first at the front, when `number` has been left."""
-        count = len(self._layers)
+        count, end = len(self._layers), self._end
         if backward:
-            return [*range(number - 1, -1, -1), *range(number, count)]
+            return [
+                *range(number - 1, end - 1, -1),
+                *range(min(end, number)),
+                *range(number, count),
+            ]
         if self._turns:
-            return [*range(number + 1, count), *range(number, -1, -1)]
+            return [
+                *range(number + 1, count), *range(number, end - 1, -1), *range(min(end, number + 1))
+            ]  # fmt: skip
         return [*range(number + 1, count), *range(number + 1)]
 
     def _fetch(self, wanted: Sequence[int]) -> None:

@@ -80,7 +80,9 @@ def segments(start: Plan, free: Freedom) -> dict[str, list[Plan]]:
     moved = plan.replace(embedding="host") if free.embedding and not free.tied else plan
     if free.recompute:
         first = moved.replace(checkpoints="host") if free.checkpoints else moved
-        rest = [first.replace(recompute_layers=range(n)) for n in range(1, free.layers + 1)]
+        # layers below the lowest that learns keep nothing, so there is nothing to recompute
+        counts = range(start.lowest_learning + 1, free.layers + 1)
+        rest = [first.replace(recompute_layers=range(n)) for n in counts]
         add("recompute", [moved, *rest] if moved != plan else rest)
     else:
         if moved != plan:

@@ -2,9 +2,10 @@
 
 The planner's choice is made before training and is right about this process. Others take memory
 whenever they like. So a run that overflows goes on with a smaller Plan of the same work: no decision
-that changes a result is touched. The rungs, from what costs least time: a smaller micro-batch, more
-layers that recompute, less that such layers keep, smaller chunks of logits and of an MLP; then more on
-the host (`fitlora.planner.chain`), for which the step is made anew. What params say of the layout is
+that changes a result is touched, unless params ask for frozen layers. The rungs, from what costs least
+time: a smaller micro-batch, more layers that recompute, less that such layers keep, smaller chunks of
+logits and of an MLP; where `train.freeze` freezes, more of that (`fitlora.planner.freezing`); then more
+on the host (`fitlora.planner.chain`), for which the step is made anew. What params say of the layout is
 where a run begins; the ladder goes beyond it, as the alternative is to end.
 
 A rung is worth the device's time only where the estimate says that it takes less, and that it fits what
@@ -13,13 +14,15 @@ the process could have now. Where nothing does, the smallest is tried: what took
 This module imports no torch: it is handed the function that estimates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from fitlora.plan import Plan
 from fitlora.planner.chain import Freedom, offloads
+from fitlora.planner.freezing import more_frozen
 
 # Optimizer steps without an overflow after which the plan that was left is tried again, once.
 CALM_STEPS = 50
@@ -28,12 +31,16 @@ LEAST_MLP_CHUNK = 1024  # each part dequantizes the MLP's weights again
 
 
 def smaller(
-    plan: Plan, free: Freedom, has_room: Callable[[Plan], bool] = lambda plan: True
+    plan: Plan,
+    free: Freedom,
+    has_room: Callable[[Plan], bool] = lambda plan: True,
+    freezes: Sequence[int] = (),
 ) -> Iterator[Plan]:
     """Plans of the same training step in less memory, the fastest first.
 
     free: what the model and the device allow. has_room: whether the host can hold a plan's share of
-    it. Each step halves something, so that the end is near.
+    it. freezes: all layers in the order in which they freeze; none where they never do. Each step halves
+    something, so that the end is near.
     """
     layers = free.layers
     while plan.micro_batch_size > 1:
@@ -47,7 +54,12 @@ def smaller(
     while plan.recompute_keeps:
         plan = plan.replace(recompute_keeps=plan.recompute_keeps[:-1])
         yield plan
-    yield from _smaller_ends(plan, free, has_room)
+    for plan in _smaller_chunks(plan, free):  # noqa: B020  (what follows begins at the last)
+        yield plan
+    while (frozen := more_frozen(plan.frozen_layers, freezes)) is not None:
+        plan = plan.replace(frozen_layers=frozen)
+        yield plan
+    yield from offloads(plan, free, has_room)
 
 
 def smaller_evaluation(
@@ -57,10 +69,12 @@ def smaller_evaluation(
     while plan.evaluation_batch_size > 1:
         plan = plan.replace(evaluation_batch_size=-(-plan.evaluation_batch_size // 2))
         yield plan
-    yield from _smaller_ends(plan, free, has_room)
+    for plan in _smaller_chunks(plan, free):  # noqa: B020
+        yield plan
+    yield from offloads(plan, free, has_room)
 
 
-def _smaller_ends(plan: Plan, free: Freedom, has_room: Callable[[Plan], bool]) -> Iterator[Plan]:
+def _smaller_chunks(plan: Plan, free: Freedom) -> Iterator[Plan]:
     while plan.loss_chunk_tokens > LEAST_LOSS_CHUNK:
         plan = plan.replace(loss_chunk_tokens=max(LEAST_LOSS_CHUNK, plan.loss_chunk_tokens // 2))
         yield plan
@@ -70,7 +84,6 @@ def _smaller_ends(plan: Plan, free: Freedom, has_room: Callable[[Plan], bool]) -
     ):
         plan = plan.replace(mlp_chunk_tokens=max(LEAST_MLP_CHUNK, chunk // 2))
         yield plan
-    yield from offloads(plan, free, has_room)
 
 
 def faster(plan: Plan) -> dict[str, Plan]:
@@ -93,6 +106,9 @@ class Rung(BaseModel):
     calm_since: int = 0  # the step of the last change
     climbed: bool = False
     proven: Plan | None = None  # what a climb left, to which the next overflow goes straight back
+    freezes: tuple[int, ...] = Field(
+        (), strict=False
+    )  # all layers as they freeze; none: they never do
 
 
 class Ladder:
@@ -132,9 +148,14 @@ class Ladder:
     def _below(self, evaluation: bool) -> Plan | None:
         room, now = self.room(), self.predict(self.plan, evaluation)
         least: tuple[int, Plan] | None = None
-        rungs = (smaller_evaluation if evaluation else smaller)(
-            self.plan, self.free, lambda plan: self.predict(plan, evaluation) is not None
-        )
+
+        def has_room(plan: Plan) -> bool:
+            return self.predict(plan, evaluation) is not None
+
+        if evaluation:
+            rungs = smaller_evaluation(self.plan, self.free, has_room)
+        else:
+            rungs = smaller(self.plan, self.free, has_room, self.rung.freezes)
         for plan in rungs:
             size = self.predict(plan, evaluation)
             if size is None or (now is not None and size >= now):
@@ -159,12 +180,42 @@ class Ladder:
         self._go(rung.top, step, climbed=True, proven=rung.plan)
         return rung.top
 
+    def turn(self, **decisions: Any) -> Plan:
+        """The plan in use with decisions that are none of the layout's, in which no rung differs."""
+        rung = self.rung
+        proven = None if rung.proven is None else rung.proven.replace(**decisions)
+        self.rung = rung.model_copy(
+            update={
+                "top": rung.top.replace(**decisions),
+                "plan": rung.plan.replace(**decisions),
+                "proven": proven,
+            }
+        )
+        return self.plan
+
     def resume(self, rung: Rung) -> None:
-        """Goes on where an earlier part of the run was, unless it had begun with another Plan."""
+        """Goes on where an earlier part of the run was.
+
+        If it had begun with another layout, it goes on with this one; precision and frozen layers are
+        as they were in any case, as results depend on them.
+        """
+        plan = rung.plan
+        self.turn(layer_dtype=plan.layer_dtype, frozen_layers=plan.frozen_layers)
         if rung.top == self.rung.top:
             self.rung = rung
+        self.freeze_in_order(rung.freezes)
+
+    def freeze_in_order(self, layers: Sequence[int]) -> None:
+        """Sets the order in which layers freeze at the end of the ladder: all of them, or none."""
+        self.rung = self.rung.model_copy(update={"freezes": tuple(layers)})
 
     def _go(self, plan: Plan, step: int, *, climbed: bool, proven: Plan | None = None) -> None:
         self.rung = Rung(
-            top=self.rung.top, plan=plan, calm_since=step, climbed=climbed, proven=proven
+            # what is frozen stays so: the optimizer's state of it is gone
+            top=self.rung.top.replace(frozen_layers=plan.frozen_layers),
+            plan=plan,
+            calm_since=step,
+            climbed=climbed,
+            proven=proven,
+            freezes=self.rung.freezes,
         )

@@ -28,6 +28,7 @@ from fitlora.errors import UserError
 from fitlora.params import Params
 from fitlora.plan import PAGED_OPTIMIZERS, ComputeDtype, Plan
 from fitlora.planner.chain import Freedom, less, segments, smallest
+from fitlora.planner.freezing import planned
 from fitlora.planner.rivals import Rivals
 from fitlora.planner.several import why_in_parallel
 from fitlora.planner.size import ModelSize
@@ -81,10 +82,11 @@ def compute_dtype(
             return "float32", "the CPU computes float32 fastest"
         if has_bf16:
             return "bfloat16", "the GPU has it"
-        return "float32", "the GPU has no bfloat16"
+        return "float16", "the GPU has no bfloat16; losses are scaled"
     if asked == "bfloat16" and hardware.device == "cuda" and not has_bf16:
         raise UserError(
-            f"plan.compute_dtype is bfloat16, which {hardware.gpus[0].name} lacks; use float32"
+            f"plan.compute_dtype is bfloat16, which {hardware.gpus[0].name} lacks; use float16 or "
+            "float32"
         )
     if asked == "float8":
         if hardware.device == "cpu" or not all(gpu.fp8 for gpu in hardware.gpus):
@@ -154,6 +156,7 @@ def default_plan(
         sequence_length=sequence_length,
         recompute_layers=_recomputed(params, model) or (),
         compute_dtype=dtype,
+        frozen_layers=planned(params.train, model.layers),
         optimizer=params.train.optimizer,
         loss_chunk_tokens=loss_chunk(model.vocabulary),
         mlp_chunk_tokens=MLP_CHUNK_TOKENS,
@@ -499,10 +502,19 @@ class Search:
             **({"recompute_keeps": keeps} if plan.recompute_keeps else {}),
             **self._reasons_of_places(plan, by_speed),
             "compute_dtype": dtype_reason,
+            **({"frozen_layers": self._reason_of_freezing()} if plan.frozen_layers else {}),
             "optimizer": "as params say",
             "loss_chunk_tokens": f"fp32 logits stay within {format_bytes(LOSS_CHUNK_BYTES)}",
             "mlp_chunk_tokens": "larger parts take memory and are hardly faster",
         }
+
+    def _reason_of_freezing(self) -> str:
+        share = f"train.freeze_share, {self.params.train.freeze_share:.0%} of the layers"
+        if self.params.train.freeze == "speed":
+            return f"{share}, the lowest: the backward pass ends above them"
+        return (
+            f"{share}; the run takes those with the least gradients, which need no more than these"
+        )
 
     def _reasons_of_places(self, plan: Plan, by_speed: bool) -> dict[str, str]:
         asked = self.params.plan

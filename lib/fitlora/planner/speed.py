@@ -174,20 +174,20 @@ def forecast(plan: Plan, shape: Shape, rates: Rates, tokens: int) -> Forecast | 
 
     tokens: of one micro-batch.
     """
-    dtype = plan.storage_dtype
-    product = rates.product_flops_per_second.get(dtype)
+    product = rates.product_flops_per_second.get(plan.activation_dtype)
     copy = rates.device_copy_bytes_per_second
     up, down = rates.host_to_device_bytes_per_second, rates.device_to_host_bytes_per_second
     offloads = plan.uses_host or plan.optimizer_device == "host"
     if product is None or copy is None or (offloads and (up is None or down is None)):
         return None
     clock = _Clock(shape, tokens, plan.sequence_length, product, copy)
-    layers, recomputed = shape.layers, len(plan.recompute_layers)
+    layers, end = shape.layers, plan.lowest_learning
+    recomputed = _recomputed(plan)
     attention = clock.attention()
     forward = layers * (
         clock.products(shape.weights()) + attention + clock.pointwise(FORWARD_PASSES)
     )
-    backward = layers * (
+    backward = (layers - end) * (
         clock.products(shape.weights())
         + ATTENTION_BACKWARD * attention
         + clock.pointwise(BACKWARD_PASSES)
@@ -195,13 +195,16 @@ def forecast(plan: Plan, shape: Shape, rates: Rates, tokens: int) -> Forecast | 
     backward += recomputed * clock.again(plan.recompute_keeps)
     # the head's product and its gradient's
     head = 4 * shape.vocabulary * shape.hidden * tokens / (PRODUCT_SHARE * product)
-    optimizer = shape.adapters * OPTIMIZER_BYTES / copy
+    optimizer = _learning(plan, shape) * OPTIMIZER_BYTES / copy
     bound = "compute"
     if up is not None and down is not None and offloads:
-        travelling = max(0, len(plan.streamed_layers) - plan.streaming_slots) * shape.layer_bytes
+        streamed = [len(plan.streamed_layers), sum(i >= end for i in plan.streamed_layers)]
+        upwards, again = (
+            max(0, count - plan.streaming_slots) * shape.layer_bytes for count in streamed
+        )
         inputs = 2 * tokens * shape.hidden
         waiting = recomputed * inputs if plan.checkpoints == "host" else 0
-        links = [max(travelling / up, waiting / down), (travelling + waiting) / up]
+        links = [max(upwards / up, waiting / down), (again + waiting) / up]
         if plan.head == "host":
             links.append(shape.table_bytes / up)
         if any(link > work for link, work in zip(links, (forward, backward, head), strict=False)):
@@ -212,11 +215,22 @@ def forecast(plan: Plan, shape: Shape, rates: Rates, tokens: int) -> Forecast | 
         if plan.embedding == "host":
             forward += inputs / up
         if plan.optimizer_device == "host":
-            optimizer = shape.adapters * (OPTIMIZER_BYTES / HOST_BYTES_PER_SECOND + 2 / up)
+            each = OPTIMIZER_BYTES / HOST_BYTES_PER_SECOND + 2 / up
+            optimizer = _learning(plan, shape) * each
     micro = forward + head + backward
     if optimizer > plan.accumulation * micro:
         bound = "host"
     return Forecast(tokens, micro, optimizer, plan.accumulation, bound)
+
+
+def _recomputed(plan: Plan) -> int:
+    """Layers that recompute and have a backward."""
+    return sum(layer >= plan.lowest_learning for layer in plan.recompute_layers)
+
+
+def _learning(plan: Plan, shape: Shape) -> int:
+    """Parameters of adapters that are trained."""
+    return shape.adapters * (shape.layers - len(plan.frozen_layers)) // shape.layers
 
 
 def guess_bytes(plan: Plan, shape: Shape, tokens: int) -> int:
@@ -225,25 +239,28 @@ def guess_bytes(plan: Plan, shape: Shape, tokens: int) -> int:
     Left out: contexts, workspaces, logits, slots' rounding. A difference of two plans is closer than
     either. tokens: of one micro-batch.
     """
-    recomputed, streamed = len(plan.recompute_layers), len(plan.streamed_layers)
+    recomputed, streamed = _recomputed(plan), len(plan.streamed_layers)
     slots = min(streamed, plan.streaming_slots)
     waiting = 0 if plan.checkpoints == "host" else 2 * shape.hidden
-    kept = (shape.layers - recomputed) * (2 * shape.hidden + shape.kept_bytes(KEPT))
+    kept = (shape.layers - plan.lowest_learning - recomputed) * (
+        2 * shape.hidden + shape.kept_bytes(KEPT)
+    )
     kept += recomputed * (waiting + shape.kept_bytes(plan.recompute_keeps))
     tables = (plan.embedding == "device") + (plan.head == "device")
-    states = 2 if plan.optimizer_device == "host" else 16
+    stored, states = (2, 0) if plan.optimizer_device == "host" else (4, 12)
     return (
         (shape.layers - streamed + slots) * shape.layer_bytes
         + tables * shape.table_bytes
         + tokens * kept
         + shape.working_bytes(tokens, min(tokens, plan.mlp_chunk_tokens or tokens))
-        + states * shape.adapters
+        + stored * shape.adapters
+        + states * _learning(plan, shape)
     )
 
 
 def guess_host_bytes(plan: Plan, shape: Shape, tokens: int) -> int:
     """About what of the host's memory the plan pins; layers on disk come through three buffers."""
-    waiting = len(plan.recompute_layers) if plan.checkpoints == "host" else 0
+    waiting = _recomputed(plan) if plan.checkpoints == "host" else 0
     tables = (plan.embedding == "host") + (plan.head == "host")
     return (
         (len(plan.streamed_layers) - max(0, plan.disk_layers - 3)) * shape.layer_bytes

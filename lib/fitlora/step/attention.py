@@ -2,8 +2,8 @@
 
 Registered with transformers under the name "fitlora": its models then build no mask, and hand every
 layer's queries, keys and values to `attention_forward`. FlashAttention does the work where it can
-(16-bit on CUDA, any type on the CPU); what it lacks here (soft-capped scores, fp32 on CUDA) takes
-plain operations, sequence by sequence.
+(bfloat16 on CUDA, any type on the CPU); what it lacks here (soft-capped scores, fp32 and fp16 on CUDA)
+takes plain operations, sequence by sequence.
 """
 
 from typing import Any, cast
@@ -120,9 +120,10 @@ def attend_backward(
 
 
 def _has_kernel(q: Tensor, v: Tensor, softcap: float | None, kind: str) -> bool:
-    half = q.dtype in (torch.bfloat16, torch.float16)
+    # GPUs that float16 is for, those without bfloat16, have no FlashAttention
+    fast = q.dtype == torch.bfloat16 or kind == "cpu"
     fits = q.shape[-1] <= _FLASH_HEAD_SIZE and q.shape[-1] == v.shape[-1]
-    return softcap is None and fits and (half or kind == "cpu")
+    return softcap is None and fits and fast
 
 
 def attention_forward(

@@ -5,12 +5,14 @@ serves them all. The parameters that peft made become views of the flat buffer a
 optimizers and checkpoints see what they know. A layer's adapters are copied to the dtype that it
 computes in when it is entered, in one go, and the copy is gone when it is left.
 
+Adapters of layers that are frozen lie among the others and have no gradients.
+
 With an optimizer on the host the flat buffer has that dtype itself (the float32 masters are on the
 host), and gradients exist for the layer in work alone: they leave the device when it is left. What the
 host has made of a layer's adapters is waited for when the layer is entered, and no earlier.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -81,6 +83,7 @@ class _Span:
     end: int = 0
     parameters: list[nn.Parameter] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)  # the parameters', where they stay
+    learned: slice | None = None  # of the flat gradients, where its adapters learn
 
     @property
     def whole(self) -> slice:
@@ -90,6 +93,7 @@ class _Span:
 class AdapterBank:
     """The adapters of a stack of layers, given by their groups, computed with in `dtype`.
 
+    dtype: what they are stored in where gradients leave, and computed in until it is set to another.
     leaving: whether gradients leave the device layer by layer, to `host`, which is then to be set.
     Gradients that stay are made at the first `begin` and kept; a model that only evaluates has none.
     """
@@ -111,6 +115,7 @@ class AdapterBank:
                     end = span.start + -(-share.end // _ALIGN) * _ALIGN
             span.end = end
             self._spans.append(span)
+        self.freeze(())
         if end == 0:
             return
         first = next(span.shares[0].group for span in self._spans if span.shares)
@@ -133,17 +138,32 @@ class AdapterBank:
                 linear.weight = nn.Parameter(view)
                 span.parameters.append(linear.weight)
 
+    def freeze(self, layers: Collection[int]) -> None:
+        """From now on these layers' adapters have no gradients, and all others have; between steps."""
+        self.gradients, self._learned = None, 0
+        for layer, span in enumerate(self._spans):
+            span.learned, span.gradients = None, []
+            for parameter in span.parameters:
+                parameter.grad = None
+            if span.shares and layer not in layers:
+                size = span.end - span.start
+                span.learned = slice(self._learned, self._learned + size)
+                self._learned += size
+
     def begin(self) -> None:
         """Begins an optimizer step: gradients that stay are zero and in their places."""
-        if self.leaving or not any(span.shares for span in self._spans):
+        if self.leaving or self._learned == 0:
             return
+        learning = [span for span in self._spans if span.learned is not None]
         if self.gradients is None:
-            self.gradients = torch.zeros_like(self.flat)
-            for span in self._spans:
-                span.gradients = self._like(span, self.gradients[span.whole])
+            self.gradients = torch.zeros(
+                self._learned, dtype=self.flat.dtype, device=self.flat.device
+            )
+            for span in learning:
+                span.gradients = self._like(span, self.gradients[span.learned])
         else:
             self.gradients.zero_()
-        for span in self._spans:
+        for span in learning:
             for parameter, gradient in zip(span.parameters, span.gradients, strict=True):
                 parameter.grad = gradient
 
@@ -156,11 +176,12 @@ class AdapterBank:
             self.host.receive(span.parameters)
         copies = self.flat[span.whole].to(self.dtype)
         gradients = None
-        if backward and self.leaving:
-            gradients = torch.zeros_like(self.flat[span.whole])
-        elif backward:
-            assert self.gradients is not None
-            gradients = self.gradients[span.whole]
+        if backward and span.learned is not None:
+            if self.leaving:
+                gradients = torch.zeros_like(self.flat[span.whole])
+            else:
+                assert self.gradients is not None
+                gradients = self.gradients[span.learned]
         for share in span.shares:
             share.group.a, share.group.b = share.cut(copies)
             if gradients is not None:
@@ -177,7 +198,7 @@ class AdapterBank:
         for share in span.shares:
             share.group.a = share.group.grad_a = None
             share.group.b, share.group.grad_b = [], []
-        if backward and self.leaving and span.shares:
+        if backward and self.leaving and span.learned is not None:
             assert self.host is not None
             self.host.send_down(span.parameters)
 

@@ -43,10 +43,16 @@ class LinearGroup:
         self.grad_b: list[Tensor] = []
         self.float8: Float8Products | None = None
 
-    def in_float8(self) -> None:
-        """From now on takes the frozen products in fp8, where all its layers can."""
-        if Float8Products.fits(self.frozen):
+    def in_float8(self, wanted: bool) -> None:
+        """From now on takes the frozen products in fp8, where all its layers can; or no longer."""
+        self.float8 = None
+        if wanted and Float8Products.fits(self.frozen):
             self.float8 = Float8Products(self.frozen, fused=self.fused)
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is a place for its adapters' gradients: in a backward where they are trained."""
+        return self.grad_a is not None
 
     # --- the products ----------------------------------------------------------------------------
 
@@ -139,10 +145,12 @@ class LinearGroup:
         dh: Tensor | None,
         keys: Tensor | None,
     ) -> None:
-        """Adds the adapters' gradients. h: as `forward` gave it, None to have it made again."""
-        if dh is None:
+        """Adds the adapters' gradients, if they learn.
+
+        h: as `forward` gave it, None to have it made again.
+        """
+        if dh is None or self.grad_a is None:
             return
-        assert self.grad_a is not None
         assert self.a is not None
         dropped = self._dropped(x, keys)
         if h is None:

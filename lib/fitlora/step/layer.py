@@ -291,7 +291,7 @@ class DecoderLayer:
         saved.attended = saved.attention = saved.o_narrow = None
         gradients = [dqkv] if len(self.qkv.sizes) == 1 else list(dqkv.split(self.qkv.sizes, 1))
         dn, narrow_grad = self.qkv.input_gradient(gradients, keys, wanted=wanted)
-        if narrow_grad is not None:
+        if self.qkv.learns:
             n = self.input_norm(_known(saved.hidden))
             self.qkv.adapter_gradients(gradients, n, saved.qkv_narrow, narrow_grad, keys)
             del n

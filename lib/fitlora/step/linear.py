@@ -145,7 +145,8 @@ class _LoraProduct(torch.autograd.Function):
     """x W^T + b + s * dropout(x) A^T B^T.
 
     Saved: x (which the layers that share it save as well: one tensor), h = dropout(x) A^T (tokens, r)
-    and the adapter. The weight, the mask and 16-bit copies of A and B are had again in backward.
+    and the adapter; of one that is frozen the adapter alone. The weight, the mask and 16-bit copies of A
+    and B are had again in backward.
     """
 
     @staticmethod
@@ -157,26 +158,28 @@ class _LoraProduct(torch.autograd.Function):
         h = torch.mm(dropped, a.to(x.dtype).t())
         del dropped
         y.addmm_(h, b.to(x.dtype).t(), alpha=layer.scale)
-        ctx.layer = layer
-        ctx.save_for_backward(x, h, a, b)
+        ctx.layer, ctx.shape = layer, x.shape
+        ctx.save_for_backward(*((x, h) if a.requires_grad else (None, None)), a, b)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, h, a, b = ctx.saved_tensors
         layer: LoraLinear = ctx.layer
         dy = grads[0].reshape(-1, grads[0].shape[-1])
-        x2 = x.reshape(-1, x.shape[-1])
-        db = torch.mm(dy.t(), h).to(b.dtype).mul_(layer.scale)
         dh = torch.mm(dy, b.to(dy.dtype)).mul_(layer.scale)
-        dropped = layer.dropped(x2)
-        da = torch.mm(dh.t(), dropped).to(a.dtype)
-        del dropped
-        dx = None
+        da = db = dx = None
+        if x is not None:
+            db = torch.mm(dy.t(), h).to(b.dtype).mul_(layer.scale)
+            dropped = layer.dropped(x.reshape(-1, x.shape[-1]))
+            da = torch.mm(dh.t(), dropped).to(a.dtype)
+            del dropped
         if ctx.needs_input_grad[0]:
             dx = torch.mm(dy, layer.frozen.compute_weight(dy.dtype))
             layer.add_dropped_grad(dx, dh, a.to(dy.dtype))
-            dx = dx.view(x.shape)
+            dx = dx.view(ctx.shape)
         return dx, da, db, None
 
 
@@ -240,8 +243,9 @@ class LoraLinear(nn.Module, LoraLayer):
 
     @property
     def dropout(self) -> float:
-        """The dropout that applies now."""
-        return self.rate if self.training else 0.0
+        """The dropout that applies now: a frozen adapter is a part of the model, and drops nothing."""
+        learns = cast(nn.Linear, self.lora_A[self.adapter]).weight.requires_grad
+        return self.rate if self.training and learns else 0.0
 
     def dropped(self, x: Tensor) -> Tensor:
         """x: (tokens, in), masked; x itself where there is no dropout."""

@@ -31,7 +31,10 @@ class Network(Protocol):
     watch: Watch
     placement: Placement
 
-    def begin(self, plan: Plan) -> None:
+    def adopt(self, plan: Plan) -> None:
+        """Goes on as the plan says; between steps."""
+
+    def begin(self) -> None:
         """Begins an optimizer step."""
 
     def reset(self) -> None:
@@ -64,23 +67,31 @@ class HandNetwork:
             getattr(torch, plan.storage_dtype),
             leaving=plan.optimizer_device == "host",
         )
-        if plan.compute_dtype == "float8":
-            for layer in layers:
-                for group in layer.groups:
-                    group.in_float8()
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
         self.watch: Watch = _nobody
         config = self.model.config
         self.softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         self.norm = Norm.of(self.decoder.norm, layers[0].input_norm.offset)
-        # below the lowest adapter there is nothing to learn, so backward ends there
-        self.lowest = next((i for i, layer in enumerate(layers) if layer.has_adapters), len(layers))
         adapters = [lora for layer in layers for group in layer.groups for lora in group.adapters]
         self.dropout = adapters[0].rate if adapters else 0.0
+        self.adopt(plan)
 
-    def begin(self, plan: Plan) -> None:
+    def adopt(self, plan: Plan) -> None:
         self.plan = plan
+        self.dtype: torch.dtype = getattr(torch, plan.activation_dtype)
+        # below the lowest adapter that learns there is nothing to learn, so backward ends there
+        learn = [layer.has_adapters for layer in self.layers]
+        for index in plan.frozen_layers:
+            learn[index] = False
+        self.lowest = learn.index(True) if True in learn else len(learn)
+        self.bank.dtype = self.dtype
+        self.bank.freeze(plan.frozen_layers)
+        for layer in self.layers:
+            for group in layer.groups:
+                group.in_float8(plan.float8_products)
+
+    def begin(self) -> None:
         self.bank.begin()
 
     def reset(self) -> None:
@@ -88,10 +99,9 @@ class HandNetwork:
 
     @torch.no_grad()
     def train(self, batch: MicroBatch, *, scale: float, phase: Phase) -> Tensor:
-        keys = batch.row_keys if self.dropout > 0 else None
         chunk = self.plan.mlp_chunk_tokens
         with phase("forward"):
-            self.placement.begin(backward_follows=True)
+            self.placement.begin(backward_follows=True, lowest=self.lowest)
             positions = self._positions(batch)
             hidden = self._embed(batch)
             saved: list[Saved | None] = []
@@ -105,7 +115,12 @@ class HandNetwork:
                     self.placement.checkpoints.put(index, hidden)
                 with self._at_work(index):
                     out, kept = layer.forward(
-                        hidden, batch, positions[layer.kind], keys, keep, mlp_chunk=chunk
+                        hidden,
+                        batch,
+                        positions[layer.kind],
+                        self._keys(index, batch),
+                        keep,
+                        mlp_chunk=chunk,
                     )
                 if kept is not None and waits:
                     kept.hidden = None
@@ -118,10 +133,11 @@ class HandNetwork:
             loss, grad = self._loss(hidden, batch, scale, gradient=True)
         with phase("backward"):
             assert grad is not None
+            grad = grad.to(self.dtype)
             grad = self.norm.backward(grad, hidden, None, grad)
-            dtype, device = hidden.dtype, hidden.device
+            device = hidden.device
             del hidden
-            whole: Tensor | None = torch.zeros(tokens, dtype=dtype, device=device).index_copy_(
+            whole: Tensor | None = torch.zeros(tokens, dtype=self.dtype, device=device).index_copy_(
                 0, batch.target_rows, grad
             )
             del grad
@@ -134,7 +150,7 @@ class HandNetwork:
                         assert self.placement.checkpoints is not None
                         kept.hidden = self.placement.checkpoints.get(index)
                     whole = layer.backward(
-                        whole, kept, batch, positions[layer.kind], keys,
+                        whole, kept, batch, positions[layer.kind], self._keys(index, batch),
                         wanted=index > self.lowest, mlp_chunk=chunk,
                     )  # fmt: skip
                 del kept
@@ -170,16 +186,21 @@ class HandNetwork:
             yield
             self.bank.leave(layer, backward=backward)
 
+    def _keys(self, layer: int, batch: MicroBatch) -> Tensor | None:
+        """Of the layer's dropout masks. A frozen adapter is a part of the model, and drops nothing."""
+        drops = self.dropout > 0 and layer not in self.plan.frozen_layers
+        return batch.row_keys if drops else None
+
     def _waits_on_host(self, layer: int) -> bool:
         return self.plan.checkpoints == "host" and layer in self.plan.recompute_layers
 
     def _embed(self, batch: MicroBatch) -> Tensor:
         table = self.placement.embedding
         if table is None:
-            return cast(Tensor, self.decoder.embed_tokens(batch.input_ids)[0])
+            return cast(Tensor, self.decoder.embed_tokens(batch.input_ids)[0]).to(self.dtype)
         rows = table.rows(batch.tokens)
         scale = scale_of(self.decoder.embed_tokens)
-        return rows if scale == 1.0 else rows.mul_(scale)
+        return (rows if scale == 1.0 else rows.mul_(scale)).to(self.dtype)
 
     def _positions(self, batch: MicroBatch) -> dict[str, Positions]:
         """Angles by kind of layer: some models turn their windowed layers at another rate."""
@@ -200,9 +221,11 @@ class HandNetwork:
         self, hidden: Tensor, batch: MicroBatch, scale: float, *, gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
         head = self.placement.head
+        # the head stays in what its table is stored in, whatever the layers compute in
+        hidden = self.norm(hidden).to(getattr(torch, self.plan.storage_dtype))
         if head is not None:
             return sliced_loss(
-                self.norm(hidden),
+                hidden,
                 head.slices,
                 batch.targets,
                 bias=self.head.bias,
@@ -212,7 +235,7 @@ class HandNetwork:
                 gradient=gradient,
             )
         return head_loss(
-            self.norm(hidden),
+            hidden,
             self.head.weight,
             batch.targets,
             bias=self.head.bias,
@@ -259,15 +282,18 @@ class AutogradNetwork:
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)
 
-    def begin(self, plan: Plan) -> None:
+    def adopt(self, plan: Plan) -> None:
         self.plan = plan
+
+    def begin(self) -> None:
+        pass
 
     def reset(self) -> None:
         self.placement.reset()
 
     def train(self, batch: MicroBatch, *, scale: float, phase: Phase) -> Tensor:
         with phase("forward"):
-            self.placement.begin(backward_follows=True)
+            self.placement.begin(backward_follows=True, lowest=self.plan.lowest_learning)
             loss = self._loss(batch, scale)
         with phase("backward"):
             loss.backward()

@@ -22,13 +22,14 @@ _SHARED = ("qmap1", "qmap2")
 def make_states(optimizer: Optimizer) -> None:
     """Allocates what the optimizer would allocate in its first step; what is there stays as it is.
 
-    Run out of memory, it leaves whole states and none half made.
+    Parameters that require no gradient get none. Run out of memory, it leaves whole states and none half
+    made.
     """
     if isinstance(optimizer, CPUOffloadOptimizer):
         return
     for number, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
-            if not optimizer.state.get(parameter):
+            if parameter.requires_grad and not optimizer.state.get(parameter):
                 optimizer.state[parameter] = _state(optimizer, parameter, number, index)
 
 
@@ -66,7 +67,8 @@ def _load(
 ) -> None:
     """Has the optimizer make its states, from what they are to be."""
     names = {id(parameter): name for name, parameter in parameters.items()}
-    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    # those that do not learn have no name here, and no state
+    ordered = [names.get(id(p)) for group in optimizer.param_groups for p in group["params"]]
     states: dict[int, dict[str, Tensor | float]] = {}
     for entry, value in entries.items():
         name, _, key = entry.rpartition("/")

@@ -98,10 +98,10 @@ class Placement:
         yield  # after an exception `reset` puts everything in order
         self.residency.leave(layer)
 
-    def begin(self, *, backward_follows: bool) -> None:
-        """A pass over the layers begins."""
+    def begin(self, *, backward_follows: bool, lowest: int = 0) -> None:
+        """A pass over the layers begins. lowest: the layer at which its backward ends."""
         if self.residency is not None:
-            self.residency.begin(backward_follows=backward_follows)
+            self.residency.begin(backward_follows=backward_follows, lowest=lowest)
 
     def reset(self) -> None:
         """Waits for what is under way and forgets it: after an exception or an interruption."""

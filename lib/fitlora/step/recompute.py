@@ -16,14 +16,14 @@ from torch import Tensor, nn
 class _Recomputed(torch.autograd.Function):
     """Runs `layer` on `hidden` without a graph, and with one in backward.
 
-    `anchor` is any tensor that requires grad: without it autograd would skip the first layer's
-    backward, whose input (the frozen embedding's output) requires none, though its adapters do.
+    `anchor` is any tensor that requires grad: without it autograd would skip the lowest learning layer's
+    backward, whose input (of frozen layers alone) requires none, though its adapters do.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        anchor: Tensor,
+        anchor: Tensor | None,
         hidden: Tensor,
         layer: Callable[[Tensor], Tensor],
         at_home: Callable[[bool], AbstractContextManager[None]],
@@ -65,7 +65,7 @@ def arrange(
 
 def _wrap(layer: nn.Module, index: int, at_home: AtHome | None) -> None:
     forward = layer.forward
-    anchor = next((p for p in layer.parameters() if p.requires_grad), None)
+    parameters = [p for p in layer.parameters() if p.requires_grad]  # frozen ones may learn later
 
     def home(backward: bool) -> AbstractContextManager[None]:
         return nullcontext() if at_home is None else at_home(index, backward=backward)
@@ -74,7 +74,9 @@ def _wrap(layer: nn.Module, index: int, at_home: AtHome | None) -> None:
         def run(hidden: Tensor) -> Tensor:
             return cast(Tensor, forward(hidden, *args, **kwargs))
 
-        if anchor is not None and layer.recomputes and torch.is_grad_enabled():
+        anchor = next((p for p in parameters if p.requires_grad), None)
+        in_graph = torch.is_grad_enabled() and (anchor is not None or hidden_states.requires_grad)
+        if layer.recomputes and in_graph:
             return cast(Tensor, _Recomputed.apply(anchor, hidden_states, run, home))
         with home(False):
             return run(hidden_states)

@@ -36,12 +36,22 @@ Reduce = Callable[[Sequence[Tensor]], None]
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step. Tensors stay on the device, so that nobody waits for them unasked."""
+    """One optimizer step."""
 
     loss: Tensor  # float32 (), mean over the effective batch's target tokens
     gradient_norm: Tensor  # float32 (), before clipping
     tokens: int
     target_tokens: int
+    updated: bool = True  # whether it was accepted; otherwise no weight has changed
+
+
+# Told an optimizer step's loss and gradient norm; says whether the weights are to be updated.
+Accept = Callable[[float, float], bool]
+
+
+def is_finite(loss: float, norm: float) -> bool:
+    """Whether both are numbers: the least that an update asks."""
+    return math.isfinite(loss) and math.isfinite(norm)
 
 
 class TrainingStep:
@@ -67,10 +77,14 @@ class TrainingStep:
         self.model, self.plan, self.settings = model, plan, settings
         self.context, self.network = context, network
         self.adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._by_layer = [
+            [p for p in layer.parameters() if p.requires_grad] for layer in decoder_layers(model)
+        ]
         self.device = device
         self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
         self.optimizer = optimizer
         self._half_updated = False
+        self._freeze(plan.frozen_layers)
 
     @property
     def half_updated(self) -> bool:
@@ -88,10 +102,33 @@ class TrainingStep:
         return all(getattr(plan, name) == getattr(self.plan, name) for name in _FIXED)
 
     def adopt(self, plan: Plan) -> None:
-        """Goes on as another Plan says. Between steps, and for what changes no result: the layout."""
+        """Goes on as another Plan says, between steps.
+
+        The layout changes no result. The layers' precision and which are frozen do; the optimizer's
+        state of a layer that freezes is gone, and begins anew where it learns again.
+        """
         assert self.can_adopt(plan)
         arrange(decoder_layers(self.model), plan.recompute_layers)
+        if plan.frozen_layers != self.plan.frozen_layers:
+            self._freeze(plan.frozen_layers)
         self.plan = plan
+        self.network.adopt(plan)
+
+    def _freeze(self, frozen: Sequence[int]) -> None:
+        if isinstance(self.optimizer, CPUOffloadOptimizer):
+            self.optimizer.join()
+        for layer, parameters in enumerate(self._by_layer):
+            for parameter in parameters:
+                parameter.requires_grad_(layer not in frozen)
+                if layer in frozen:
+                    parameter.grad = None
+                    if self.optimizer is not None:
+                        self.optimizer.state.pop(parameter, None)
+
+    @property
+    def learning(self) -> dict[str, nn.Parameter]:
+        """The adapters' weights that are trained, by name in the model."""
+        return {name: p for name, p in self.adapters.items() if p.requires_grad}
 
     def abandon(self) -> None:
         """Drops the gradients of a step that did not come to its update."""
@@ -109,7 +146,8 @@ class TrainingStep:
 
         weights: frozen ones, buffers, and the slots that streamed weights pass through.
         """
-        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        adapters = {id(p) for p in self.adapters.values()}
+        frozen = [p for p in self.model.parameters() if id(p) not in adapters]
         slots = self.network.placement.slot_tensors
         states = {} if self.optimizer is None else self.optimizer.state
         kept = [value for state in states.values() for value in state.values()]
@@ -142,42 +180,91 @@ class TrainingStep:
         learning_rate: float,
         total_target_tokens: int | None = None,
         reduce_gradients: Reduce | None = None,
+        loss_scale: float = 1.0,
+        accept: Accept = is_finite,
     ) -> StepResult:
         """One optimizer step on this device's share of an effective batch.
 
         Gradients are those of the mean loss over the whole effective batch's target tokens, however
         it is split. total_target_tokens: of all devices; None where this one has the whole batch.
-        reduce_gradients: None where this device has it all.
+        reduce_gradients: None where this device has it all. loss_scale: what gradients are multiplied by
+        on their way, so that float16 holds the small ones; results are without it. accept: where it says
+        no the step changes nothing.
         """
         assert self.optimizer is not None, "the step was built without adapters"
+        loss = self._gradients(sequences, step, total_target_tokens, loss_scale)
+        with self.phase("optimizer"):
+            norm = self._norm([loss], reduce_gradients).div_(loss_scale)
+            loss.div_(loss_scale)
+            updated = self._accepted(accept, loss, norm)
+            if updated:
+                self._update(learning_rate, norm, loss_scale)
+            else:
+                self.abandon()
+        tokens = sum(len(s.tokens) for s in sequences)
+        return StepResult(loss, norm, tokens, sum(s.target_tokens for s in sequences), updated)
+
+    def survey(
+        self,
+        sequences: Sequence[TokenSequence],
+        *,
+        step: int,
+        total_target_tokens: int | None = None,
+        reduce_gradients: Reduce | None = None,
+        loss_scale: float = 1.0,
+    ) -> list[float]:
+        """The squared norm of each layer's adapters' gradients on an effective batch; changes nothing.
+
+        0 for a layer that is frozen. Arguments as of `run`.
+        """
+        self._gradients(sequences, step, total_target_tokens, loss_scale)
+        with self.phase("optimizer"):
+            self._norm([], reduce_gradients)
+            found = [
+                sum(self._squared_norm(p) for p in parameters if p.requires_grad)
+                for parameters in self._by_layer
+            ]
+            self.abandon()
+        return [value / loss_scale**2 for value in found]
+
+    def _squared_norm(self, parameter: Tensor) -> float:
+        gradient = parameter.grad
+        if isinstance(self.optimizer, CPUOffloadOptimizer) and self.optimizer.gradients_leave:
+            gradient = self.optimizer.gradient(parameter)
+        if gradient is None or gradient.is_meta:
+            return 0.0
+        return float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+
+    def _gradients(
+        self, sequences: Sequence[TokenSequence], step: int, total: int | None, loss_scale: float
+    ) -> Tensor:
+        """Makes the gradients; returns the loss. Both are `loss_scale` times what they are."""
         if not self.model.training:  # asking thousands of modules takes milliseconds
             self.model.train()
-        mine = sum(s.target_tokens for s in sequences)
-        total = mine if total_target_tokens is None else total_target_tokens
+        if total is None:
+            total = sum(s.target_tokens for s in sequences)
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
-        self.network.begin(self.plan)
+        self.network.begin()
         for part in self.micro_batches(sequences):
             batch = self._micro_batch(part, self.settings.train.seed, step)
-            loss.add_(self.network.train(batch, scale=1.0 / total, phase=self.phase))
+            loss.add_(self.network.train(batch, scale=loss_scale / total, phase=self.phase))
             del batch
-        with self.phase("optimizer"):
-            norm = self._update(learning_rate, [loss], reduce_gradients)
-        return StepResult(loss, norm, sum(len(s.tokens) for s in sequences), mine)
+        return loss
 
-    def _update(
-        self, learning_rate: float, also_reduced: list[Tensor], reduce: Reduce | None
-    ) -> Tensor:
-        """Sums over devices, clips, updates; returns the gradients' norm before clipping.
+    @staticmethod
+    def _accepted(accept: Accept, loss: Tensor, norm: Tensor) -> bool:
+        """Reads both from the device; shapes alone have no values, and are accepted."""
+        if loss.is_meta:
+            return True
+        return accept(float(loss), float(norm))
 
-        All that is allocated is so before the first weight changes.
+    def _update(self, learning_rate: float, norm: Tensor, loss_scale: float) -> None:
+        """Clips and updates. All that is allocated is so before the first weight changes.
+
+        norm: of the gradients, which are `loss_scale` times too large.
         """
         assert self.optimizer is not None
-        if isinstance(self.optimizer, CPUOffloadOptimizer) and self.optimizer.gradients_leave:
-            if reduce is not None:
-                reduce([*self.optimizer.gradients(), *also_reduced])
-            norm = self.optimizer.clip_grad_norm_(self.settings.train.max_gradient_norm)
-        else:
-            norm = self._clip(also_reduced, reduce)
+        self._scale_gradients(norm, loss_scale)
         make_states(self.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -185,21 +272,38 @@ class TrainingStep:
         self.optimizer.step()
         self._drop_gradients()
         self.half_updated = False  # the last thing: what fails before it must not be done twice
-        return norm
 
-    def _clip(self, also_reduced: list[Tensor], reduce: Reduce | None) -> Tensor:
-        for parameter in self.adapters.values():
+    def _norm(self, also_reduced: list[Tensor], reduce: Reduce | None) -> Tensor:
+        """Sums gradients over devices; returns their norm."""
+        if isinstance(self.optimizer, CPUOffloadOptimizer) and self.optimizer.gradients_leave:
+            if reduce is not None:
+                reduce([*self.optimizer.gradients(), *also_reduced])
+            return self.optimizer.gradient_norm()
+        learning = self.learning.values()
+        for parameter in learning:
             if parameter.grad is None:  # a device without a share of a small batch still takes part
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in self.adapters.values() if p.grad is not None]
+        gradients = [p.grad for p in learning if p.grad is not None]
         if reduce is not None:
             reduce([*self.network.gradients(), *also_reduced])
         # as torch.nn.utils.clip_grad_norm_ has it, which takes no tensors on meta
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        limit = self.settings.train.max_gradient_norm
-        if limit is not None:
-            torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
         return norm
+
+    def _scale_gradients(self, norm: Tensor, loss_scale: float) -> None:
+        """Takes the loss scale out, and clips."""
+        limit = self.settings.train.max_gradient_norm
+        if limit is None and loss_scale == 1.0:
+            return
+        factor = torch.ones_like(norm)
+        if limit is not None:
+            factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+        factor.div_(loss_scale)
+        if isinstance(self.optimizer, CPUOffloadOptimizer) and self.optimizer.gradients_leave:
+            self.optimizer.scale_gradients(factor)
+        else:
+            gradients = [p.grad for p in self.learning.values() if p.grad is not None]
+            torch._foreach_mul_(gradients, factor)
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, int]:
@@ -247,11 +351,16 @@ class TrainingStep:
     ) -> None:
         """Puts back what `optimizer_state` gave; raises ValueError where it is another one's.
 
+        States of layers that are frozen now are left out.
+
         With `load_adapter_state` before it, this undoes an update that was stopped half way.
         """
         assert self.optimizer is not None
+        learning = self.learning
+        kept = {n: t for n, t in tensors.items() if n.rpartition("/")[0] in learning}
+        rest = {n: v for n, v in numbers.items() if n.rpartition("/")[0] in learning}
         with torch.no_grad():
-            put_states(self.optimizer, self.adapters, tensors, numbers)
+            put_states(self.optimizer, learning, kept, rest)
         self.half_updated = False
         if isinstance(self.optimizer, CPUOffloadOptimizer):
             self.optimizer.half_updated = False

@@ -27,6 +27,7 @@ from torch import Tensor
 from fitlora.errors import ArtifactError, UserError
 from fitlora.planner.ladder import Rung
 from fitlora.training.identity import Identity
+from fitlora.training.precision import PrecisionState
 from fitlora.units import format_bytes
 
 FOLDER = "checkpoints"
@@ -61,6 +62,7 @@ class Snapshot:
     best: Mapping[str, Tensor] = field(default_factory=dict)
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
+    precision: PrecisionState = field(default_factory=PrecisionState)
 
 
 class _Manifest(BaseModel):
@@ -74,6 +76,7 @@ class _Manifest(BaseModel):
     inputs: dict[str, Any]
     progress: Progress
     rung: Rung
+    precision: PrecisionState = PrecisionState()
     seconds: float
     numbers: dict[str, float | int]
     sha256: dict[str, str]
@@ -129,6 +132,7 @@ class Checkpoints:
             inputs=dict(self.identity.inputs),
             progress=snapshot.progress,
             rung=snapshot.rung,
+            precision=snapshot.precision,
             seconds=snapshot.seconds,
             numbers=dict(snapshot.numbers),
             sha256={name: _digest_of(folder / name) for name in (TENSORS, LOG)},
@@ -166,6 +170,7 @@ class Checkpoints:
         return Snapshot(
             progress=manifest.progress,
             rung=manifest.rung,
+            precision=manifest.precision,
             seconds=manifest.seconds,
             log=(folder / LOG).read_text(encoding="utf-8").splitlines(keepends=True),
             numbers=manifest.numbers,

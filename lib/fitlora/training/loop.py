@@ -22,12 +22,14 @@ from fitlora.device import is_lost, memory_now
 from fitlora.errors import UserError
 from fitlora.memory.tracker import MemoryTracker
 from fitlora.params import TrainParams
+from fitlora.planner.freezing import SURVEYED_BATCHES, least_first
 from fitlora.step.batch import TokenSequence
 from fitlora.step.training_step import StepResult, TrainingStep, learning_rate
 from fitlora.training.batches import Batches, share_of
 from fitlora.training.checkpoint import Checkpoints, Progress, Snapshot
 from fitlora.training.log import RunLog
 from fitlora.training.parallel import LostProcess, Ranks
+from fitlora.training.precision import Precision
 from fitlora.training.recovery import (
     WAITS,
     HalfUpdated,
@@ -79,6 +81,9 @@ class Run:
     def __post_init__(self) -> None:
         self.recovery.made = self._take
         self.progress = Progress()
+        self.precision = Precision(
+            self.recovery, self.record, dynamic=self.train.precision == "dynamic"
+        )
         self._best: dict[str, Tensor] = {}
         self._saved: Progress | None = None
         self._setbacks: list[int] = []
@@ -118,6 +123,10 @@ class Run:
 
     def __call__(self) -> Outcome:
         if self._saved is None:
+            if self.train.freeze == "speed":
+                self.recovery.ladder.freeze_in_order(range(self.recovery.ladder.free.layers))
+            elif self.train.freeze == "memory":
+                self._choose_frozen()
             self._save()  # to go back to; and where it cannot be written, better now than in hours
         try:
             while self._go_on():
@@ -209,14 +218,19 @@ class Run:
                 learning_rate=rate,
                 total_target_tokens=target_tokens,
                 reduce_gradients=None if self.ranks.devices == 1 else self._reduce,
+                loss_scale=self.precision.loss_scale,
+                accept=lambda loss, norm: self.precision.accept(index, loss, norm),
             )
 
         with self.tracker.measuring("step", lambda: self.step.parts()):
             result = self.recovery.carry_out(work, step=index + 1)
         loss, norm = float(result.loss), float(result.gradient_norm)
         seconds = time.perf_counter() - start
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise UserError(self._diverged(f"the loss of step {index + 1} is {loss}", norm))
+        if not result.updated:  # and so to be done again
+            if not self.precision.refused(index):
+                raise UserError(self._diverged(f"the loss of step {index + 1} is {loss}", norm))
+            return
+        self.precision.count(index + 1, loss)
         self.progress = self.progress.model_copy(update={"done": index + 1})
         tokens = sum(len(s.tokens) for s in batch)
         memory = self.tracker.update(step=index + 1)
@@ -235,6 +249,52 @@ class Run:
                 "component_bytes": memory["components"],
             }
         )
+
+    def _choose_frozen(self) -> None:
+        """Has those layers frozen whose gradients matter least, as many as the Plan says."""
+        ladder = self.recovery.ladder
+        count = len(ladder.plan.frozen_layers)
+        self.recovery.turn(frozen_layers=())
+        scores = [0.0] * ladder.free.layers
+        for index in range(min(SURVEYED_BATCHES, self.total_steps)):
+            found = self._survey(index)
+            scores = [sum(pair) for pair in zip(scores, found, strict=True)]
+        order = least_first(scores)
+        ladder.freeze_in_order(order)
+        self.recovery.turn(frozen_layers=tuple(sorted(order[:count])))
+        total = sum(scores)
+        self.record(
+            {
+                "event": "freeze",
+                "step": 1,
+                "cause": "the least squared gradients of the first batches",
+                "frozen_layers": list(ladder.plan.frozen_layers),
+                "gradient_shares": [round(score / total, 6) for score in scores],
+            }
+        )
+
+    def _survey(self, index: int) -> list[float]:
+        """Each layer's squared gradient norm on a batch, at the weights as they are."""
+        batch = self.batches.batch(index)
+        mine = share_of(batch, self.ranks.rank, self.ranks.devices)
+
+        def work() -> list[float]:
+            return self.step.survey(
+                mine,
+                step=index,
+                total_target_tokens=sum(s.target_tokens for s in batch),
+                reduce_gradients=None if self.ranks.devices == 1 else self._reduce,
+                loss_scale=self.precision.loss_scale,
+            )
+
+        while True:
+            with self.tracker.measuring("step", lambda: self.step.parts()):
+                found = self.recovery.carry_out(work, step=1)
+            norm = math.sqrt(sum(found))
+            if self.precision.accept(0, 0.0, norm):
+                return found
+            if not self.precision.refused(0):
+                raise UserError(self._diverged(f"batch {index + 1} has no finite gradients", norm))
 
     def _reduce(self, tensors: Sequence[Tensor]) -> None:
         """Sums over the processes, if all of them have come so far; what follows is the update."""
@@ -294,7 +354,11 @@ class Run:
 
     def _diverged(self, what: str, norm: float = 0.0) -> str:
         norm_too = "" if math.isfinite(norm) else f", the gradients' norm {norm}"
-        return f"{what}{norm_too}; {_DIVERGED} (the last checkpoint is of step {self._saved_step})"
+        wider = ""
+        if self.precision.wider is not None and not self.precision.dynamic:
+            wider = f"; with train.precision: dynamic it is tried in {self.precision.wider} first"
+        saved = f"the last checkpoint is of step {self._saved_step}"
+        return f"{what}{norm_too}; {_DIVERGED}{wider} ({saved})"
 
     # --- snapshots ------------------------------------------------------------------------------------
 
@@ -315,6 +379,7 @@ class Run:
         return Snapshot(
             progress=self.progress,
             rung=self.recovery.ladder.rung,
+            precision=self.precision.state,
             seconds=self.elapsed(),
             log=list(self.log.lines),
             adapter=learned.adapter,
@@ -326,6 +391,7 @@ class Run:
     def _restore(self, snapshot: Snapshot) -> None:
         """Makes the run what it was, in the plan in use."""
         self.progress = self._saved = snapshot.progress
+        self.precision.state = snapshot.precision
         self._best = dict(snapshot.best)
         self.log.restore(snapshot.log)
         self.tracker.take_over(self.log.records)

@@ -86,6 +86,14 @@ class TrainingProgress:
             after = Plan.model_validate(record["after"])
             self._changes.append(f"step {done}: {record['cause']}")
             say(f"step {done}: {record['cause']}; going on with {after.describe()}")
+        elif record["event"] == "precision":
+            scale = record["loss_scale"]
+            scaled = "" if scale == 1.0 else f", losses scaled by {scale:,.0f}"
+            self._changes.append(f"step {done}: {record['cause']}")
+            say(f"step {done}: {record['cause']}; going on in {record['after']}{scaled}")
+        elif record["event"] == "freeze":
+            frozen = ", ".join(map(str, record["frozen_layers"]))
+            say(f"not trained are the adapters of layers {frozen}: {record['cause']}")
         else:
             self._step = record
             if record["allocated_bytes"] is not None:

@@ -199,6 +199,10 @@ class Recovery:
             self.tell(step + 1, "a calm stretch", before)
             self._follow(step + 1)
 
+    def turn(self, **decisions: Any) -> None:
+        """Goes on with other decisions that are none of the layout's, on whichever rung."""
+        self.step.adopt(self.ladder.turn(**decisions))
+
     def tell(self, step: int, cause: str, before: Plan) -> None:
         """Records that the plan in use has taken the place of another one."""
         self._record(

@@ -92,6 +92,12 @@ def train(
     device = torch_device(hardware)
     accelerator = start_accelerator(params, device, places.scratch)
     agreement = Agreement(ranks)
+    model = model_size(config, settings)
+    if params.train.precision == "dynamic" and not model.by_hand:
+        raise UserError(
+            "train.precision is dynamic, which needs a family of models that FitLoRA does by hand; set "
+            "it to fixed"
+        )
     weights = _weights(config, plan, settings, params, checkpoint, device)
 
     def build(plan: Plan) -> TrainingStep:
@@ -121,7 +127,7 @@ def train(
     room = room_on(device, hardware)
     ladder = Ladder(
         plan,
-        Freedom.most(plan, model_size(config, settings)),
+        Freedom.most(plan, model),
         predictor(estimator, hardware),
         lambda: agreement.least(room()),
     )

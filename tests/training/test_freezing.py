@@ -1,0 +1,114 @@
+"""Runs that freeze: which layers, what becomes of them, and that a run goes on with them to the bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fitlora.training import recovery
+from fitlora.training.batches import Batches
+from fitlora.training.loop import Run
+from tests.step import steps
+from tests.training.runs import make_run
+from tests.training.test_resume import cut_at, untimed
+
+LAYERS = 4
+TRAIN: dict[str, Any] = {
+    "max_steps": 4, "evaluate_every": 2, "checkpoint_every": 2, "warmup_steps": 0,
+    "learning_rate": 2e-2, "effective_batch_size": 5, "freeze": "memory",
+}  # fmt: skip
+PLANS: dict[str, dict[str, Any]] = {
+    "resident": {"micro_batch_size": 2},
+    "8-bit states": {"micro_batch_size": 5, "optimizer": "adamw_8bit"},
+    "streamed": {
+        "micro_batch_size": 2, "streamed_layers": (0, 1, 3), "recompute_layers": (0, 1, 2, 3),
+        "checkpoints": "host", "embedding": "host", "head": "host", "optimizer_device": "host",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "give_back_memory", lambda: None)
+
+
+def make(
+    folder: Path, where: str = "resident", frozen: tuple[int, ...] = (1, 2), **changes: Any
+) -> Run:
+    plan = steps.plan(
+        effective_batch_size=5, evaluation_batch_size=2, frozen_layers=frozen, **PLANS[where]
+    )
+    train = {**TRAIN, **changes}
+    step = steps.step(plan, steps.settings(dropout=0.2, bits=16, **train), num_hidden_layers=LAYERS)
+    return make_run(
+        folder,
+        step,
+        batches=Batches(steps.sequences(12), 5, seed=0),
+        validation=steps.sequences(3, seed=1),
+        layers=LAYERS,
+        **train,
+    )
+
+
+def choices(run: Run) -> list[dict[str, Any]]:
+    return [record for record in run.log.records if record["event"] == "freeze"]
+
+
+def layer_of(name: str) -> int:
+    return int(name.split(".")[2])
+
+
+@pytest.mark.parametrize("where", PLANS)
+def test_the_least_gradients_are_frozen_and_the_others_learn(where: str, tmp_path: Path) -> None:
+    run = make(tmp_path, where)
+    before = run.step.adapter_state()
+    # the lower half of the stack hardly matters to this model's loss
+    with torch.no_grad():
+        for name, parameter in run.step.adapters.items():
+            if "lora_B" in name and layer_of(name) in (0, 3):
+                parameter.mul_(4.0)
+    changed = run.step.adapter_state()
+    outcome = run()
+    (choice,) = choices(run)
+    shares = choice["gradient_shares"]
+    assert sum(shares) == pytest.approx(1.0, abs=1e-4)
+    least = sorted(sorted(range(LAYERS), key=lambda layer: shares[layer])[:2])
+    assert choice["frozen_layers"] == least == list(run.step.plan.frozen_layers)
+    for name, tensor in outcome.last.items():
+        assert torch.equal(tensor, changed[name]) == (layer_of(name) in least), name
+    assert outcome.last.keys() == before.keys(), "frozen adapters are saved too"
+    tensors, _ = run.step.optimizer_state()
+    assert {layer_of(name) for name in tensors} == set(range(LAYERS)) - set(least)
+
+
+@pytest.mark.parametrize("where", PLANS)
+def test_it_goes_on_to_the_bit(where: str, tmp_path: Path) -> None:
+    whole = make(tmp_path / "whole", where)
+    expected = whole()
+    cut_at(make(tmp_path / "cut", where), 3)
+    again = make(tmp_path / "cut", where)
+    assert again.begin()
+    found = again()
+    for name, tensor in expected.last.items():
+        assert torch.equal(found.last[name], tensor)
+    assert untimed(again) == untimed(whole)
+
+
+def test_where_the_parts_lie_changes_no_choice(tmp_path: Path) -> None:
+    runs = [make(tmp_path / where, where) for where in PLANS]
+    for run in runs:
+        run()
+    shares = [choices(run)[0]["gradient_shares"] for run in runs]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-5)
+    assert shares[0] == pytest.approx(shares[2], abs=1e-5)
+
+
+def test_speed_freezes_the_lowest_without_a_survey(tmp_path: Path) -> None:
+    run = make(tmp_path, frozen=(0, 1), freeze="speed")
+    start = run.step.adapter_state()
+    outcome = run()
+    assert choices(run) == []
+    still = {layer_of(n) for n, tensor in outcome.last.items() if torch.equal(tensor, start[n])}
+    assert still == {0, 1}
+    assert run.recovery.ladder.rung.freezes == (0, 1, 2, 3)
