@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fitlora.adapter import adapter_config, load_adapter, save_adapter
+from fitlora.artifacts import SequenceSize
+from fitlora.memory.estimate import Load, trace_step
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
-from fitlora.step.build import build_step, lora_targets
+from fitlora.step.build import build_step, lora_targets, step_skeleton
 from fitlora.step.linear import LoraLinear
 from fitlora.step.network import AutogradNetwork
 from fitlora.step.settings import StepSettings
@@ -92,6 +94,22 @@ def test_it_starts_as_the_frozen_model() -> None:
     assert loss == pytest.approx(expected, rel=1e-5)
     losses = [float(step.run(rows, step=i, learning_rate=1e-2).loss) for i in range(6)]
     assert losses[-1] < losses[0]
+
+
+def test_the_reason_for_the_general_step_is_named() -> None:
+    skeleton = step_skeleton(steps.config(), steps.plan(), settings())
+    assert (list(skeleton.layers), skeleton.reason) == ([], "DoRA has no step by hand")
+
+
+def test_its_estimate_is_what_it_takes() -> None:
+    load = Load([SequenceSize(tokens=t, target_tokens=t // 2) for t in (90, 71, 40)], [])
+    plan = steps.plan(micro_batch_size=2, recompute_layers=(0,))
+    weights = RandomWeights(torch.device("cpu"))
+    given = (steps.config(), plan, settings(DORA.model_copy(update={"dropout": 0.1})), load)
+    found, taken = (trace_step(*given, source).phase_peak_bytes for source in (None, weights))
+    # but for buffers while loading, which on the CPU are where they should be
+    assert {**found, "load": 0} == {**taken, "load": 0}
+    assert found["backward"] > found["optimizer"] > 0
 
 
 def test_layers_from_the_host_start_and_train_alike() -> None:
