@@ -144,10 +144,10 @@ def _random_model(name: str) -> Any:
 def _unsloth(name: str, tokens: int, folder: Path) -> Arrange:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["UNSLOTH_COMPILE_LOCATION"] = str(folder.parent / "unsloth")  # else where it is run
+    from unsloth import FastLanguageModel  # type: ignore[import-not-found]  # before transformers
+
     if not (folder / "model.safetensors.index.json").is_file():
         make_checkpoint(name, folder, _device())
-    from unsloth import FastLanguageModel  # type: ignore[import-not-found]
-
     base, _ = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=tokens, dtype=torch.bfloat16, load_in_4bit=True
     )
