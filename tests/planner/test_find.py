@@ -60,7 +60,7 @@ def fake_estimates(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
         def estimator(plan: Plan) -> Estimate:
             return fake_estimate(plan, Linear()(plan), budget)
 
-        return real(**{**options, "estimator": estimator})
+        return real(**{**options, "estimator": estimator, "replay": None})
 
     monkeypatch.setattr(find, "Search", search)
     monkeypatch.setattr(find, "model_size", lambda *_: ModelSize(32, 32_000))
@@ -135,7 +135,7 @@ def test_after_an_overflow_the_next_plan_is_tried(monkeypatch: pytest.MonkeyPatc
 def test_overflow_after_overflow_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_estimates(monkeypatch, 10 * GIB)
     made = fake_probe(monkeypatch, [False] * 100)
-    with pytest.raises(UserError, match=r"4 plan\(s\) that should fit 10\.00 GiB overflowed"):
+    with pytest.raises(UserError, match=r"3 plan\(s\) that should fit 10\.00 GiB overflowed"):
         find_large(10 * GIB)
     assert len(made) == MAX_PROBES
 
@@ -158,7 +158,7 @@ def test_nothing_fits_before_anything_is_probed(monkeypatch: pytest.MonkeyPatch)
 def test_the_log(tmp_path: Path) -> None:
     choice, probes = run(cpu())
     path = tmp_path / "logs" / "probe.json"
-    write_log(path, choice.estimate, probes)
+    write_log(path, choice, probes)
     content = json.loads(path.read_text())
     assert content["predicted"]["peak_allocated_bytes"] == choice.estimate.peak_allocated_bytes
     (made,) = content["probes"]
@@ -166,6 +166,7 @@ def test_the_log(tmp_path: Path) -> None:
     assert made["peak_allocated_bytes"] == probes[0].peak_allocated_bytes
     assert made["fits"] is True
     assert made["tokens_per_second"] == probes[0].tokens_per_second
+    assert [other["why"] for other in content["considered"]] == [o.why for o in choice.considered]
 
 
 @pytest.mark.slow
@@ -179,7 +180,9 @@ def test_what_the_device_has_no_room_for_goes_to_the_host() -> None:
         here = hardware(budget, host_budget_bytes=host, target="a card")
         given = params(**plan) if plan else asked
         choice, _ = find_plan(config, given, settings, load, here)
-        assert choice.estimate == estimate(config, choice.plan, settings, load, here)
+        quick = estimate(config, choice.plan, settings, load, here)
+        assert choice.estimate.peak_allocated_bytes == quick.peak_allocated_bytes
+        assert choice.estimate.peak_reserved_bytes is not None
         return choice
 
     resident = {**NO_HOST, "micro_batch_size": 1, "recompute": "all"}

@@ -12,6 +12,7 @@ from fitlora.errors import UserError
 from fitlora.params import check_params
 from fitlora.plan import Plan
 from fitlora.planner.chain import segments
+from fitlora.planner.rivals import Rivals
 from fitlora.planner.search import MOST_RIVALS, Search, default_plan, smallest_plan
 from fitlora.planner.size import ModelSize
 from fitlora.planner.speed import forecast, guess_bytes, guess_host_bytes
@@ -280,3 +281,27 @@ def test_the_smallest_plan_with_the_host_and_without() -> None:
     assert len(here.recompute_layers) == len(moved.streamed_layers) == LAYERS
     assert hosted(here) == []
     assert hosted(moved) == list(PLACES)
+
+
+def test_a_stack_may_be_half_recomputed_and_half_streamed() -> None:
+    made = make(Truth(), 12)
+    plan = first(made)
+    rivals = Rivals(
+        shape(), made.free, made.hardware, [made._plan(plan.micro_batch_size)], made.tokens
+    )
+    half = plan.replace(recompute_layers=range(LAYERS // 2), streamed_layers=())
+    limit = int(0.9 * made._estimate(half).process_bytes)
+    (_, mixed) = rivals._streamed(half, made.seen, limit)
+    assert 0 < len(mixed.streamed_layers) < LAYERS
+    assert len(mixed.recompute_layers) == LAYERS // 2
+
+
+def test_a_choice_says_how_fast_it_is_and_what_holds_it_up() -> None:
+    made = make(Truth(), 9)
+    choice = next(made.fitting())
+    told = forecast(choice.plan, shape(), H200, made.tokens(choice.plan.micro_batch_size))
+    assert choice.forecast == told
+    faster = [o for o in choice.considered if (o.tokens_per_second or 0) > told.tokens_per_second]
+    assert choice.limit == "memory"
+    assert faster
+    assert all(not other.fits or "faster by a forecast" in other.why for other in faster)

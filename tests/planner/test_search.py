@@ -14,6 +14,8 @@ from fitlora.params import Params, check_params
 from fitlora.plan import Plan
 from fitlora.planner.search import (
     BUSY_TOKENS,
+    MOST_REPLAYS,
+    NEAR,
     Choice,
     Search,
     compute_dtype,
@@ -23,7 +25,7 @@ from fitlora.planner.search import (
     neighbours,
 )
 from fitlora.planner.size import ModelSize
-from fitlora.units import GIB, MIB
+from fitlora.units import GIB, MIB, format_bytes
 
 LAYERS = 32
 TOKENS = 1024  # of every sequence: four keep the device busy
@@ -456,3 +458,53 @@ def test_neighbours_differ_in_one_thing() -> None:
     }
     edge = plan.replace(effective_batch_size=1, micro_batch_size=1, recompute_layers=())
     assert set(neighbours(edge, LAYERS)) == {"every layer recomputed"}
+
+
+def replaying(bytes_of: Bytes, budget: int, truth: float) -> Search:
+    """A search whose replays find `truth` times what its estimates say."""
+    made = search(bytes_of, budget)
+
+    def replay(plan: Plan) -> Estimate:
+        assert plan not in replayed, "the same plan is replayed once"
+        replayed.append(plan)
+        return estimate(plan, int(truth * bytes_of(plan)), budget)
+
+    replayed: list[Plan] = []
+    made.replay = replay
+    made.replays = replayed  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.parametrize("truth", [0.9, 0.95, 1.0, 1.02, 1.08])
+@pytest.mark.parametrize("budget", [int(4.75 * GIB), 6 * GIB, 10 * GIB, 14 * GIB, 30 * GIB])
+def test_what_a_replay_finds_is_what_has_to_fit(budget: int, truth: float) -> None:
+    made = replaying(Linear(), budget, truth)
+    choice = first(made)
+    assert choice.estimate.process_bytes == int(truth * Linear()(choice.plan)) <= budget
+    # as if the truth had been known from the start
+    known = first(search(Linear(), int(budget / truth)))
+    assert shape(choice.plan) == shape(known.plan)
+    assert len(made.replays) <= MOST_REPLAYS  # type: ignore[attr-defined]
+
+
+def test_what_fits_by_its_replay_alone_is_found() -> None:
+    least = Linear()(first(search(Linear(), 5 * GIB, 1, recompute="all")).plan)
+    budget = int(0.97 * least)
+    with pytest.raises(UserError, match="nothing fits"):
+        first(search(Linear(), budget, 1, recompute="all"))
+    made = search(Linear(), budget, 1, recompute="all")
+    made.replay = lambda plan: estimate(plan, int(0.95 * Linear()(plan)), budget)
+    assert first(made).estimate.process_bytes <= budget
+
+
+def test_other_plans_say_why_they_lost() -> None:
+    budget = 10 * GIB
+    choice = first(search(Linear(), budget))
+    assert choice.considered
+    for other in choice.considered:
+        over = Linear()(other.plan) - budget
+        assert other.fits is (over <= 0)
+        assert (f"lacks {format_bytes(over)}" == other.why) is (over > 0)
+    assert choice.plan not in [other.plan for other in choice.considered]
+    near = [other.process_bytes <= NEAR * budget for other in choice.considered]
+    assert near == sorted(near, reverse=True), "what is far off comes last"

@@ -43,7 +43,7 @@ def find_batch_size(params: Params, root: Path = Path()) -> PlanArtifact:
     )
     artifact = PlanArtifact(plan=choice.plan, reasons=choice.reasons, found=known.found)
     artifact.write(root / PLAN)
-    write_log(root / PROBE_LOG, choice.estimate, probes)
-    for line in plan_lines(choice.estimate, choice.reasons, probes):
+    write_log(root / PROBE_LOG, choice, probes)
+    for line in plan_lines(choice, hardware.budget_bytes, probes):
         say(line)
     return artifact

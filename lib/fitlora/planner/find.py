@@ -15,7 +15,7 @@ from fitlora.step.settings import StepSettings
 from fitlora.units import format_bytes
 
 # Probes that may fail before we say that the estimate does not hold on this machine.
-MAX_PROBES = 4
+MAX_PROBES = 3
 
 
 def find_plan(
@@ -42,12 +42,14 @@ def find_plan(
         load.tokens,
         sequence_length=load.train[0].tokens,
     )
+    estimator = Estimator(config, settings, load, hardware)
     search = Search(
         params=params,
         hardware=hardware,
         model=model,
         start=start,
-        estimator=Estimator(config, settings, load, hardware),
+        estimator=estimator,
+        replay=estimator.replayed,
         tokens=load.tokens,
         seen=list(known),
         shape=Shape.of(config, bits=params.quantization.bits, rank=rank),

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from fitlora.artifacts import Estimate, Hardware, write_text_atomically
+from fitlora.artifacts import Hardware, write_text_atomically
 from fitlora.device import give_back_memory, is_overflow, limit_memory, torch_device
 from fitlora.memory.estimate import Load, rehearse, sequences_of, trace_step
 from fitlora.offload.host_memory import HostMemory
 from fitlora.offload.transport import make_transport
 from fitlora.plan import Plan
+from fitlora.planner.search import Choice
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
@@ -97,10 +98,16 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def write_log(path: Path, predicted: Estimate, probes: Sequence[ProbeResult]) -> None:
-    """What was predicted for the chosen plan and what the probes measured, for people to read."""
+def write_log(path: Path, choice: Choice, probes: Sequence[ProbeResult]) -> None:
+    """What was predicted for the chosen plan and the others, and what the probes measured."""
     content = {
-        "predicted": predicted.model_dump(mode="json"),
+        "predicted": choice.estimate.model_dump(mode="json"),
+        "predicted_tokens_per_second": choice.forecast and choice.forecast.tokens_per_second,
+        "limit": choice.limit,
+        "considered": [
+            {**asdict(other), "plan": other.plan.model_dump(mode="json")}
+            for other in choice.considered
+        ],
         "probes": [{**asdict(p), "plan": p.plan.model_dump(mode="json")} for p in probes],
     }
     write_text_atomically(path, json.dumps(content, indent=2) + "\n")

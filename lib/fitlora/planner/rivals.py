@@ -5,8 +5,7 @@ ranked, and a guess of each one's bytes sorts out those that cannot fit. The gue
 the most alike plan that was traced, so it becomes exact where traces were made, and a rival that turned
 out not to fit teaches the next guess.
 
-Partly recomputed and partly streamed stacks are not mixed: four kinds of layers take long to trace and
-gain little. This module imports no torch.
+This module imports no torch.
 """
 
 import itertools
@@ -20,6 +19,14 @@ from fitlora.plan import Kept, Plan
 from fitlora.planner.chain import Freedom
 from fitlora.planner.speed import Forecast, Shape, forecast, guess_bytes, guess_host_bytes
 
+# What layers that recompute may keep: nothing, or what takes longest to make for its bytes.
+_KEEPS: tuple[tuple[Kept, ...], ...] = (
+    (),
+    ("attention",),
+    ("qkv", "attention"),
+    ("qkv", "attention", "middle"),
+    ("attention", "middle", "mlp"),
+)
 _ALIKE = ("micro_batch_size", "recompute_keeps", "checkpoints", "embedding", "head")
 
 
@@ -61,7 +68,7 @@ class Rivals:
         """Every plan, but for streamed layers; copies that nobody has checked."""
         fixed = len(self.bases[0].recompute_layers)
         counts = range(self.free.layers + 1) if self.free.recompute else (fixed,)
-        keeps: tuple[tuple[Kept, ...], ...] = ((), ("attention",)) if self.free.by_hand else ((),)
+        keeps = _KEEPS if self.free.by_hand else _KEEPS[:1]
         for base, sides in itertools.product(self.bases, self._sides):
             for count, kept in itertools.product(counts, keeps):
                 if count or not kept:
@@ -96,9 +103,7 @@ class Rivals:
         over = self._guess(plan, seen) - limit
         if over <= 0:
             return
-        count = free.layers
-        if whole or not recomputed:
-            count = plan.streaming_slots + -(-over // self.shape.layer_bytes)
+        count = plan.streaming_slots + -(-over // self.shape.layer_bytes)
         if count <= free.most_streamed:
             yield plan.model_copy(update={"streamed_layers": self._spread(count)})
 

@@ -12,7 +12,11 @@ Where rates are known, the preferred plan is where a second search begins: as lo
 Peak memory grows with the micro-batch and falls with the layers that recompute, mostly in straight
 lines, with a bend where the peak moves to another instant of the step. So along each of the two the
 edge of what fits is guessed by a straight line, looked for beside the guess, and then bisected: a
-trace of a large model takes seconds, and no plan is believed that was not traced itself.
+trace of a large model takes a second, and no plan is believed that was not traced itself.
+
+What the allocator loses to blocks of the wrong size takes a replay at full depth to know, so only what
+the search comes to is replayed. The share that it lost then moves the limit for the others, and the
+search is run again on the estimates that there are, until a replayed plan is the preferred one.
 
 This module imports no torch: it is handed the function that estimates.
 """
@@ -32,7 +36,7 @@ from fitlora.planner.freezing import planned
 from fitlora.planner.rivals import Rivals
 from fitlora.planner.several import why_in_parallel
 from fitlora.planner.size import ModelSize
-from fitlora.planner.speed import Shape
+from fitlora.planner.speed import Forecast, Shape
 from fitlora.units import GIB, MIB, format_bytes
 
 # Tokens of a micro-batch from which a GPU's products run near their best rate: an 8B shape on an
@@ -50,8 +54,11 @@ STEP_BACK = 0.03
 
 # A plan is worth another trace only where it promises to be this much faster: about what the speed
 # model is off by between two plans.
-WORTH = 0.02
-MOST_RIVALS = 3
+WORTH = 0.01
+MOST_RIVALS = 5
+MOST_REPLAYS = 3
+RUNNERS_UP = 3
+NEAR = 1.25  # times the budget: what takes more is no runner-up
 
 Estimator = Callable[[Plan], Estimate]
 
@@ -61,14 +68,32 @@ _BY_SPEED = "part of the fastest plan within the budget, by the rates measured"
 
 @dataclass(frozen=True)
 class Choice:
-    """The Plan, its estimate, and the reason of each decision."""
+    """The Plan, its estimate, the reason of each decision, and what it was chosen from.
+
+    forecast: None where the machine's rates are not known. limit: what keeps it from being faster.
+    considered: the other plans that were traced, the nearest rivals first.
+    """
 
     estimate: Estimate
     reasons: dict[str, str]
+    forecast: Forecast | None = None
+    limit: str | None = None
+    considered: tuple["Considered", ...] = ()
 
     @property
     def plan(self) -> Plan:
         return self.estimate.plan
+
+
+@dataclass(frozen=True)
+class Considered:
+    """A plan that was not chosen, and why it lost."""
+
+    plan: Plan
+    process_bytes: int
+    tokens_per_second: float | None
+    fits: bool
+    why: str
 
 
 def compute_dtype(
@@ -268,7 +293,8 @@ class Search:
     """Finds the preferred plan that fits, with a handful of estimates.
 
     tokens: tokens of the heaviest micro-batch, by its size. shape: what the model's speed depends on,
-    None where that is not known. Every estimate that was made is kept in `seen`, in order.
+    None where that is not known. replay: estimates with what the allocator reserves; None where
+    `estimator` says all there is to know. Every estimate that was made is kept in `seen`, in order.
     """
 
     params: Params
@@ -279,6 +305,8 @@ class Search:
     tokens: Callable[[int], int]
     seen: list[Estimate] = field(default_factory=list)
     shape: Shape | None = None
+    replay: Estimator | None = None
+    _replayed: dict[Plan, Estimate] = field(default_factory=dict)
 
     def _estimate(self, plan: Plan) -> Estimate:
         for known in self.seen:
@@ -314,21 +342,92 @@ class Search:
         `STEP_BACK` less. Raises UserError, with figures, where nothing fits from the start.
         """
         limit = self.hardware.budget_bytes
-        best, least = self._best(limit)
-        if best is None:
-            raise UserError(self._nothing_fits(least))
-        while best is not None:
-            faster = self._faster(best, limit)
-            yield Choice(faster, self._reasons(faster.plan, by_speed=faster is not best))
-            limit = int(faster.process_bytes * (1 - STEP_BACK))
-            best, _ = self._best(limit)
+        found, by_speed = self._proven(limit)
+        if not self._fits(found, limit):
+            raise UserError(self._nothing_fits(found))
+        while self._fits(found, limit):
+            yield self._choice(found, by_speed)
+            limit = int(found.process_bytes * (1 - STEP_BACK))
+            found, by_speed = self._proven(limit)
+
+    def _proven(self, limit: int) -> tuple[Estimate, bool]:
+        """The preferred plan whose replay fits `limit`, and whether speed chose it.
+
+        Where none does, the smallest plan that was looked at.
+        """
+        found: tuple[Estimate, bool] | None = None
+        held, reached = limit, 0  # what estimates are held to, and were where a plan was found
+        for _ in range(MOST_REPLAYS):
+            best, least = self._best(held)
+            faster = least if best is None else self._faster(best, held)
+            known = faster.plan in self._replayed
+            replayed = self._replay(faster)
+            if self._fits(replayed, limit) and held > reached:
+                found, reached = (replayed, faster is not best and best is not None), held
+            elif best is None and found is None:
+                return replayed, False
+            held = int(limit * faster.process_bytes / replayed.process_bytes)
+            if self.replay is None or known or held <= reached:
+                break
+        return found or (replayed, False)
+
+    def _replay(self, quick: Estimate) -> Estimate:
+        if self.replay is None:
+            return quick
+        if quick.plan not in self._replayed:
+            self._replayed[quick.plan] = self.replay(quick.plan)
+        return self._replayed[quick.plan]
+
+    @cached_property
+    def _rivals(self) -> Rivals | None:
+        if self.shape is None:
+            return None
+        bases = [self._plan(size) for size in self._sizes()]
+        return Rivals(self.shape, self.free, self.hardware, bases, self.tokens)
+
+    def _forecast(self, plan: Plan) -> Forecast | None:
+        return None if self._rivals is None else self._rivals.forecast(plan)
+
+    def _choice(self, found: Estimate, by_speed: bool) -> Choice:
+        mine = self._forecast(found.plan)
+        speed = None if mine is None else mine.tokens_per_second
+        others = [self._considered(e, speed) for e in self.seen if e.plan != found.plan]
+        others.sort(key=_rank(self.hardware.budget_bytes))
+        worth = (speed or 0.0) * (1 + WORTH)
+        held_up = any(not o.fits and (o.tokens_per_second or 0.0) > worth for o in others)
+        return Choice(
+            found,
+            self._reasons(found.plan, by_speed=by_speed),
+            mine,
+            ("memory" if held_up else mine.bound) if mine else None,
+            tuple(others),
+        )
+
+    def _considered(self, quick: Estimate, mine: float | None) -> Considered:
+        """Why the plan lost against one of `mine` tokens/s."""
+        found = self._replayed.get(quick.plan, quick)
+        told = self._forecast(found.plan)
+        speed = told.tokens_per_second if told else None
+        over = found.process_bytes - self.hardware.budget_bytes
+        if over > 0:
+            why = f"lacks {format_bytes(over)}"
+        elif not self._host_has_room(found):
+            over = found.host_pinned_bytes - self.hardware.host_budget_bytes
+            why = f"lacks {format_bytes(over)} of the host's memory"
+        elif speed is None or mine is None:
+            why = "fits, and comes later in the order of preference"
+        elif speed <= mine:
+            why = f"{1 - speed / mine:.1%} slower"
+        else:
+            why = f"only {speed / mine - 1:.1%} faster by a forecast, which is off by as much"
+        fits = found.process_bytes <= self.hardware.budget_bytes and self._host_has_room(found)
+        return Considered(found.plan, found.process_bytes, speed, fits, why)
 
     def _faster(self, best: Estimate, limit: int) -> Estimate:
         """A plan within `limit` that the speed model ranks before `best`; `best` where there is none."""
-        if self.shape is None:
+        rivals = self._rivals
+        if rivals is None:
             return best
-        bases = [self._plan(size) for size in self._sizes()]
-        rivals = Rivals(self.shape, self.free, self.hardware, bases, self.tokens)
         for _ in range(MOST_RIVALS):
             speed = rivals.forecast(best.plan)
             if speed is None:
@@ -589,6 +688,16 @@ def _first(plans: Sequence[Plan], enough: Callable[[Plan], bool]) -> Plan | None
         return None
     at = bisect_left(range(len(plans) - 1), True, key=lambda index: enough(plans[index]))
     return plans[at]
+
+
+def _rank(budget_bytes: int) -> Callable[[Considered], tuple[bool, float, int]]:
+    """What is near enough to have been chosen first, the fastest first, then the largest."""
+
+    def key(other: Considered) -> tuple[bool, float, int]:
+        far = other.process_bytes > NEAR * budget_bytes
+        return far, -(other.tokens_per_second or 0.0), -other.process_bytes
+
+    return key
 
 
 def neighbours(plan: Plan, layers: int) -> dict[str, Plan]:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fitlora.artifacts import Dataset, Estimate, MemoryEstimate, Padding, Split
+from fitlora.artifacts import Dataset, MemoryEstimate, Padding, Split
 from fitlora.planner.probe import ProbeResult
+from fitlora.planner.search import RUNNERS_UP, Choice
 from fitlora.units import format_bytes
 
 
@@ -60,11 +61,9 @@ def estimate_lines(result: MemoryEstimate) -> Iterator[str]:
         yield f"  {name:<24}{format_bytes(found.process_bytes):>12}  {fits}"
 
 
-def plan_lines(
-    found: Estimate, reasons: Mapping[str, str], probes: Sequence[ProbeResult]
-) -> Iterator[str]:
-    """The Plan with the reason of each choice, and what the probe said of it."""
-    plan = found.plan
+def plan_lines(choice: Choice, budget_bytes: int, probes: Sequence[ProbeResult]) -> Iterator[str]:
+    """The Plan with the reason of each choice, what else there was, and what the probe said of it."""
+    found, reasons, plan = choice.estimate, choice.reasons, choice.plan
     decisions = plan.model_dump()
     for name in ("recompute_layers", "streamed_layers"):
         decisions[name] = f"{len(getattr(plan, name))} layers"
@@ -72,6 +71,19 @@ def plan_lines(
         yield f"{name:<22}{decisions[name]!s:<10} {reason}"
     yield f"{'accumulation':<22}{plan.accumulation!s:<10} makes the effective batch"
     yield f"predicted peak {format_bytes(found.peak_allocated_bytes)}"
+    yield (
+        f"whole process  {format_bytes(found.process_bytes)} of {format_bytes(budget_bytes)}, what the "
+        "allocator keeps and a margin included"
+    )
+    if choice.forecast is not None:
+        yield (
+            f"predicted      {choice.forecast.tokens_per_second:,.0f} tokens/s, held up by "
+            f"{choice.limit}"
+        )
+    for other in choice.considered[:RUNNERS_UP]:
+        rate = other.tokens_per_second
+        told = "" if rate is None else f", {rate:,.0f} tokens/s"
+        yield f"instead        {other.plan.describe()}{told}: {other.why}"
     if not probes:
         yield "not probed: the plan is for a GPU that is not here"
     for probe in probes:
