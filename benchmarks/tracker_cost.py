@@ -3,18 +3,19 @@
     python -m benchmarks.tracker_cost --json benchmarks/results/tracker_cost.cpu.json
     python -m benchmarks.tracker_cost --model llama-3-8b --json OUT     (on a GPU)
 
-Plain steps, steps that the tracker follows (phases, a line for each) and, on the CPU, steps whose
-tensors it counts as well take turns, so that what else the machine does hits all alike; what is compared
-is the median of the differences of a round. A run counts the tensors of one step in COUNTED_EVERY, so
-that part weighs as much. On the CPU the process's CPU time is taken, as wall time there says more about
-other processes; on a GPU wall time, to the end of each step's work.
+Two parts. What the tracker does by itself, at the ends of phases and for each line, is timed with
+nothing inside the phases: `own_share`. On the CPU it also counts the tensors of some steps, one in
+COUNTED_EVERY; what that adds to a step is the median difference between steps that take turns with and
+without it: `count_share`. On the CPU CPU time is taken, as wall time there says more about other
+processes; on a GPU wall time, and there `difference_share` is that between whole steps with and without
+the tracker, to the end of their work.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,23 +46,31 @@ class Steps:
     tracker: MemoryTracker
     done: int = 0
 
-    def plain(self) -> float:
-        """Seconds of a step that nobody follows: CPU time on the CPU, wall time on a GPU."""
+    def seconds(self, work: Callable[[], None]) -> float:
+        """What some work takes: CPU time on the CPU, wall time on a GPU."""
         clock = time.process_time if self.step.device.type == "cpu" else time.perf_counter
         start = clock()
-        self._run()
+        work()
         return clock() - start
 
-    def tracked(self, *, counted: bool = False) -> float:
-        """The same with the tracker, which counts the CPU's tensors or not."""
-        clock = time.process_time if self.step.device.type == "cpu" else time.perf_counter
-        start = clock()
+    def plain(self) -> None:
+        """A step that nobody follows."""
+        self._run()
+
+    def tracked(self) -> None:
+        """The same with the tracker, which counts the CPU's tensors."""
         self.step.phase = self.tracker.phase
-        with self.tracker.watch(self.step.tensors()) if counted else nullcontext():
+        with self.tracker.watch(self.step.tensors()):
             self._run()
         self.step.phase = lambda name: nullcontext()
         self.tracker.update(step=self.done)
-        return clock() - start
+
+    def tracker_alone(self) -> None:
+        """What the tracker does in a step, without the step."""
+        for name in ("forward", "backward", "optimizer"):
+            with self.tracker.phase(name):
+                pass
+        self.tracker.update(step=self.done)
 
     def _run(self) -> None:
         found = self.step.run(self.batch, step=self.done, learning_rate=1e-4)
@@ -97,28 +106,32 @@ def measure(name: str, micro_batch: int, tokens: int, rounds: int, work: Path) -
     on_cpu = device.type == "cpu"
     for _ in range(2):  # kernels are chosen, and the optimizer's states made
         steps.plain()
-    plain, follows, counts = [], [], []
+    plain, more = [], []
     for _ in range(rounds):
-        plain.append(steps.plain())
-        follows.append(steps.tracked() - plain[-1])
-        if on_cpu:
-            counts.append(steps.tracked(counted=True) - plain[-1] - follows[-1])
+        plain.append(steps.seconds(steps.plain))
+        more.append(steps.seconds(steps.tracked) - plain[-1])
+    alone = [steps.seconds(steps.tracker_alone) for _ in range(100)]
     seconds, _ = median_and_error(plain)
-    follow, follow_error = median_and_error(follows)
-    count, count_error = median_and_error(counts) if on_cpu else (0.0, 0.0)
-    return {
+    own, own_error = (value / seconds for value in median_and_error(alone))
+    share, error = (value / seconds for value in median_and_error(more))
+    row: dict[str, Any] = {
         "model": name,
         "micro_batch": micro_batch,
         "sequence_length": tokens,
         "rounds": rounds,
         "clock": "CPU time" if on_cpu else "wall time",
         "step_seconds": seconds,
-        "follow_share": follow / seconds,
-        "follow_share_error": follow_error / seconds,
-        "count_share": count / seconds if on_cpu else None,
-        "count_share_error": count_error / seconds if on_cpu else None,
-        "cost_share": (follow + count / COUNTED_EVERY) / seconds,
-        "cost_share_error": (follow_error + count_error / COUNTED_EVERY) / seconds,
+        "own_share": own,
+        "own_share_error": own_error,
+    }
+    if not on_cpu:
+        return {**row, "difference_share": share, "difference_share_error": error}
+    return {
+        **row,
+        "count_share": share,
+        "count_share_error": error,
+        "cost_share": own + share / COUNTED_EVERY,
+        "cost_share_error": own_error + error / COUNTED_EVERY,
     }
 
 

@@ -71,11 +71,13 @@ def train_in(
     settings: dict[str, Any] | None = None,
     *,
     alike: bool = False,
+    trusted: bool = False,
     **changes: Any,
 ) -> tuple[Places, dict[str, Any], Params]:
     """A run whose files are in `folder`; its places, last record and params. changes: to the Plan."""
     params = check_params(
         {
+            "model": {"trust_remote_code": trusted},
             "quantization": {"bits": 16},
             "lora": {"r": 4, "dropout": 0.1},
             "train": {**TRAIN, **(settings or {})},
