@@ -65,6 +65,48 @@ def test_an_mlp_in_smaller_parts() -> None:
     assert not list(smaller(plan, replace(FREE, by_hand=False)))
 
 
+SMALL = {"micro_batch_size": 1, "recompute_layers": tuple(range(LAYERS)), "loss_chunk_tokens": 64}
+
+
+def test_layers_freeze_only_in_a_run_that_freezes_and_by_its_order() -> None:
+    plan = steps.plan(**SMALL)
+    assert list(smaller(plan, FREE)) == []
+    found = smaller(plan, FREE, freezes=(3, 1, 4, 0, 2))
+    assert [p.frozen_layers for p in found] == [(1, 3), (1, 3, 4)]
+
+
+def test_what_froze_stays_so_on_the_way_up_and_from_a_checkpoint() -> None:
+    plan = steps.plan(**SMALL)
+
+    def size(plan: Plan, evaluation: bool) -> int:
+        return 1000 - 100 * len(plan.frozen_layers) + plan.loss_chunk_tokens
+
+    ladder = Ladder(plan.replace(loss_chunk_tokens=128), FREE, size)
+    ladder.freeze_in_order(range(LAYERS))
+    assert ladder.down(1) == plan
+    assert ladder.down(2) == plan.replace(frozen_layers=(0, 1))
+    saved = ladder.rung
+    top = plan.replace(frozen_layers=(0, 1), loss_chunk_tokens=128)
+    assert ladder.up(2 + CALM_STEPS) == top
+
+    again = Ladder(plan.replace(loss_chunk_tokens=128), FREE, size)
+    again.resume(saved)
+    assert again.rung == saved
+    anew = Ladder(plan.replace(loss_chunk_tokens=256), FREE, size)  # planned anew
+    anew.resume(saved)
+    assert anew.plan == top.replace(loss_chunk_tokens=256)
+    assert anew.rung.freezes == saved.freezes
+
+
+def test_precision_turns_on_every_rung() -> None:
+    ladder = Ladder(steps.plan(micro_batch_size=4), FREE, predict)
+    below = ladder.down(1)
+    assert below is not None
+    assert ladder.turn(layer_dtype="float32") == below.replace(layer_dtype="float32")
+    top = ladder.up(1 + CALM_STEPS)
+    assert top == steps.plan(micro_batch_size=4, layer_dtype="float32")
+
+
 def test_what_more_memory_would_buy() -> None:
     plan = steps.plan(micro_batch_size=3, recompute_layers=(0, 1))
     assert faster(plan) == {

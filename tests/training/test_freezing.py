@@ -34,7 +34,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(
-    folder: Path, where: str = "resident", frozen: tuple[int, ...] = (1, 2), **changes: Any
+    folder: Path,
+    where: str = "resident",
+    frozen: tuple[int, ...] = (1, 2),
+    predict: Any = None,
+    **changes: Any,
 ) -> Run:
     plan = steps.plan(
         effective_batch_size=5, evaluation_batch_size=2, frozen_layers=frozen, **PLANS[where]
@@ -47,6 +51,7 @@ def make(
         batches=Batches(steps.sequences(12), 5, seed=0),
         validation=steps.sequences(3, seed=1),
         layers=LAYERS,
+        predict=predict,
         **train,
     )
 
@@ -102,6 +107,29 @@ def test_where_the_parts_lie_changes_no_choice(tmp_path: Path) -> None:
     shares = [choices(run)[0]["gradient_shares"] for run in runs]
     assert shares[0] == pytest.approx(shares[1], abs=1e-5)
     assert shares[0] == pytest.approx(shares[2], abs=1e-5)
+
+
+def test_where_memory_runs_out_more_layers_freeze(tmp_path: Path) -> None:
+    run = make(
+        tmp_path, frozen=(0,), freeze="speed",
+        predict=lambda plan, evaluation: 1000 - 100 * len(plan.frozen_layers),
+    )  # fmt: skip
+    start = run.step.adapter_state()
+    plain = run.step.network.train
+
+    def train(batch: Any, **options: Any) -> torch.Tensor:
+        if run.progress.done == 2 and len(run.step.plan.frozen_layers) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(batch, **options)
+
+    run.step.network.train = train  # type: ignore[method-assign]
+    outcome = run()
+    changes = [r["after"]["frozen_layers"] for r in run.log.records if r["event"] == "plan"]
+    assert changes == [[0, 1], [0, 1, 2]]
+    assert outcome.steps == TRAIN["max_steps"]
+    learned = {layer_of(n) for n, t in outcome.last.items() if not torch.equal(t, start[n])}
+    assert learned == {1, 2, 3}, "two of them until memory ran out"
+    assert {layer_of(name) for name in run.step.optimizer_state()[0]} == {3}
 
 
 def test_speed_freezes_the_lowest_without_a_survey(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ class TrainingLog:
     evaluations: tuple[Entry, ...]
     plans: tuple[Entry, ...]
     end: Entry
+    switches: tuple[Entry, ...] = ()  # of precision
+    choices: tuple[Entry, ...] = ()  # of layers to freeze
 
     @classmethod
     def read(cls, path: Path) -> "TrainingLog":
@@ -43,7 +45,9 @@ class TrainingLog:
         def of(event: str) -> tuple[Entry, ...]:
             return tuple(entry for entry in entries if entry["event"] == event)
 
-        return cls(of("step"), of("evaluation"), of("plan"), entries[-1])
+        return cls(
+            of("step"), of("evaluation"), of("plan"), entries[-1], of("precision"), of("freeze")
+        )
 
     @property
     def tokens_per_second(self) -> float:

@@ -32,6 +32,7 @@ from fitlora.params import (
     QuantizationParams,
 )
 from fitlora.plan import Plan
+from fitlora.report.adaptation import adaptation
 from fitlora.report.charts import MODELS
 from fitlora.report.html import Content, Html, chart, escaped, facts, section, table, tag
 from fitlora.report.log import TrainingLog
@@ -294,6 +295,7 @@ def training(run: Run) -> Html:
         parts.append(table(("step", "cause", "what changed of the plan"), rows, numbers=(0,)))
     else:
         parts.append(tag("p", "None was taken: the plan held from the first step to the last."))
+    parts += adaptation(log, run.plan.plan)
     for title, key in (("Warnings", "warnings"), ("Recommendations", "recommendations")):
         lines = log.end.get(key) or []
         if lines:
