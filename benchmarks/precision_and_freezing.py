@@ -165,7 +165,7 @@ def no_number_at(step: int) -> Iterator[None]:
 
     def trains(self: HandNetwork, *arguments: Any, **options: Any) -> torch.Tensor:
         loss = plain(self, *arguments, **options)
-        if type(loss) is not torch.Tensor:  # the estimate's, of shapes alone
+        if loss.is_meta:  # the estimate's, of shapes alone
             return loss
         return loss * math.nan if next(passes) // MICRO_BATCHES == step else loss
 
