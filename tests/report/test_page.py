@@ -20,6 +20,7 @@ from fitlora.artifacts import (
 )
 from fitlora.errors import ArtifactError
 from fitlora.params import Params, check_params
+from fitlora.report.memory import outcome_lines
 from fitlora.report.page import write_report
 from fitlora.report.sections import Trained
 from tests.report.runs import STEPS, make_evaluation, make_plan, write_facts, write_log
@@ -229,6 +230,26 @@ def test_a_log_without_components_has_the_peaks_alone(root: Path) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in old))
     charts = json.loads(Page(report(root)).scripts[0])
     assert len(charts["memory"]["layer"]) == 1
+
+
+def test_each_process_of_several_shows_its_memory(root: Path) -> None:
+    assert "Process by process" not in Page(report(root)).text
+    path = root / TRAINING_LOG
+    *lines, last = path.read_text().splitlines()
+    end = json.loads(last)
+    end["processes"] = [
+        {
+            "host": f"box{rank}", "device": f"cuda:{rank}", "measured_peak_bytes": (rank + 5) * 2**30,
+            "measured_reserved_bytes": None,
+        }
+        for rank in range(2)
+    ]  # fmt: skip
+    path.write_text("\n".join([*lines, json.dumps(end)]) + "\n")
+    text = Page(report(root)).text
+    assert "Process by process" in text
+    for rank in range(2):
+        assert f"{rank} box{rank} cuda:{rank} {rank + 5}.00 GiB" in text
+    assert f"  process 1 on box1, cuda:1: {6:.2f} GiB" in list(outcome_lines(end))
 
 
 def test_plans_are_held_against_the_budget_and_cards(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -65,16 +66,27 @@ def test_two_processes_share_a_batch_until_one_is_killed(
 def test_torchrun_starts_a_lost_process_again_and_the_numbers_are_those_of_one(
     folder: Path, tmp_path: Path
 ) -> None:
-    """It goes on from the checkpoint that the first test's run left in step 3."""
+    """Two hosts of a process each, over loopback; from what the first test's run left in step 3."""
     assert (folder / "killed_in_step_4").exists()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "--max-restarts=1", "-m", WORKER, "lost", str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+        "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test",
+        "--max-restarts=2", "-m", WORKER, "lost", str(folder),
+    ]  # fmt: skip
+    # hosts that share a store count restarts each by itself, and may wait for each other for ever
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    hosts = []
+    for host in range(2):
+        with (folder / f"host{host}.log").open("w") as log:
+            hosts.append(subprocess.Popen(torchrun, env=environment, stdout=log, stderr=log))
+    try:
+        ends = [host.wait(300) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert ends == [0, 0], [(folder / f"host{host}.log").read_text() for host in range(2)]
     assert (folder / "killed_in_step_5").exists()
     whole = make(tmp_path, Ranks())
     whole()

@@ -1,7 +1,7 @@
 """What the report says, part by part, each a pure function of the run's artifacts."""
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -342,11 +342,24 @@ def memory(run: Run) -> Html:
             chart("components", "What the predicted peak is made of, by plan"),
             class_="pair",
         ),
+        *_processes(end.get("processes", ())),
         tag("h3", "Will it fit?"),
         _fits(run.estimate),
         *cards,
         note=note,
     )
+
+
+def _processes(processes: Sequence[Mapping[str, Any]]) -> Iterator[Html]:
+    """The memory of each process of a run that several shared, of which the note has the highest."""
+    if not processes:
+        return
+    yield tag("h3", "Process by process")
+    rows = [
+        (str(rank), one["host"], one["device"], format_bytes(one["measured_peak_bytes"]))
+        for rank, one in enumerate(processes)
+    ]
+    yield table(["process", "host", "device", "measured peak"], rows, numbers=(0, 3))
 
 
 def _fits(estimate: MemoryEstimate) -> Html:
