@@ -131,7 +131,7 @@ def measure(case: Case, ranks: Ranks, hardware: Hardware) -> dict[str, Any]:
         )
         losses.append(float(found.loss))
         seconds.append(time.perf_counter() - start)
-    step.network.begin(plan)
+    step.network.begin()
     gradients = step.network.gradients()
     start = time.perf_counter()
     ranks.reduce(gradients)
