@@ -162,8 +162,20 @@ def test_one_model_is_in_memory_at_a_time(tiny: Tiny, monkeypatch: pytest.Monkey
     assert len(made) > 60
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (torch.OutOfMemoryError, "too much"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+    ],
+    ids=["allocator", "cublas"],
+)
 def test_model_that_overflows_goes_to_the_cpu(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: type[RuntimeError],
+    text: str,
 ) -> None:
     failed: list[weakref.ref[Any]] = []
 
@@ -171,7 +183,7 @@ def test_model_that_overflows_goes_to_the_cpu(
         step = load(model, plan, place)
         if model.name == "merged" and place.compute_dtype == "float32":
             failed.extend(weakref.ref(parameter) for parameter in step.model.parameters())
-            raise torch.OutOfMemoryError("too much")
+            raise kind(text)
         assert all(reference() is None for reference in failed)
         return step
 
@@ -183,6 +195,16 @@ def test_model_that_overflows_goes_to_the_cpu(
     assert failed
     assert "merged overflows the device even row by row" in capsys.readouterr().out
     assert found.merged.loss == pytest.approx(found.adapter.loss, abs=0.1)
+
+
+def test_another_error_is_no_overflow(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(model: Contender, plan: Plan, place: Place) -> TrainingStep:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(module, "load", failing)
+    models = list(tiny.models().values())
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        compare(models, held_out_of(tiny, rows=1), tiny.plan, MEMORY, limits=OPEN, samples=0)
 
 
 def test_model_that_does_not_fit_is_said_to_go_to_the_cpu(

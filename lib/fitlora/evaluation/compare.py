@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from fitlora.artifacts import Evaluation, Gate, Group, Metrics, Sample
 from fitlora.console import say
 from fitlora.data.templates import load_tokenizer
-from fitlora.device import give_back_memory
+from fitlora.device import give_back_memory, is_overflow
 from fitlora.evaluation.answers import (
     Question,
     end_tokens,
@@ -217,7 +215,9 @@ def _somewhere(
     result = None
     try:
         result = measured(place)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_overflow(error):
+            raise
         place = on_cpu(model, memory, **tokens)
         say(f"{model.title} overflows the device even row by row; it is evaluated on the CPU")
     give_back_memory()
@@ -238,8 +238,8 @@ def measure(
 ) -> Result:
     """Scores and answers of one model. Its memory is free when this has returned.
 
-    record and against: as for `score`. Raises torch.OutOfMemoryError where the device cannot hold the
-    model and one row.
+    record and against: as for `score`. Raises the overflow's own error (`fitlora.device.is_overflow`)
+    where the device cannot hold the model and one row.
     """
     step = load(model, plan, place)
     answers: list[str] = []
