@@ -136,7 +136,7 @@ def offloads(plan: Plan, free: Freedom, has_room: Callable[[Plan], bool]) -> Ite
             moves.append({"streamed_layers": spread(free.layers, count)})
     if free.head:
         moves.append({"head": "host", **({"embedding": "host"} if free.tied else {})})
-    # each process goes down by itself, and sums gradients only with those that are in the same place
+    # several devices sum their gradients much faster among each other than on the host
     if free.optimizer and plan.devices == 1:
         moves.append({"optimizer_device": "host"})
     for move in moves:
