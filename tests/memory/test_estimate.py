@@ -413,3 +413,18 @@ def test_plans_share_their_traces() -> None:
     assert peaks[:-1] == sorted(peaks[:-1], reverse=True)
     assert peaks[-1] < peaks[0] / 3
     assert len(estimator._traces) == 11  # at most three of each stack, in every pairing
+
+
+def test_a_load_of_shorter_rows() -> None:
+    one, packed = (
+        SequenceSize(tokens=10, target_tokens=9),
+        SequenceSize(tokens=10, target_tokens=7, parts=(4, 3, 3)),
+    )
+    cut = Load([one, packed], [one]).cut_to(6)
+    assert cut.train == [
+        SequenceSize(tokens=6, target_tokens=5),
+        SequenceSize(tokens=6, target_tokens=4, parts=(4, 2)),
+    ]
+    assert cut.validation == [SequenceSize(tokens=6, target_tokens=5)]
+    assert Load([one, packed], []).cut_to(10).train == [one, packed]
+    assert Load([packed], []).cut_to(4).train == [SequenceSize(tokens=4, target_tokens=3)]

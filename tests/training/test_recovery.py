@@ -1,6 +1,7 @@
 """Running out of memory: the same samples again in a smaller plan, and the end where there is none."""
 
 import gc
+import re
 import sys
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 
 from fitlora.artifacts import Estimate, Hardware
 from fitlora.errors import UserError
+from fitlora.memory.estimate import Estimator, Load
 from fitlora.plan import Plan
 from fitlora.planner.ladder import CALM_STEPS
 from fitlora.training import recovery
@@ -19,8 +21,10 @@ from fitlora.training.agreement import Done, Overflow, attempt
 from fitlora.training.batches import Batches
 from fitlora.training.loop import Run
 from fitlora.training.recovery import WAITS, HalfUpdated
+from fitlora.units import format_bytes
 from tests.step import steps
 from tests.training.runs import FakeStep, make_run
+from tests.training.test_run import HARDWARE
 
 OVERFLOW = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
 Overflows = Callable[[int, Plan], BaseException | None]
@@ -279,3 +283,16 @@ def test_room_is_what_is_there_and_no_more_than_the_budget(
     for available, expected in ((None, None), (50, 57), (500, 100)):
         monkeypatch.setattr(recovery, "available_bytes", lambda device, found=available: found)
         assert recovery.room_on(torch.device("cpu"), hardware)() == expected
+
+
+def test_the_end_suggests_shorter_rows_in_figures() -> None:
+    settings = steps.settings(bits=16)
+    hardware = HARDWARE.model_copy(update={"context_bytes": 3})
+    estimator = Estimator(steps.config(), settings, Load.uniform(4, 64), hardware)
+    plan = small_plan(sequence_length=64)
+    text = recovery.shorter_rows(estimator)(plan)
+    found = re.fullmatch(r" \(32 would take (.*)\)", text)
+    assert found is not None
+    half = Estimator(steps.config(), settings, Load.uniform(4, 32), hardware)
+    assert found[1] == format_bytes(half(plan.replace(sequence_length=32)).process_bytes)
+    assert found[1] != format_bytes(estimator(plan).process_bytes)

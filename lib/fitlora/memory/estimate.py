@@ -73,9 +73,30 @@ class Load:
         sizes = [SequenceSize(tokens=tokens, target_tokens=tokens - 1)] * sequences
         return cls(sizes, sizes)
 
+    def cut_to(self, tokens: int) -> "Load":
+        """The same rows with no more than `tokens` tokens each."""
+        train, validation = (
+            [_cut(size, tokens) for size in sizes] for sizes in (self.train, self.validation)
+        )
+        return Load(train, validation)
+
     def tokens(self, micro_batch_size: int) -> int:
         """Tokens of the heaviest micro-batch."""
         return sum(size.tokens for size in self.train[:micro_batch_size])
+
+
+def _cut(size: SequenceSize, tokens: int) -> SequenceSize:
+    parts: list[int] = []
+    for part in size.parts:
+        parts.append(min(part, tokens - sum(parts)))
+        if sum(parts) == tokens:
+            break
+    total = min(size.tokens, tokens)
+    return SequenceSize(
+        tokens=total,
+        target_tokens=min(size.target_tokens, total - max(1, len(parts))),
+        parts=tuple(parts) if len(parts) > 1 else (),
+    )
 
 
 def sequences_of(sizes: Sequence[SequenceSize]) -> list[TokenSequence]:

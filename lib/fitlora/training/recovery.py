@@ -247,6 +247,24 @@ def predictor(estimator: Estimator, hardware: Hardware) -> Callable[[Plan, bool]
     return predict
 
 
+def shorter_rows(estimator: Estimator) -> Callable[[Plan], str]:
+    """What the recovery suggests at the end: half the length, and what the plan would take then."""
+
+    def suggest(plan: Plan) -> str:
+        half = max(2, plan.sequence_length // 2)
+        with _disable_current_modes():
+            shorter = Estimator(
+                estimator.config,
+                estimator.settings,
+                estimator.load.cut_to(half),
+                estimator.hardware,
+            )
+            needs = shorter(plan.replace(sequence_length=half)).process_bytes
+        return f" ({half:,} would take {format_bytes(needs)})"
+
+    return suggest
+
+
 def room_on(device: torch.device, hardware: Hardware) -> Callable[[], int | None]:
     """What the ladder asks: bytes that this process could have now, its context included."""
 
