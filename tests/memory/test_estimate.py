@@ -283,6 +283,7 @@ OFFLOADED = [
     (8, 8, {"streamed_layers": (0, 2, 3, 5, 6, 7), "embedding": "host", "head": "host"}),
     (9, 4, {"streamed_layers": (0, 2, 4, 5, 6, 7, 8), "streaming_slots": 3}),
     (6, 6, {"optimizer_device": "host", "micro_batch_size": 3}),
+    (9, 9, {"optimizer_device": "host", "checkpoints": "host", "micro_batch_size": 1}),
     (5, 5, {"checkpoints": "host", "recompute_keeps": ("attention",)}),
     (9, 9, {"frozen_layers": (0, 1, 2, 3), "streamed_layers": (0, 1, 2, 3, 4, 6, 7, 8)}),
 ]

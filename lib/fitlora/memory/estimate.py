@@ -419,6 +419,9 @@ class Estimator:
             kind = _Kind.of(plan, layer, read)
             counts[kind] = counts.get(kind, 0) + 1
         depth = max(self.DEPTH, plan.streaming_slots) + (plan.checkpoints == "host")
+        depth += (
+            plan.optimizer_device == "host"
+        )  # the gradients of one layer leave beside the next's
         if read:
             depth = max(depth, DISK_BUFFERS)
         lowest = plan.recompute_layers == tuple(range(len(recomputed)))

@@ -39,7 +39,7 @@ from fitlora.offload.transport import (
 )
 
 BUCKET_BYTES = 32 * 2**20
-_IN_FLIGHT = 16  # gradients on their way down that backward leaves alive on the device
+_IN_FLIGHT = 16  # gradients on their way down that autograd's backward leaves alive on the device
 PURPOSE, STATE_PURPOSE = "optimizer masters and gradients", "optimizer state"
 
 
@@ -116,7 +116,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         self.transport = transport or make_transport(device)
         self._offload_gradients = offload_gradients
         self._masters: dict[Tensor, _Master] = {}
-        self._leaving: deque[tuple[Tensor, Mark]] = deque()
+        self._leaving: deque[list[tuple[Tensor, Mark]]] = deque()
         self._thread = ThreadPoolExecutor(1, "optimizer")
         self._asked: list[Future[Any]] = []
         self._broke_off = False
@@ -219,9 +219,8 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
         Hooks do that when autograd has finished one; a backward of another kind does it by itself.
         """
-        for parameter in parameters:
-            if parameter.grad is not None:
-                self._send_down(self._masters[parameter])
+        sent = [self._send_down(self._masters[p]) for p in parameters if p.grad is not None]
+        self._leave(sent, 1)  # those of the call before are let go
 
     @property
     def gradients_leave(self) -> bool:
@@ -364,7 +363,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         def finished(parameter: Tensor) -> None:
             optimizer = mine()
             if optimizer is not None:
-                optimizer._send_down(optimizer._masters[parameter])
+                optimizer._leave([optimizer._send_down(optimizer._masters[parameter])], _IN_FLIGHT)
 
         cast(Any, one.parameter).register_post_accumulate_grad_hook(finished)
 
@@ -386,8 +385,8 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
                     one.master.copy_(torch.where(own, one.master, one.up.float()))
             one.version = one.parameter._version
 
-    def _send_down(self, one: _Master) -> None:
-        """A gradient that backward has finished, to the host."""
+    def _send_down(self, one: _Master) -> tuple[Tensor, Mark]:
+        """A gradient that backward has finished, to the host; it must live until the copy's mark."""
         if one.taken is not None:  # the wire is free then
             one.taken.result()
         gradient = cast(Tensor, one.parameter.grad).detach()
@@ -395,11 +394,15 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         one.taken = self._ask(self._take_in, one, coming)
         if self._offload_gradients:
             one.parameter.grad = None
-            self._leaving.append((gradient, coming))
-            if len(self._leaving) > _IN_FLIGHT:
-                oldest, copied = self._leaving.popleft()
+        return gradient, coming
+
+    def _leave(self, sent: list[tuple[Tensor, Mark]], most: int) -> None:
+        """Keeps alive what was sent; of all that ever was, the last `most` are."""
+        self._leaving.append(sent)
+        while len(self._leaving) > most:
+            for _, copied in self._leaving[0]:
                 self.transport.wait(copied)
-                del oldest  # not before
+            self._leaving.popleft()  # not before
 
     # what the host's thread does
 
