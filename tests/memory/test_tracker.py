@@ -1,6 +1,7 @@
 """The tracker on the CPU: its lines, its phases, and that it measures what the trace counts."""
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,17 @@ def test_a_peak_in_a_forward_or_an_evaluation_is_told_apart_too(tmp_path: Path) 
     line = tracker.update(step=2)
     assert line["components"] == {"weights": 5 * MB, "activations": 0, "temporary_buffers": 2 * MB}
     assert tracker.update(step=3)["components"] == {}, "of what was not measured nothing is told"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_measured_can_go_meanwhile(tmp_path: Path, device: str) -> None:
+    """A step that overflows is put away for one with more on the host, and wants no memory then."""
+    tracker = MemoryTracker(tmp_path, device)
+    held = [torch.zeros(8)]
+    gone = weakref.ref(held[0])
+    with tracker.measuring("step", lambda: {"weights": list(held)}):
+        held.clear()
+        assert gone() is None
 
 
 def test_the_device_is_the_one_that_is_here(tmp_path: Path) -> None:
