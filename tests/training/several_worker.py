@@ -1,4 +1,4 @@
-"""What tests/training/test_several.py has two processes do: python -m tests.training.several_worker."""
+"""What tests/training/test_several_processes.py has two processes do: python -m tests.training.several_worker."""
 
 import json
 import os
