@@ -48,12 +48,14 @@ from fitlora.planner.chain import Freedom
 from fitlora.planner.size import ModelSize
 from fitlora.quantization.layout import QuantSpec
 from fitlora.quantization.quantize import quantize_checkpoint
+from fitlora.step.build import StepSkeleton
 from fitlora.step.training_step import TrainingStep
 from fitlora.training import run
 from fitlora.training.checkpoint import FOLDER
 
 STEPS, CHECKPOINT_EVERY = 8, 2
-TIMES = ("seconds", "tokens_per_second", "allocated_bytes", "phase_bytes")  # differ between runs
+# What differs between runs.
+TIMES = ("seconds", "tokens_per_second", "allocated_bytes", "phase_bytes", "component_bytes")
 
 
 def make_project(folder: Path) -> None:
@@ -359,27 +361,31 @@ def _told_of_phases(enter: Callable[[str], Any]) -> Iterator[None]:
 
     Of loading what safetensors does is left out: it maps the file and allocates nothing.
     """
-    plain, build, read = MemoryTracker.phase, run.build_step, Checkpoint.tensor
+    plain, make, read = MemoryTracker.phase, run.step_skeleton, Checkpoint.tensor
+
+    class Told(StepSkeleton):
+        def fill(self, *arguments: Any) -> TrainingStep:
+            with enter("loading"):
+                return super().fill(*arguments)
 
     @contextlib.contextmanager
     def phase(self: MemoryTracker, name: str) -> Iterator[None]:
         with plain(self, name), enter(name):
             yield
 
-    def loading(*arguments: Any) -> TrainingStep:
-        with enter("loading"):
-            return build(*arguments)
+    def skeleton(*arguments: Any) -> StepSkeleton:
+        return Told(**vars(make(*arguments)))
 
     def tensor(self: Checkpoint, name: str) -> torch.Tensor:
         with enter(""):
             return read(self, name)
 
-    MemoryTracker.phase, run.build_step = phase, loading  # type: ignore[method-assign]
+    MemoryTracker.phase, run.step_skeleton = phase, skeleton  # type: ignore[method-assign]
     Checkpoint.tensor = tensor  # type: ignore[method-assign]
     try:
         yield
     finally:
-        MemoryTracker.phase, run.build_step = plain, build  # type: ignore[method-assign]
+        MemoryTracker.phase, run.step_skeleton = plain, make  # type: ignore[method-assign]
         Checkpoint.tensor = read  # type: ignore[method-assign]
 
 

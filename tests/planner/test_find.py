@@ -171,8 +171,14 @@ def test_the_log(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_the_device_has_no_room_for_goes_to_the_host() -> None:
-    """Traced truly: a budget beneath all that stays on the device."""
-    config = steps.config(num_hidden_layers=4, tie_word_embeddings=False)
+    """Traced truly: a budget beneath all that stays on the device.
+
+    The parts are large beside the 20 MiB in which the allocator reserves.
+    """
+    config = steps.config(
+        num_hidden_layers=4, hidden_size=2048, intermediate_size=8192, vocab_size=65536,
+        tie_word_embeddings=False,
+    )  # fmt: skip
     asked, load = params(), Load.uniform(6, 24)
     settings = StepSettings.of(asked)
 
@@ -191,7 +197,6 @@ def test_what_the_device_has_no_room_for_goes_to_the_host() -> None:
     assert choice.estimate.process_bytes < least
     assert 0 < choice.estimate.host_pinned_bytes <= GIB
     assert choice.plan.embedding == "host"
-    assert choice.plan.recompute_layers
     unstreamed = {"recompute": "all", "stream_layers": 0, "head": "device"}
     last = plan_for(
         GIB, GIB, micro_batch_size=1, embedding="host", checkpoints="host", **unstreamed

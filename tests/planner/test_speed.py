@@ -7,7 +7,14 @@ from transformers import AutoConfig, LlamaConfig
 
 from fitlora.artifacts import Rates
 from fitlora.plan import Plan
-from fitlora.planner.speed import Forecast, Shape, forecast, guess_bytes, guess_host_bytes
+from fitlora.planner.speed import (
+    STREAMING_LOSS,
+    Forecast,
+    Shape,
+    forecast,
+    guess_bytes,
+    guess_host_bytes,
+)
 from fitlora.units import GIB
 
 LAYERS = 32
@@ -101,8 +108,9 @@ def test_many_tokens_hide_the_link_and_few_do_not() -> None:
         resident = told(tokens=tokens)
         streamed = told(tokens=tokens, streamed_layers=range(LAYERS))
         assert streamed.bound == bound
-        hidden = streamed.micro_batch_seconds == pytest.approx(resident.micro_batch_seconds)
-        assert hidden is (bound == "compute")
+        hidden = resident.micro_batch_seconds * (1 + STREAMING_LOSS)  # the head is not streamed
+        found = streamed.micro_batch_seconds
+        assert (found == pytest.approx(hidden, rel=0.1 * STREAMING_LOSS)) is (bound == "compute")
     half = told(tokens=64, streamed_layers=range(16))
     assert resident.step_seconds < half.step_seconds < streamed.step_seconds
 

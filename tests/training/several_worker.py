@@ -1,4 +1,4 @@
-"""What tests/training/test_several_processes.py has two processes do: python -m tests.training.several_worker."""
+"""What two processes of a test do: python -m tests.training.several_worker."""
 
 import json
 import os

@@ -190,6 +190,10 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             one.result()
         self.receive(self._masters)
 
+    def settle(self) -> None:
+        """Waits until the host's thread has nothing to do, however it ended."""
+        wait(self._asked)
+
     @property
     def half_updated(self) -> bool:
         """Whether the last update has broken off, whose error is then forgotten; waits for its end."""

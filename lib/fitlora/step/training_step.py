@@ -131,9 +131,11 @@ class TrainingStep:
         return {name: p for name, p in self.adapters.items() if p.requires_grad}
 
     def abandon(self) -> None:
-        """Drops the gradients of a step that did not come to its update."""
+        """Drops the gradients of a step that did not come to its update; nothing is under way then."""
         self.network.reset()
         self._drop_gradients()
+        if isinstance(self.optimizer, CPUOffloadOptimizer):
+            self.optimizer.settle()
 
     def _drop_gradients(self) -> None:
         if isinstance(self.optimizer, CPUOffloadOptimizer):
