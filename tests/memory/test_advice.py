@@ -83,6 +83,12 @@ def test_recommendations_in_figures() -> None:
     assert first.endswith("no layer recomputed would take 1.00 GiB more than there is")
 
 
+def test_what_the_allocator_reserves_at_a_time_is_no_fragmentation() -> None:
+    small = Measured(96 * MIB, 112 * MIB, 900 * MIB, 8 * GIB, {})
+    (line,) = (one for one in recommendations(small, 0.0) if one.startswith("fragmentation"))
+    assert line == "fragmentation: 16.00 MiB (14.3%) of what was reserved"
+
+
 def test_recommendations_without_a_device_of_its_own() -> None:
     cpu = Measured(GIB, None, None, None, {})
     assert [line.partition(":")[0] for line in recommendations(cpu, 0.5)] == ["padding"]

@@ -16,6 +16,7 @@ LEAST_GROWTH_BYTES = MIB  # of a window: less than any kernel's workspace that c
 NEAR = 0.97  # of the limit: beyond the margin that a plan that fits keeps
 HOST_LEFT = 0.05  # of the host's memory: where the kernel may soon end processes
 FRAGMENTED = 0.10  # of what is reserved: worth a word
+GRANULES = 2 * 20 * MIB  # the allocator reserves 20 MiB at a time; so little beyond is no sign
 IDLE = 0.10  # of the budget: worth a word
 
 
@@ -173,7 +174,7 @@ def recommendations(
         lost = max(0, measured.reserved_bytes - measured.peak_bytes)
         share = lost / measured.reserved_bytes
         text = f"fragmentation: {format_bytes(lost)} ({share:.1%}) of what was reserved"
-        if share > FRAGMENTED:
+        if share > FRAGMENTED and lost > GRANULES:
             text += "; PYTORCH_CUDA_ALLOC_CONF may have turned expandable segments off"
         yield text
     yield (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fitlora.console import say
-from fitlora.device import give_back_memory
+from fitlora.device import give_back_memory, is_overflow
 from fitlora.errors import UserError
 from fitlora.machine import host_memory_bytes
 from fitlora.memory.trace import MemoryTrace
@@ -147,7 +147,9 @@ def _peak_bytes(model: nn.Module, ids: Tensor, limit_bytes: int) -> int | None:
         torch.cuda.reset_peak_memory_stats(ids.device)
         try:
             _step(model, ids)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_overflow(error):
+                raise
             peak = None
         else:
             peak = torch.cuda.max_memory_reserved(ids.device)
