@@ -22,7 +22,7 @@ from tests.step import steps
 from tests.training.runs import make_run
 
 TRAIN: dict[str, Any] = {
-    "max_steps": 6, "warmup_steps": 0, "learning_rate": 2e-2, "evaluate_every": 3,
+    "max_steps": 6, "warmup_steps": 0, "learning_rate": 2e-3, "evaluate_every": 3,
     "checkpoint_every": 2, "effective_batch_size": 5,
 }  # fmt: skip
 WIDE = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4}
