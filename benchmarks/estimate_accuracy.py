@@ -602,6 +602,17 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def arriving(child: Child, path: Path, left: dict[int, Case]) -> Found:
+    """Takes out of `left` each case that the child has written to `path`, until it ends."""
+    running = True
+    while running:
+        running = child.process.poll() is None
+        for number, found in _lines(path).items():
+            if number in left:
+                yield left.pop(number), found
+        time.sleep(0.2)
+
+
 def measured(cases: list[Case], args: argparse.Namespace) -> Found:
     """Each case when it was measured, until there is no time left for another."""
     path, end = args.work / "measurements", time.perf_counter() + args.limit_seconds
@@ -609,13 +620,7 @@ def measured(cases: list[Case], args: argparse.Namespace) -> Found:
     left = {case.number: case for case in cases}
     while left and time.perf_counter() < end:
         child = Child("measure", list(left.values()), args, end - time.perf_counter())
-        running = True
-        while running:
-            running = child.process.poll() is None
-            for number, found in _lines(path).items():
-                if number in left:
-                    yield left.pop(number), found
-            time.sleep(0.2)
+        yield from arriving(child, path, left)
         if child.process.returncode != 0 and left:  # it died of the first of these
             yield left.pop(next(iter(left))), {"error": child.last_words()}
 
@@ -625,13 +630,8 @@ def predicted(cases: list[Case], args: argparse.Namespace) -> Found:
     path = args.work / "predictions"
     path.unlink(missing_ok=True)
     left = {case.number: case for case in cases}
-    child, running = Child("predict", cases, args), True
-    while running:
-        running = child.process.poll() is None
-        for number, found in _lines(path).items():
-            if number in left:
-                yield left.pop(number), found
-        time.sleep(0.2)
+    child = Child("predict", cases, args)
+    yield from arriving(child, path, left)
     for case in left.values():
         yield case, {"predict_error": child.last_words()}
 

@@ -184,7 +184,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
     def join(self) -> None:
         """Waits for the host's thread and receives all parameters; raises what went wrong there."""
-        wait(self._asked)
+        self.settle()
         asked, self._asked = self._asked, []
         for one in asked:
             one.result()
@@ -197,7 +197,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
     @property
     def half_updated(self) -> bool:
         """Whether the last update has broken off, whose error is then forgotten; waits for its end."""
-        wait(self._asked)
+        self.settle()
         if self._broke_off:
             self._asked = []
             for one in self._masters.values():
@@ -296,6 +296,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As the wrapped optimizer's; the state of bf16 parameters has their fp32 `master` as well."""
+        self.join()
         self._follow_parameters()
         packed = super().state_dict()
         for number, one in enumerate(self._ordered()):

@@ -346,6 +346,8 @@ class TrainingStep:
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Copies of the optimizer's states on the CPU, tensors and plain numbers, by name."""
         assert self.optimizer is not None
+        if isinstance(self.optimizer, CPUOffloadOptimizer):
+            self.optimizer.join()  # an update may be under way
         return take_states(self.optimizer, self.adapters)
 
     def load_optimizer_state(
