@@ -220,6 +220,14 @@ def test_a_signal_in_an_evaluation_loses_no_validation(tmp_path: Path) -> None:
 
 
 def test_the_second_signal_is_as_without_a_run() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
+    try:
+        _stop_twice()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stop_twice() -> None:
     with Stop() as stop:
         stop.check()
         os.kill(os.getpid(), signal.SIGINT)
