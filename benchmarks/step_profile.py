@@ -68,11 +68,11 @@ def replayed_seconds(step: TrainingStep, batch: Sequence[Any], runs: int = 5) ->
 
     They are captured as a CUDA graph once and replayed, which is what graphs could save at most.
     """
-    sequences = make_micro_batch(batch, seed=0, step=0, device=torch.device("cuda"))
+    batches = [make_micro_batch(batch, seed=0, step=0, device=torch.device("cuda"))]
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    step.network.begin(step.plan)
+    step.network.begin()
     with torch.cuda.graph(graph, stream=stream):
-        step.network.train(sequences, scale=1.0, phase=step.phase)
+        step.network.train(batches, scale=1.0, phase=step.phase)
     seconds = timed(graph.replay, runs)
     step.abandon()
     return statistics.median(seconds)

@@ -12,6 +12,7 @@ BASE: dict[str, Any] = {
     "devices": 1,
     "effective_batch_size": 32,
     "micro_batch_size": 4,
+    "micro_batches_per_pass": 1,
     "evaluation_batch_size": 4,
     "sequence_length": 512,
     "recompute_layers": (0, 1),
@@ -35,6 +36,7 @@ OTHER: dict[str, Any] = {
     "devices": 2,
     "effective_batch_size": 31,
     "micro_batch_size": 5,
+    "micro_batches_per_pass": 3,
     "evaluation_batch_size": 5,
     "sequence_length": 513,
     "recompute_layers": (0, 2),
@@ -148,8 +150,19 @@ def test_the_fingerprint_is_the_decisions_alone() -> None:
     assert plan().fingerprint() == plan(recompute_layers=[0, 1]).fingerprint()
     assert plan().replace(micro_batch_size=8).replace(micro_batch_size=4) == plan()
     # written down, so that a change of the form is noticed: DVC would see other bytes everywhere
-    assert plan().fingerprint() == "4ed6c66fb7f0"
+    assert plan().fingerprint() == "bdd98b07b110"
     assert len(plan().fingerprint()) == 12
+
+
+@pytest.mark.parametrize(
+    ("micro", "together", "passes", "sequences"),
+    [(4, 1, 8, 4), (4, 2, 4, 8), (4, 3, 3, 12), (4, 100, 1, 32), (5, 3, 3, 15), (5, 7, 1, 32)],
+)
+def test_passes_cover_the_micro_batches(
+    micro: int, together: int, passes: int, sequences: int
+) -> None:
+    made = plan(micro_batch_size=micro, micro_batches_per_pass=together)
+    assert (made.passes, made.sequences_per_pass) == (passes, sequences)
 
 
 def test_it_is_replaced_and_never_mutated() -> None:
@@ -164,3 +177,5 @@ def test_it_is_described_in_a_line() -> None:
     assert plan(micro_batch_size=5).describe() == (
         "micro-batch 5 x 7 accumulation x 512 tokens, 2 layers recomputed, bfloat16, adamw on cuda"
     )
+    shared = plan(micro_batch_size=5, micro_batches_per_pass=9).describe()
+    assert shared.startswith("micro-batch 5 x 7 accumulation (7 share a pass) x 512 tokens")

@@ -42,6 +42,12 @@ class Plan(BaseModel):
     devices: int = Field(1, ge=1, description="processes that share one effective batch")
     effective_batch_size: int = Field(ge=1)
     micro_batch_size: int = Field(ge=1)
+    micro_batches_per_pass: int = Field(
+        1,
+        ge=1,
+        description="micro-batches of a step that go through each layer together, so that what is "
+        "streamed comes once for all of them; the last pass may have fewer",
+    )
     evaluation_batch_size: int = Field(ge=1)
     sequence_length: int = Field(ge=1, description="tokens of the longest sequence")
     recompute_layers: tuple[int, ...] = Field(
@@ -145,6 +151,17 @@ class Plan(BaseModel):
         """Micro-batches of one optimizer step on one device."""
         return -(-self.sequences_per_device // self.micro_batch_size)
 
+    @property
+    def passes(self) -> int:
+        """Passes over the layers, forward and backward, in one optimizer step on one device."""
+        return -(-self.accumulation // self.micro_batches_per_pass)
+
+    @property
+    def sequences_per_pass(self) -> int:
+        """The most sequences that one pass has."""
+        most = self.micro_batch_size * self.micro_batches_per_pass
+        return min(most, self.sequences_per_device)
+
     def replace(self, **changes: object) -> "Plan":
         """A checked copy with some decisions changed."""
         return Plan.model_validate({**self.model_dump(), **changes})
@@ -176,8 +193,10 @@ class Plan(BaseModel):
         dtype: str = self.compute_dtype
         if self.layer_dtype is not None:
             dtype = f"{self.layer_dtype} in place of {dtype}"
+        together = min(self.micro_batches_per_pass, self.accumulation)
+        shared = f" ({together} share a pass)" if together > 1 else ""
         return (
-            f"{each}micro-batch {self.micro_batch_size} x {self.accumulation} accumulation x "
+            f"{each}micro-batch {self.micro_batch_size} x {self.accumulation} accumulation{shared} x "
             f"{self.sequence_length} tokens, {recompute} layers recomputed{frozen}, "
             f"{dtype}, {self.optimizer} on {self.device}{host}"
         )

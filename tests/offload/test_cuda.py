@@ -14,7 +14,7 @@ from fitlora.offload.checkpoints import HostCheckpoints
 from fitlora.offload.host_memory import HostMemory
 from fitlora.offload.optimizer import CPUOffloadOptimizer
 from fitlora.offload.transport import CudaTransport, Transport
-from fitlora.offload.vocabulary import HostEmbedding, StreamedHead, sliced_loss
+from fitlora.offload.vocabulary import HostEmbedding, StreamedHead, sliced_losses
 from fitlora.step.build import build_step
 from fitlora.step.layer import DecoderLayer
 from fitlora.step.training_step import TrainingStep
@@ -178,7 +178,7 @@ def test_both_ends_of_the_vocabulary() -> None:
         assert torch.equal(hidden.cpu(), table[tokens]), step
         results = []
         for slices in (head.slices, resident_slices(table.cuda(), 16)):
-            loss, gradient = sliced_loss(hidden, slices, targets, scale=1.0, chunk=20)
+            ((loss, gradient),) = sliced_losses([(hidden, targets)], slices, scale=1.0, chunk=20)
             assert gradient is not None
             results.append([loss, gradient])
         assert_same(*results)

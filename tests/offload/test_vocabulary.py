@@ -1,5 +1,7 @@
 """A head in slices gives cross-entropy, and an embedding on the host the rows of a resident one."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from fitlora.offload.vocabulary import (
     Slices,
     StreamedHead,
     sliced_logits,
-    sliced_loss,
+    sliced_losses,
 )
 from fitlora.step.loss import head_loss
 from tests.offload.stacks import resident_slices
@@ -36,6 +38,12 @@ def on_host(table: Tensor, transport: Transport) -> Tensor:
     place.copy_(table)
     transport.pin()
     return place
+
+
+def sliced_loss(hidden: Tensor, slices: Slices, targets: Tensor, **options: Any) -> Any:
+    """Of one micro-batch."""
+    (found,) = sliced_losses([(hidden, targets)], slices, **options)
+    return found
 
 
 def both(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -74,6 +82,25 @@ def test_in_bf16_it_is_as_near_as_the_loss_of_chunks() -> None:
     whole = error(*both(head_loss(hidden, weight, targets, scale=1.0, chunk=8, bias=bias)))
     assert mine[0] < 5e-3
     assert mine[1] < max(0.01, 1.5 * whole[1])
+
+
+def test_several_micro_batches_take_the_slices_once() -> None:
+    """Each has the loss and the gradient that it has alone, to the bit."""
+    hidden, weight, bias, targets = inputs()
+    rows = [(hidden[part], targets[part]) for part in (slice(5), slice(5, 6), slice(6, None))]
+    options = {"scale": 0.5, "chunk": 4, "bias": bias}
+    passes = []
+
+    def slices() -> Any:
+        passes.append(1)
+        yield from resident_slices(weight, 20)()
+
+    found = [both(one) for one in sliced_losses(rows, slices, **options)]
+    assert len(passes) == 1
+    for (loss, gradient), (part, its_targets) in zip(found, rows, strict=True):
+        alone = both(sliced_loss(part, slices, its_targets, **options))
+        assert torch.equal(loss, alone[0])
+        assert torch.equal(gradient, alone[1])
 
 
 def test_without_gradients_none_are_made() -> None:
@@ -172,21 +199,26 @@ def test_rows_of_a_host_embedding_are_the_resident_ones(seed: int) -> None:
         assert torch.equal(found, wanted)
 
 
-def test_rows_are_staged_and_sent_in_order() -> None:
-    """Staging is written when the copy that read it is done, rows when their memory is free."""
+@pytest.mark.parametrize("together", [1, 3])
+def test_rows_are_staged_and_sent_in_order(together: int) -> None:
+    """Staging is written when the copy that read it is done, rows when their memory is free.
+
+    The host waits for no copy of this pass, nor of the one before.
+    """
     transport = ClockedTransport()
     finished: list[object] = []
     transport.finish = lambda *marks: finished.extend(marks)  # type: ignore[method-assign]
-    embedding = HostEmbedding(on_host(inputs()[1], transport), transport, tokens=5)
+    table = on_host(inputs()[1], transport)
+    embedding = HostEmbedding(table, transport, tokens=5, together=together)
     sent = []
-    for number in range(5):
+    for number in range(9):
         transport.computes_on(torch.empty(5, HIDDEN), writes=True)
         before = transport.mark()
         rows = embedding.rows([number] * 5)
         assert embedding._sent[0]["compute"] >= before["compute"]
         transport.computes_on(rows)
         sent.append(embedding._sent[0])
-        assert finished == [None, None, *sent][: number + 1]
+        assert finished == [*[None] * 2 * together, *sent][: number + 1]
         del rows
 
 

@@ -117,10 +117,10 @@ def test_where_memory_runs_out_more_layers_freeze(tmp_path: Path) -> None:
     start = run.step.adapter_state()
     plain = run.step.network.train
 
-    def train(batch: Any, **options: Any) -> torch.Tensor:
+    def train(batches: Any, **options: Any) -> list[torch.Tensor]:
         if run.progress.done == 2 and len(run.step.plan.frozen_layers) < 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(batch, **options)
+        return plain(batches, **options)
 
     run.step.network.train = train  # type: ignore[method-assign]
     outcome = run()

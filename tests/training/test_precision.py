@@ -182,11 +182,12 @@ def real_run(
     tried: list[str | None] = []
     plain = step.network.train
 
-    def train(batch: Any, **options: Any) -> torch.Tensor:
+    def train(batches: Any, **options: Any) -> list[torch.Tensor]:
         tried.append(step.plan.layer_dtype)
-        loss = plain(batch, **options)
+        losses = plain(batches, **options)
         narrow = step.plan.activation_dtype != "float32"
-        return loss * NAN if overflow and run.progress.done == 3 and narrow else loss
+        overflows = overflow and run.progress.done == 3 and narrow
+        return [loss * NAN for loss in losses] if overflows else losses
 
     step.network.train = train  # type: ignore[method-assign]
     return run, tried

@@ -2,8 +2,8 @@
 
 The step is built as it would be to train, its tensors have shapes and no content, and a trace counts
 what lives when. Two optimizer steps are run (the second has optimizer states from its start), the
-second with two micro-batches where the Plan accumulates (its second finds gradients there), and an
-evaluation.
+second with two passes over the layers where the Plan has several (its second finds gradients there),
+and an evaluation. A pass has one micro-batch, or as many as the Plan has share one.
 
 What the trace cannot see is added by name: library workspaces inside the allocator and the CUDA
 context beside it, both measured by the hardware profile. Paged optimizer states are beside the
@@ -183,13 +183,14 @@ def rehearse(step: TrainingStep, load: Load) -> None:
     It is what an estimate traces and what a probe runs.
     """
     plan = step.plan
-    heavy = sequences_of(load.train[: plan.micro_batch_size])
+    heavy = sequences_of(load.train[: plan.sequences_per_pass])
+    passes = min(2, plan.passes)
     if step.settings.train.freeze == "memory" and plan.frozen_layers and plan.lowest_learning == 0:
         # which layers to freeze is found by the gradients of all (`fitlora.planner.freezing`)
         step.adopt(plan.replace(frozen_layers=()))
-        step.survey(heavy * min(2, plan.accumulation), step=0)
+        step.survey(heavy * passes, step=0)
         step.adopt(plan)
-    for index, batch in enumerate((heavy, heavy * min(2, plan.accumulation))):
+    for index, batch in enumerate((heavy, heavy * passes)):
         step.run(batch, step=index, learning_rate=step.settings.train.learning_rate)
     held_out = sequences_of(load.validation[: plan.evaluation_batch_size])
     if held_out:

@@ -22,20 +22,24 @@ class HostEmbedding:
     """Rows of a table on the host, as tensors on the device.
 
     table: (vocabulary, hidden), on the host, pinned or not. Two staging buffers of `tokens` rows are
-    pinned; a larger micro-batch replaces them.
+    pinned for each micro-batch of a pass, `together` of them; a larger micro-batch replaces them.
     """
 
     PURPOSE = "staging of embeddings"
 
-    def __init__(self, table: Tensor, transport: Transport, *, tokens: int) -> None:
+    def __init__(
+        self, table: Tensor, transport: Transport, *, tokens: int, together: int = 1
+    ) -> None:
         self.table, self.transport = table, transport
+        self._count = 2 * together
         self._stage(tokens)
 
     def _stage(self, tokens: int) -> None:
         shape = (tokens, self.table.shape[1])
         like = outline(shape, self.table.dtype)
-        self._staging = [self.transport.reserve_like(like, self.PURPOSE) for _ in range(2)]
-        self._sent: list[Mark] = [None, None]
+        count = self._count
+        self._staging = [self.transport.reserve_like(like, self.PURPOSE) for _ in range(count)]
+        self._sent: list[Mark] = [None] * count
         self.transport.pin()
 
     def rows(self, tokens: Sequence[int]) -> Tensor:
@@ -43,9 +47,9 @@ class HostEmbedding:
         if len(tokens) > len(self._staging[0]):
             self.transport.finish(*self._sent)
             self._stage(len(tokens))
-        self._staging.reverse()
-        self._sent.reverse()
-        self.transport.finish(self._sent[0])  # two micro-batches ago
+        self._staging.insert(0, self._staging.pop())
+        self._sent.insert(0, self._sent.pop())
+        self.transport.finish(self._sent[0])  # of the pass before the last
         out = torch.empty(
             (len(tokens), self.table.shape[1]),
             dtype=self.table.dtype,
@@ -125,55 +129,71 @@ class StreamedHead:
 Slices = Callable[[], Iterator[tuple[int, Tensor]]]
 
 
-def sliced_loss(
-    hidden: Tensor,
+class _Softmax:
+    """The cross-entropy of one micro-batch, as far as the slices so far tell it."""
+
+    def __init__(self, hidden: Tensor, targets: Tensor, *, gradient: bool) -> None:
+        self.hidden, self.targets = hidden, targets
+        rows = len(hidden)
+        self.top = hidden.new_full((rows, 1), float("-inf"), dtype=torch.float32)
+        self.norm = hidden.new_zeros((rows, 1), dtype=torch.float32)
+        self.chosen = hidden.new_zeros((rows, 1), dtype=torch.float32)
+        self.grad = self.wanted = None
+        if gradient:
+            self.grad = torch.zeros_like(hidden, dtype=torch.float32)
+            self.wanted = torch.zeros_like(hidden)  # the targets' rows of the head
+
+    def take_in(self, start: int, weight: Tensor, bias: Tensor | None, part: slice) -> None:
+        """Takes in a slice of the vocabulary that begins at `start`, for a part of the rows."""
+        logits = torch.mm(self.hidden[part], weight.t())
+        if bias is not None:
+            logits.add_(bias[start : start + len(weight)])
+        p = logits.to(torch.float32)
+        del logits
+        place = (self.targets[part] - start)[:, None]
+        here = (place >= 0) & (place < len(weight))
+        place = place.clamp_(0, len(weight) - 1)
+        self.chosen[part].add_(p.gather(1, place).mul_(here))
+        raised = torch.maximum(self.top[part], p.amax(1, keepdim=True))
+        p.sub_(raised).exp_()
+        worth = self.top[part].sub_(raised).exp_()  # what the sums so far are worth now
+        self.norm[part].mul_(worth).add_(p.sum(1, keepdim=True))
+        if self.grad is not None and self.wanted is not None:
+            self.grad[part].mul_(worth).add_(torch.mm(p.to(weight.dtype), weight))
+            self.wanted[part].add_(weight.index_select(0, place[:, 0]).mul_(here))
+        self.top[part] = raised
+
+    def end(self, scale: float) -> tuple[Tensor, Tensor | None]:
+        """`scale` times the loss, and its gradient."""
+        loss = self.norm.log().add_(self.top).sub_(self.chosen).sum().mul_(scale)
+        if self.grad is None or self.wanted is None:
+            return loss, None
+        grad = self.grad.div_(self.norm).sub_(self.wanted).mul_(scale)
+        return loss, grad.to(self.hidden.dtype)
+
+
+def sliced_losses(
+    rows: Sequence[tuple[Tensor, Tensor]],
     slices: Slices,
-    targets: Tensor,
     *,
     scale: float,
     chunk: int,
     bias: Tensor | None = None,
     gradient: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """`scale` times the summed cross-entropy of `targets`, and its gradient for `hidden`, in one pass.
+) -> list[tuple[Tensor, Tensor | None]]:
+    """`scale` times the summed cross-entropy of each micro-batch, and its gradient, in one pass.
 
-    hidden: (rows, hidden); slices: gives (start, (n, hidden)) for the whole vocabulary, in order, each
-    once; targets: int64 (rows,). Returns a float32 scalar and, where `gradient`, a tensor like hidden.
-    Beside the slice, (chunk, n) logits in fp32 are alive, and the gradient in fp32.
+    rows: each one's hidden states, (rows, hidden), and targets, int64 (rows,); slices: gives
+    (start, (n, hidden)) for the whole vocabulary, in order, each once. Returns for each a float32 scalar
+    and, where `gradient`, a tensor like its hidden states. Beside the slice, (chunk, n) logits in fp32
+    are alive, and the gradients in fp32.
     """
-    rows = len(hidden)
-    top = hidden.new_full((rows, 1), float("-inf"), dtype=torch.float32)
-    norm = hidden.new_zeros((rows, 1), dtype=torch.float32)
-    chosen = hidden.new_zeros((rows, 1), dtype=torch.float32)
-    grad = wanted = None
-    if gradient:
-        grad = torch.zeros_like(hidden, dtype=torch.float32)
-        wanted = torch.zeros_like(hidden)  # the targets' rows of the head
+    found = [_Softmax(hidden, targets, gradient=gradient) for hidden, targets in rows]
     for start, weight in slices():
-        for first in range(0, rows, chunk):
-            part = slice(first, first + chunk)
-            logits = torch.mm(hidden[part], weight.t())
-            if bias is not None:
-                logits.add_(bias[start : start + len(weight)])
-            p = logits.to(torch.float32)
-            del logits
-            place = (targets[part] - start)[:, None]
-            here = (place >= 0) & (place < len(weight))
-            place = place.clamp_(0, len(weight) - 1)
-            chosen[part].add_(p.gather(1, place).mul_(here))
-            raised = torch.maximum(top[part], p.amax(1, keepdim=True))
-            p.sub_(raised).exp_()
-            worth = top[part].sub_(raised).exp_()  # what the sums so far are worth now
-            norm[part].mul_(worth).add_(p.sum(1, keepdim=True))
-            if grad is not None and wanted is not None:
-                grad[part].mul_(worth).add_(torch.mm(p.to(weight.dtype), weight))
-                wanted[part].add_(weight.index_select(0, place[:, 0]).mul_(here))
-            del p
-            top[part] = raised
-    loss = norm.log().add_(top).sub_(chosen).sum().mul_(scale)
-    if grad is None or wanted is None:
-        return loss, None
-    return loss, grad.div_(norm).sub_(wanted).mul_(scale).to(hidden.dtype)
+        for one in found:
+            for first in range(0, len(one.hidden), chunk):
+                one.take_in(start, weight, bias, slice(first, first + chunk))
+    return [one.end(scale) for one in found]
 
 
 def sliced_logits(hidden: Tensor, slices: Slices, *, bias: Tensor | None = None) -> Tensor:

@@ -103,10 +103,14 @@ class StepSkeleton:
                 f"layer {min(kept)} is streamed and not recomputed, which needs a family that FitLoRA "
                 f"does by hand ({self.reason}); recompute every streamed layer"
             )
-        if self.plan.checkpoints == "host" or self.plan.compute_dtype == "float8":
+        if (
+            self.plan.checkpoints == "host"
+            or self.plan.compute_dtype == "float8"
+            or self.plan.micro_batches_per_pass > 1
+        ):
             raise UserError(
-                "checkpoints on the host and float8 need a family that FitLoRA does by hand "
-                f"({self.reason})"
+                "checkpoints on the host, float8 and micro-batches that share a pass need a family that "
+                f"FitLoRA does by hand ({self.reason})"
             )
 
 

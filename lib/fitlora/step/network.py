@@ -1,18 +1,23 @@
-"""A micro-batch through the model and back: by hand where the family is known, else by autograd.
+"""Micro-batches through the model and back: by hand where the family is known, else by autograd.
 
-Both have the same face: `begin` an optimizer step, `train` on a micro-batch (the adapters' gradients
+Both have the same face: `begin` an optimizer step, `train` on micro-batches (the adapters' gradients
 are added up), and the `loss` of one without gradients.
+
+By hand, the micro-batches of one `train` share a pass over the layers: each layer is done with all of
+them before the next one is, so that what streams comes once for all. Between two layers each of them
+leaves its residual stream on the device, which is little beside what a layer in work takes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from fitlora.model import decoder_layers
-from fitlora.offload.vocabulary import sliced_loss
+from fitlora.offload.vocabulary import StreamedHead, sliced_losses
 from fitlora.plan import Plan
 from fitlora.step.bank import AdapterBank
 from fitlora.step.batch import MicroBatch, StepContext
@@ -38,10 +43,10 @@ class Network(Protocol):
         """Begins an optimizer step."""
 
     def reset(self) -> None:
-        """Forgets a micro-batch that was broken off: nothing is under way any more."""
+        """Forgets a pass that was broken off: nothing is under way any more."""
 
-    def train(self, batch: MicroBatch, *, scale: float, phase: Phase) -> Tensor:
-        """Adds the gradients of `scale` times the summed loss; returns that loss, float32 ()."""
+    def train(self, batches: Sequence[MicroBatch], *, scale: float, phase: Phase) -> list[Tensor]:
+        """Adds the gradients of `scale` times each summed loss; returns the losses, float32 ()."""
 
     def loss(self, batch: MicroBatch, *, scale: float) -> Tensor:
         """The same loss without dropout and without gradients."""
@@ -52,6 +57,24 @@ class Network(Protocol):
 
 def _nobody(layer: int | None) -> None:
     pass
+
+
+@dataclass
+class _Way:
+    """A micro-batch on its way up through the layers and down again."""
+
+    batch: MicroBatch
+    positions: dict[str, Positions]  # by kind of layer
+    # (T, H): what the next layer reads, on the way down its gradient; at the top, the targets' rows
+    hidden: Tensor | None = None
+    saved: list[Saved | None] = field(default_factory=list)  # by layer; None below the lowest
+    gradient: Tensor | None = None  # (targets, H), of the loss
+
+    def take(self) -> Tensor:
+        """`hidden`, which is the caller's alone from here on."""
+        hidden, self.hidden = self.hidden, None
+        assert hidden is not None
+        return hidden
 
 
 class HandNetwork:
@@ -98,81 +121,95 @@ class HandNetwork:
         self.placement.reset()
 
     @torch.no_grad()
-    def train(self, batch: MicroBatch, *, scale: float, phase: Phase) -> Tensor:
-        chunk = self.plan.mlp_chunk_tokens
+    def train(self, batches: Sequence[MicroBatch], *, scale: float, phase: Phase) -> list[Tensor]:
         with phase("forward"):
             self.placement.begin(backward_follows=True, lowest=self.lowest)
-            positions = self._positions(batch)
-            hidden = self._embed(batch)
-            saved: list[Saved | None] = []
-            for index, layer in enumerate(self.layers):
-                keep = self.plan.keeps(index) if index >= self.lowest else None
-                if index == max(0, len(self.layers) - 2) and self.placement.head is not None:
-                    self.placement.head.fetch()  # the link is idle while the top layers compute
-                waits = keep is not None and self._waits_on_host(index)
-                if waits:
-                    assert self.placement.checkpoints is not None
-                    self.placement.checkpoints.put(index, hidden)
-                with self._at_work(index):
-                    out, kept = layer.forward(
-                        hidden,
-                        batch,
-                        positions[layer.kind],
-                        self._keys(index, batch),
-                        keep,
-                        mlp_chunk=chunk,
-                    )
-                if kept is not None and waits:
-                    kept.hidden = None
-                saved.append(kept)
-                hidden = out
-                del kept, out
-            self.watch(None)
-            tokens = hidden.shape
-            hidden = hidden.index_select(0, batch.target_rows)
-            loss, grad = self._loss(hidden, batch, scale, gradient=True)
+            ways = self._up(batches, learns=True)
+            losses = self._losses(ways, scale, gradient=True)
         with phase("backward"):
-            assert grad is not None
-            grad = grad.to(self.dtype)
-            grad = self.norm.backward(grad, hidden, None, grad)
-            device = hidden.device
-            del hidden
-            whole: Tensor | None = torch.zeros(tokens, dtype=self.dtype, device=device).index_copy_(
-                0, batch.target_rows, grad
-            )
-            del grad
-            for index in range(len(self.layers) - 1, self.lowest - 1, -1):
-                layer, kept = self.layers[index], saved.pop()
-                assert kept is not None
-                assert whole is not None
-                with self._at_work(index, backward=True):
-                    if kept.hidden is None:
-                        assert self.placement.checkpoints is not None
-                        kept.hidden = self.placement.checkpoints.get(index)
-                    whole = layer.backward(
-                        whole, kept, batch, positions[layer.kind], self._keys(index, batch),
-                        wanted=index > self.lowest, mlp_chunk=chunk,
-                    )  # fmt: skip
-                del kept
-            self.watch(None)
-        return loss
+            for way in ways:
+                self._turn(way)
+            self._down(ways)
+        return losses[::-1]
 
     @torch.no_grad()
     def loss(self, batch: MicroBatch, *, scale: float) -> Tensor:
         self.placement.begin(backward_follows=False)
-        positions = self._positions(batch)
-        hidden = self._embed(batch)
-        for index, layer in enumerate(self.layers):
+        return self._losses(self._up([batch], learns=False), scale, gradient=False)[0]
+
+    def _up(self, batches: Sequence[MicroBatch], *, learns: bool) -> list[_Way]:
+        """All micro-batches through each layer in turn, the last of them first.
+
+        Backward has them in their order, so that gradients add up as they do one by one, and checkpoints
+        are a stack.
+        """
+        ways = []
+        for batch in reversed(batches):
+            way = _Way(batch, self._positions(batch))
+            self._hand_on(way, 0, self._embed(batch), learns)
+            ways.append(way)
+        for index in range(len(self.layers)):
+            if index == max(0, len(self.layers) - 2) and self.placement.head is not None:
+                self.placement.head.fetch()  # the link is idle while the top layers compute
             with self._at_work(index):
-                hidden, _ = layer.forward(
-                    hidden, batch, positions[layer.kind], None, None,
-                    mlp_chunk=self.plan.mlp_chunk_tokens,
-                )  # fmt: skip
+                for way in ways:
+                    self._forward(way, index, learns)
         self.watch(None)
-        loss, _ = self._loss(
-            hidden.index_select(0, batch.target_rows), batch, scale, gradient=False
+        return ways
+
+    def _forward(self, way: _Way, index: int, learns: bool) -> None:
+        layer, hidden = self.layers[index], way.hidden
+        assert hidden is not None
+        out, kept = layer.forward(
+            hidden,
+            way.batch,
+            way.positions[layer.kind],
+            self._keys(index, way.batch) if learns else None,
+            self.plan.keeps(index) if learns and index >= self.lowest else None,
+            mlp_chunk=self.plan.mlp_chunk_tokens,
         )
-        return loss
+        if kept is not None and self._waits_on_host(index):
+            kept.hidden = None
+        way.saved.append(kept)
+        del hidden
+        self._hand_on(way, index + 1, out, learns)
+
+    def _hand_on(self, way: _Way, index: int, hidden: Tensor, learns: bool) -> None:
+        """hidden: what layer `index` reads."""
+        way.hidden = hidden
+        if learns and self._waits_on_host(index):
+            assert self.placement.checkpoints is not None
+            self.placement.checkpoints.put(index, hidden)
+
+    def _turn(self, way: _Way) -> None:
+        """From the gradient of the rows that the loss was taken of to that of the top layer's output."""
+        grad, way.gradient = way.gradient, None
+        assert grad is not None
+        grad = grad.to(self.dtype)
+        hidden = way.take()
+        grad = self.norm.backward(grad, hidden, None, grad)
+        del hidden
+        shape = (len(way.batch.tokens), grad.shape[1])
+        whole = torch.zeros(shape, dtype=self.dtype, device=grad.device)
+        way.hidden = whole.index_copy_(0, way.batch.target_rows, grad)
+
+    def _down(self, ways: Sequence[_Way]) -> None:
+        for index in range(len(self.layers) - 1, self.lowest - 1, -1):
+            with self._at_work(index, backward=True):
+                for way in reversed(ways):
+                    self._backward(way, index)
+        self.watch(None)
+
+    def _backward(self, way: _Way, index: int) -> None:
+        layer, kept = self.layers[index], way.saved.pop()
+        assert kept is not None
+        if kept.hidden is None:
+            assert self.placement.checkpoints is not None
+            kept.hidden = self.placement.checkpoints.get(index)
+        way.hidden = layer.backward(
+            way.take(), kept, way.batch, way.positions[layer.kind], self._keys(index, way.batch),
+            wanted=index > self.lowest, mlp_chunk=self.plan.mlp_chunk_tokens,
+        )  # fmt: skip
 
     def gradients(self) -> list[Tensor]:
         return [] if self.bank.gradients is None else [self.bank.gradients]
@@ -192,7 +229,9 @@ class HandNetwork:
         return batch.row_keys if drops else None
 
     def _waits_on_host(self, layer: int) -> bool:
-        return self.plan.checkpoints == "host" and layer in self.plan.recompute_layers
+        """Whether the layer's input waits there for backward."""
+        recomputes = layer >= self.lowest and layer in self.plan.recompute_layers
+        return recomputes and self.plan.checkpoints == "host"
 
     def _embed(self, batch: MicroBatch) -> Tensor:
         table = self.placement.embedding
@@ -217,33 +256,47 @@ class HandNetwork:
             found[kind] = Positions(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
         return found
 
-    def _loss(
-        self, hidden: Tensor, batch: MicroBatch, scale: float, *, gradient: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        head = self.placement.head
-        # the head stays in what its table is stored in, whatever the layers compute in
-        hidden = self.norm(hidden).to(getattr(torch, self.plan.storage_dtype))
-        if head is not None:
-            return sliced_loss(
-                hidden,
-                head.slices,
-                batch.targets,
-                bias=self.head.bias,
-                scale=scale,
-                # as many logits at one time as `loss_chunk_tokens` whole rows of them have
-                chunk=self.plan.loss_chunk_tokens * head.count,
-                gradient=gradient,
-            )
-        return head_loss(
-            hidden,
-            self.head.weight,
-            batch.targets,
+    def _losses(self, ways: Sequence[_Way], scale: float, *, gradient: bool) -> list[Tensor]:
+        """Each one's loss; their gradients are left with them."""
+        for way in ways:
+            way.hidden = way.take().index_select(0, way.batch.target_rows)
+        if self.placement.head is not None:
+            found = self._sliced_losses(self.placement.head, ways, scale, gradient=gradient)
+        else:
+            found = [
+                head_loss(
+                    self._normed(way),
+                    self.head.weight,
+                    way.batch.targets,
+                    bias=self.head.bias,
+                    scale=scale,
+                    softcap=self.softcap,
+                    chunk=self.plan.loss_chunk_tokens,
+                    gradient=gradient,
+                )
+                for way in ways
+            ]
+        for way, (_, grad) in zip(ways, found, strict=True):
+            way.gradient = grad
+        return [loss for loss, _ in found]
+
+    def _sliced_losses(
+        self, head: StreamedHead, ways: Sequence[_Way], scale: float, *, gradient: bool
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        return sliced_losses(
+            [(self._normed(way), way.batch.targets) for way in ways],
+            head.slices,
             bias=self.head.bias,
             scale=scale,
-            softcap=self.softcap,
-            chunk=self.plan.loss_chunk_tokens,
+            # as many logits at one time as `loss_chunk_tokens` whole rows of them have
+            chunk=self.plan.loss_chunk_tokens * head.count,
             gradient=gradient,
         )
+
+    def _normed(self, way: _Way) -> Tensor:
+        """What the head reads, in what its table is stored in, whatever the layers compute in."""
+        assert way.hidden is not None
+        return self.norm(way.hidden).to(getattr(torch, self.plan.storage_dtype))
 
 
 # Models whose logits are the head's product and nothing more, so that the loss may take the head by
@@ -291,7 +344,10 @@ class AutogradNetwork:
     def reset(self) -> None:
         self.placement.reset()
 
-    def train(self, batch: MicroBatch, *, scale: float, phase: Phase) -> Tensor:
+    def train(self, batches: Sequence[MicroBatch], *, scale: float, phase: Phase) -> list[Tensor]:
+        return [self._train(batch, scale, phase) for batch in batches]
+
+    def _train(self, batch: MicroBatch, scale: float, phase: Phase) -> Tensor:
         with phase("forward"):
             self.placement.begin(backward_follows=True, lowest=self.plan.lowest_learning)
             loss = self._loss(batch, scale)

@@ -75,7 +75,8 @@ class Placement:
             self.checkpoints = HostCheckpoints(move)
         if tables[0] is not None and plan.embedding == "host":
             tokens = plan.micro_batch_size * plan.sequence_length
-            self.embedding = HostEmbedding(tables[0], move, tokens=tokens)
+            together = plan.micro_batches_per_pass
+            self.embedding = HostEmbedding(tables[0], move, tokens=tokens, together=together)
             _embed_from(embed, self.embedding)
         if tables[1] is not None and plan.head == "host":
             rows = max(1, HEAD_SLICE_BYTES // (tables[1].shape[1] * tables[1].element_size()))

@@ -247,10 +247,15 @@ class TrainingStep:
             total = sum(s.target_tokens for s in sequences)
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         self.network.begin()
-        for part in self.micro_batches(sequences):
-            batch = self._micro_batch(part, self.settings.train.seed, step)
-            loss.add_(self.network.train(batch, scale=loss_scale / total, phase=self.phase))
-            del batch
+        parts, together = self.micro_batches(sequences), self.plan.micro_batches_per_pass
+        for start in range(0, len(parts), together):
+            batches = [
+                self._micro_batch(part, self.settings.train.seed, step)
+                for part in parts[start : start + together]
+            ]
+            for one in self.network.train(batches, scale=loss_scale / total, phase=self.phase):
+                loss.add_(one)
+            del one, batches
         return loss
 
     @staticmethod
