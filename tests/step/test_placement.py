@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fitlora.errors import UserError
+from fitlora.offload.optimizer import CPUOffloadOptimizer
 from fitlora.offload.transport import HostTransport
 from fitlora.step.training_step import TrainingStep
 from tests.step import steps
@@ -62,6 +63,30 @@ def test_the_embedding_on_the_host(case: str) -> None:
 
 def test_the_optimizer_on_the_host() -> None:
     assert_same({}, {"optimizer_device": "host"})
+
+
+def test_gradients_that_leave_are_rounded_once() -> None:
+    """Over the MLP's parts, and over the micro-batches of a pass, they add up in float32."""
+    plan: dict[str, Any] = {
+        "dtype": "bfloat16", "dropout": 0.1, "mlp_chunk_tokens": 5, "recompute_layers": LAYERS,
+        "micro_batch_size": 3, "micro_batches_per_pass": 3,
+    }  # fmt: skip
+    expected = steps.gradients(make("llama", **plan), steps.sequences(7))
+    made = make("llama", optimizer_device="host", **plan)
+    host = made.optimizer
+    assert isinstance(host, CPUOffloadOptimizer)
+    found = {}
+
+    def look(loss: float, norm: float) -> bool:
+        found.update({name: host.gradient(p) for name, p in made.adapters.items()})
+        return False
+
+    made.run(steps.sequences(7), step=3, learning_rate=0.0, accept=look)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        there = found[name]
+        assert there is not None
+        assert torch.equal(there, gradient.bfloat16().float()), name
 
 
 @pytest.mark.parametrize("bits", [4, 16])

@@ -8,8 +8,9 @@ computes in when it is entered, in one go, and the copy is gone when it is left.
 Adapters of layers that are frozen lie among the others and have no gradients.
 
 With an optimizer on the host the flat buffer has that dtype itself (the float32 masters are on the
-host), and gradients exist for the layer in work alone: they leave the device when it is left. What the
-host has made of a layer's adapters is waited for when the layer is entered, and no earlier.
+host), and gradients exist for the layer in work alone: they add up in float32, and leave the device in
+the adapters' dtype when the layer is left. What the host has made of a layer's adapters is waited for
+when the layer is entered, and no earlier.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -84,6 +85,7 @@ class _Span:
     parameters: list[nn.Parameter] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)  # the parameters', where they stay
     learned: slice | None = None  # of the flat gradients, where its adapters learn
+    leaving: Tensor | None = None  # its part of the gradients, while backward adds to them
 
     @property
     def whole(self) -> slice:
@@ -142,7 +144,7 @@ class AdapterBank:
         """From now on these layers' adapters have no gradients, and all others have; between steps."""
         self.gradients, self._learned = None, 0
         for layer, span in enumerate(self._spans):
-            span.learned, span.gradients = None, []
+            span.learned, span.gradients, span.leaving = None, [], None
             for parameter in span.parameters:
                 parameter.grad = None
             if span.shares and layer not in layers:
@@ -178,7 +180,9 @@ class AdapterBank:
         gradients = None
         if backward and span.learned is not None:
             if self.leaving:
-                gradients = torch.zeros_like(self.flat[span.whole])
+                gradients = span.leaving = torch.zeros(
+                    span.end - span.start, dtype=torch.float32, device=self.flat.device
+                )
             else:
                 assert self.gradients is not None
                 gradients = self.gradients[span.learned]
@@ -186,11 +190,6 @@ class AdapterBank:
             share.group.a, share.group.b = share.cut(copies)
             if gradients is not None:
                 share.group.grad_a, share.group.grad_b = share.cut(gradients)
-        if gradients is not None and self.leaving:
-            views = self._like(span, gradients)
-            for parameter, gradient in zip(span.parameters, views, strict=True):
-                if parameter.grad is None:
-                    parameter.grad = gradient
 
     def leave(self, layer: int, *, backward: bool) -> None:
         """Takes the copies back; gradients that leave the device begin to."""
@@ -198,8 +197,13 @@ class AdapterBank:
         for share in span.shares:
             share.group.a = share.group.grad_a = None
             share.group.b, share.group.grad_b = [], []
-        if backward and self.leaving and span.learned is not None:
+        if backward and span.leaving is not None:
             assert self.host is not None
+            gradients, span.leaving = span.leaving.to(self.flat.dtype), None
+            for parameter, gradient in zip(
+                span.parameters, self._like(span, gradients), strict=True
+            ):
+                parameter.grad = gradient
             self.host.send_down(span.parameters)
 
     @staticmethod
