@@ -286,7 +286,11 @@ OFFLOADED = [
     (9, 9, {"optimizer_device": "host", "checkpoints": "host", "micro_batch_size": 1}),
     (5, 5, {"checkpoints": "host", "recompute_keeps": ("attention",)}),
     (9, 9, {"frozen_layers": (0, 1, 2, 3), "streamed_layers": (0, 1, 2, 3, 4, 6, 7, 8)}),
-]
+    # three micro-batches of unequal lengths in a pass, and then the rest
+    (9, 9, {"streamed_layers": (0, 1, 2, 3, 4, 5, 6, 7, 8), "checkpoints": "host", "head": "host",
+            "embedding": "host", "optimizer_device": "host", "compute_dtype": "bfloat16",
+            "micro_batch_size": 2, "micro_batches_per_pass": 3}),
+]  # fmt: skip
 FROZEN: list[tuple[int, int, dict[str, Any]]] = [
     (7, 0, {"frozen_layers": (0, 1, 2), "micro_batch_size": 3}),
     (8, 8, {"frozen_layers": (0, 1, 2, 3), "optimizer_device": "host"}),
@@ -294,6 +298,7 @@ FROZEN: list[tuple[int, int, dict[str, Any]]] = [
     (8, 0, {"frozen_layers": (1, 2, 3, 4), "micro_batch_size": 3}),
     (8, 8, {"frozen_layers": (1, 2, 3, 4)}),
     (12, 0, {"frozen_layers": (0, 1, 2, 4, 5, 6), "layer_dtype": "bfloat16"}),
+    (12, 8, {"frozen_layers": (0, 1, 2, 3), "micro_batch_size": 3, "micro_batches_per_pass": 2}),
 ]
 
 
