@@ -82,6 +82,7 @@ def test_the_config_says_what_peft_needs(step: TrainingStep, tmp_path: Path) -> 
         "inference_mode": True,
         "lora_alpha": 12.0,
         "lora_dropout": 0.1,
+        "modules_to_save": None,
         "peft_type": "LORA",
         "r": 4,
         "revision": "0" * 40,

@@ -27,10 +27,11 @@ def adapter_config(
     """What peft needs to know, sorted."""
     return {
         "base_model_name_or_path": base_model,
-        "bias": "none",
+        "bias": lora.bias,
         "inference_mode": True,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
+        "modules_to_save": sorted(lora.modules_to_save) or None,
         "peft_type": "LORA",
         "r": lora.r,
         "revision": revision,
@@ -42,14 +43,17 @@ def adapter_config(
 
 
 def save_adapter(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Writes the adapter. state: by name as in the model (`…q_proj.lora_A.default.weight`)."""
+    """Writes the adapter. state: by name as in the model (`…q_proj.lora_A.default.weight`).
+
+    What is trained as a whole has the model's own name, and so it is in peft's files.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, tensor in sorted(state.items()):
-        part = f"{_PREFIX}{name.removesuffix(_NAME)}"
-        tensors[part if part.endswith(_MAGNITUDE) else f"{part}.weight"] = tensor
+    tensors = {
+        _PREFIX + name.replace(_NAME, "" if _MAGNITUDE in name else ".weight"): tensor
+        for name, tensor in sorted(state.items())
+    }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -67,7 +71,8 @@ def load_adapter(folder: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{folder / WEIGHTS} is missing; {again}") from None
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{folder / WEIGHTS} is damaged ({error}); {again}") from None
-    return {
-        f"{name.removeprefix(_PREFIX).removesuffix('.weight')}{_NAME}": tensor
-        for name, tensor in tensors.items()
-    }
+    found = {}
+    for name, tensor in tensors.items():
+        part = name.removeprefix(_PREFIX)
+        found[part.removesuffix(".weight") + _NAME if ".lora_" in part else part] = tensor
+    return found

@@ -213,6 +213,16 @@ class LoraParams(Section):
         "all-linear",
         description="all-linear, or the last parts of the layers' names (q_proj, v_proj)",
     )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none",
+        description="biases of the model that are trained with them: all, or those of the layers that "
+        "have an adapter; takes the general step, where there are any",
+    )
+    modules_to_save: Names = Field(
+        (),
+        description="what else is trained, as a whole, and saved with them: embedding, head and norms, "
+        "by the ends of their names (embed_tokens, lm_head, norm); takes the general step",
+    )
 
 
 class PlanParams(Section):
@@ -277,7 +287,9 @@ class TrainParams(Section):
     beta2: float = Field(0.999, ge=0, lt=1, description="memory of its mean squared gradient")
     epsilon: float = Field(1.0e-8, gt=0, description="keeps its quotient finite")
     weight_decay: float = Field(
-        0.0, ge=0, description="share of a weight taken off, times the rate"
+        0.0,
+        ge=0,
+        description="share of a matrix taken off, times the rate; biases, norms and magnitudes keep all",
     )
     max_gradient_norm: float | None = Field(
         1.0, gt=0, description="gradients are scaled down to this norm; null: never"
@@ -398,6 +410,11 @@ class Params(Section):
             raise ValueError(
                 "lora.r auto finds a rank for a new adapter, and the one in train.from_adapter has its "
                 "own; write that"
+            )
+        if self.lora.modules_to_save and self.train.freeze != "off":
+            raise ValueError(
+                "train.freeze ends the backward pass above frozen layers, and lora.modules_to_save may "
+                "train what lies below them; use one of the two"
             )
         if self.merge.bits == 4 and self.quantization.bits == 16:
             raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fitlora.errors import ArtifactError, UserError
 from fitlora.evaluation import merge as module
-from fitlora.evaluation.merge import merge_checkpoint, read_adapter
+from fitlora.evaluation.merge import Update, merge_checkpoint, read_adapter
 from fitlora.quantization.layout import QuantSpec
 from fitlora.quantization.quantize import quantize_checkpoint
 from tests.tiny_models import dequantized, make_checkpoint, make_config, read_tensors
@@ -35,8 +35,8 @@ def make_adapter(folder: Path, family: str, **settings: Any) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = get_peft_model(AutoModelForCausalLM.from_config(make_config(family)), config)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
@@ -101,6 +101,8 @@ CASES = [
     ("llama", {"spec": None, "shards": 3}),
     ("qwen2", {"tied": True, "spec": QuantSpec("fp4", 64, double=False), "r": 3}),
     ("phi3", {"shards": 3, "target_modules": ["qkv_proj", "down_proj"]}),
+    ("qwen2", {"shards": 2, "bias": "all", "modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
+    ("qwen2", {"tied": True, "bias": "lora_only", "modules_to_save": ["layernorm"]}),
 ]
 
 
@@ -120,8 +122,11 @@ def test_the_merge_is_peft_s(
         assert tensor.dtype == torch.bfloat16
         torch.testing.assert_close(tensor.float(), expected[name], rtol=2**-8, atol=1e-6)
         changed += not torch.equal(tensor, dequantized(start)[name].bfloat16())
-    layers = {"qkv_proj": 1, "down_proj": 1} if family == "phi3" else dict.fromkeys(range(7), 1)
-    assert changed == 2 * len(layers)
+    layers = 2 if family == "phi3" else 7
+    if "bias" in options:  # on q, k and v, and two norms
+        layers += 5
+    ends = 3 if "lm_head" in options.get("modules_to_save", ()) else 0
+    assert changed == 2 * layers + ends
     # and from weights in the dtype of training: W is rounded to bfloat16 before the sum
     rounded = {n: t.bfloat16().float() for n, t in dequantized(start).items()}
     expected = merged_by_peft(rounded, given)
@@ -170,13 +175,13 @@ def test_twice_gives_the_same_bytes(folders: Folders, tmp_path: Path) -> None:
 
 
 def test_the_scale(folders: Folders, tmp_path: Path) -> None:
-    plain = read_adapter(make_adapter(tmp_path / "a", "llama", r=16, lora_alpha=8))
-    rslora = read_adapter(
-        make_adapter(tmp_path / "b", "llama", r=16, lora_alpha=8, use_rslora=True)
-    )
-    assert {update.scale for update in plain.values()} == {0.5}
-    assert {update.scale for update in rslora.values()} == {2.0}
-    assert plain[f"{UP}.weight"].shape == (128, 64)
+    found = [
+        read_adapter(make_adapter(tmp_path / str(on), "llama", r=16, lora_alpha=8, use_rslora=on))
+        for on in (False, True)
+    ]
+    scales = [{u.scale for u in each.values() if isinstance(u, Update)} for each in found]
+    assert scales == [{0.5}, {2.0}]
+    assert found[0][f"{UP}.weight"].shape == (128, 64)
 
 
 # --- in 4 bits -----------------------------------------------------------------------------------
@@ -189,6 +194,7 @@ def test_the_scale(folders: Folders, tmp_path: Path) -> None:
         ("llama", {"shards": 4}),
         ("qwen2", {"tied": True, "spec": QuantSpec("fp4", 64, double=False), "r": 3}),
         ("phi3", {"target_modules": ["qkv_proj"]}),  # most layers are not changed
+        ("qwen2", {"bias": "all", "modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
     ],
     ids=str,
 )
@@ -202,9 +208,9 @@ def test_4_bits_are_those_of_the_16_bit_merge(
     quantize_checkpoint(whole, tmp_path / "again", spec=spec, device=CPU)
     expected, before = read_tensors(tmp_path / "again"), read_tensors(given["quantized"])
     assert found.keys() == expected.keys() == before.keys()
-    changed = [n.removesuffix(".weight") for n in read_adapter(given["adapter"])]
+    changed = tuple(read_adapter(given["adapter"]))
     for name, tensor in found.items():
-        mine = any(name.startswith(f"{layer}.weight") for layer in changed)
+        mine = name.startswith(changed)
         assert torch.equal(tensor, expected[name] if mine else before[name]), name
     assert any(not torch.equal(tensor, before[name]) for name, tensor in found.items())
 
@@ -237,8 +243,10 @@ def test_4_bits_need_a_4_bit_base(folders: Folders, tmp_path: Path) -> None:
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        (
+            {"modules_to_save": ["mlp"]},
+            r"mlp\..*_proj\.weight is no part of a linear layer",
+        ),
     ],
     ids=str,
 )
@@ -287,6 +295,7 @@ A, B = (f"base_model.model.{UP}.lora_{side}.weight" for side in "AB")
         (_setting("peft_type", "IA3"), UserError, "is no LoRA adapter's"),
         (_setting("r", 8), UserError, "_proj is not of rank 8"),
         (_setting("r", None), ArtifactError, "damaged: r is None"),
+        (_setting("modules_to_save", "lm_head"), ArtifactError, "modules_to_save is 'lm_head'"),
         (_text("adapter_config.json", "{"), ArtifactError, "adapter_config.json is damaged"),
         (_text("adapter_model.safetensors", "x"), ArtifactError, "model.safetensors cannot be r"),
         (
@@ -350,6 +359,12 @@ def test_a_sum_that_overflows_is_named_and_leaves_nothing(folders: Folders, tmp_
     with pytest.raises(UserError, match=rf"{UP}\.weight has values that are not finite"):
         merge({**folders(), "adapter": adapter}, tmp_path / "out" / "m")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_tied_table_is_not_replaced(folders: Folders, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", "llama", modules_to_save=["embed_tokens"])
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight, .* would change both"):
+        merge({**folders(tied=True), "adapter": adapter}, tmp_path / "m")
 
 
 def test_a_tied_head_is_not_merged_into(folders: Folders, tmp_path: Path) -> None:

@@ -43,6 +43,26 @@ def test_it_is_cross_entropy(chunk: int, with_bias: bool) -> None:
     torch.testing.assert_close(leaf.grad.double(), 0.75 * expected[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_is_trained_has_gradients(dtype: torch.dtype, frozen: bool) -> None:
+    """In float32, as it is kept; frozen: what comes into the head learns nothing."""
+    hidden, weight, bias, targets = inputs(dtype)
+    wide = [part.to(torch.float32, copy=True).requires_grad_() for part in (weight, bias)]
+    given = hidden if frozen else hidden.clone().requires_grad_()
+    loss = chunked_cross_entropy(given, wide[0], targets, scale=0.25, chunk=5, bias=wide[1])
+    (3.0 * loss).backward()
+    reference = [part.double().requires_grad_() for part in (weight, bias)]
+    logits = F.linear(hidden.double(), *reference)
+    (0.75 * F.cross_entropy(logits, targets, reduction="sum")).backward()
+    limit = 1e-5 if dtype == torch.float32 else 0.02
+    for found, exactly in zip(wide, reference, strict=True):
+        assert found.grad is not None
+        assert exactly.grad is not None
+        assert found.grad.dtype == torch.float32
+        assert float((found.grad - exactly.grad).norm() / exactly.grad.norm()) < limit
+
+
 def test_in_bf16_the_loss_is_summed_in_fp32() -> None:
     hidden, weight, bias, targets = inputs(torch.bfloat16)
     expected = exact(hidden, weight, bias, targets)

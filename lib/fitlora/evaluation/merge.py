@@ -1,15 +1,16 @@
 """The adapter into the weights: W' = W + scale * B A, shard by shard.
 
-The result is an ordinary model: in bfloat16, or in 4 bits again, which rounds each changed weight once
-more. By default it is made from the 4-bit weights as the training step dequantizes them, since those
-are what the adapter learned to correct; the original weights are slightly better ones, but not the
-ones that it was fitted to. How far a merge is from what was trained is measured (`gate`), not assumed.
+What was trained as a whole (biases, saved modules) takes the place of the base's. The result is an
+ordinary model: in bfloat16, or in 4 bits again, which rounds each changed weight once more. By default
+it is made from the 4-bit weights as the training step dequantizes them, since those are what the adapter
+learned to correct; the original weights are slightly better ones, but not the ones that it was fitted
+to. How far a merge is from what was trained is measured (`gate`), not assumed.
 """
 
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,10 +45,10 @@ PREFIX = "base_model.model."
 _MAGNITUDE = "magnitude_vector"
 # Settings of an adapter that say nothing of what its product is; every other one must be off.
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode",
     "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
-    "target_modules", "task_type", "use_dora", "use_rslora",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
+    "revision", "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 # Ways to start an adapter that leave the base model's weights alone.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -136,7 +137,7 @@ def merge_checkpoint(
             if tensors:
                 writer.write_shard(file, tensors)
         size = writer.finish(content if bits == 4 else bfloat16_config(content))
-    say(f"{len(updates)} adapters merged into the {base} weights: {format_bytes(size)}")
+    say(f"{len(updates)} updates merged into the {base} weights: {format_bytes(size)}")
 
 
 Shard = dict[str, Tensor | Pending]
@@ -180,11 +181,11 @@ def _shard_in_4_bits(
     return tensors
 
 
-def read_adapter(folder: Path) -> dict[str, Update]:
-    """A peft LoRA folder, by the name of the weight that each update belongs to.
+def read_adapter(folder: Path) -> dict[str, Update | Tensor]:
+    """A peft LoRA folder, by the name of the weight that each update, or tensor instead, belongs to.
 
-    Raises UserError for an adapter that is more than A, B and magnitudes of linear layers (trained
-    biases, saved modules, ranks by layer, …), by the name of its setting or tensor.
+    Raises UserError for an adapter that is more than A, B and magnitudes of linear layers, biases and
+    saved modules (ranks by layer, …), by the name of its setting or tensor.
     """
     config = _adapter_config(folder)
     alpha, rank = config["lora_alpha"], config["r"]
@@ -196,16 +197,22 @@ def read_adapter(folder: Path) -> dict[str, Update]:
     dims = {"A.weight": 2, "B.weight": 2}
     if config.get("use_dora"):
         dims[_MAGNITUDE] = 1
+    saved = tuple(config.get("modules_to_save") or ())
     layers: dict[str, dict[str, Tensor]] = {}
+    updates: dict[str, Update | Tensor] = {}
     for name, tensor in tensors.items():
-        module, _, leaf = name.removeprefix(PREFIX).rpartition(".lora_")
-        if not name.startswith(PREFIX) or tensor.dim() != dims.get(leaf):
+        require_finite(name, tensor)
+        within = name.removeprefix(PREFIX)
+        whole, _, part = within.rpartition(".")
+        if whole.endswith(saved) or (part == "bias" and config.get("bias", "none") != "none"):
+            updates[f"{whole.removesuffix('.base_layer')}.{part}"] = tensor
+            continue
+        module, _, leaf = within.rpartition(".lora_")
+        if within == name or tensor.dim() != dims.get(leaf):
             raise UserError(
                 f"{file}: {name} is no part of a linear layer's LoRA; it cannot be merged"
             )
-        require_finite(name, tensor)
         layers.setdefault(module, {})[leaf.removesuffix(".weight")] = tensor
-    updates = {}
     for module, pair in layers.items():
         for side, other in (("A", "B"), ("B", "A")):
             if side not in pair:
@@ -238,9 +245,11 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), int | float) or config[key] <= 0:
             raise ArtifactError(f"{path} is damaged: {key} is {config.get(key)!r}")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ArtifactError(f"{path} is damaged: modules_to_save is {saved!r}")
     for key, value in config.items():
-        off = value == "none" if key == "bias" else not value
-        if key not in _HARMLESS and not off:
+        if key not in _HARMLESS and value:
             raise UserError(
                 f"{path}: {key} is {value!r}, a kind of LoRA that cannot be merged here"
             )
@@ -270,23 +279,24 @@ def _check_updates(
     adapter: Path,
     source: Path,
     content: dict[str, Any],
-    updates: dict[str, Update],
+    updates: Mapping[str, Update | Tensor],
     given: _Stored,
 ) -> None:
     """Every update must find its weight."""
     for name, update in updates.items():
         if name not in given.infos:
             raise UserError(f"{adapter} has an update of {name}, which {source} does not have")
-        if name == "lm_head.weight" and content.get("tie_word_embeddings"):
+        table = name == "lm_head.weight" or (isinstance(update, Tensor) and update.dim() > 1)
+        if table and content.get("tie_word_embeddings"):
             raise UserError(
-                f"{adapter} has an update of {name}, which is tied to the embedding; merging would "
-                "change both"
+                f"{adapter} has an update of {name}, and this model's embedding is its head as well; "
+                "merging would change both"
             )
         state = given.states.get(name)
         shape = given.infos[name].shape if state is None else tuple(state["shape"])
-        if shape != update.shape:
+        if shape != tuple(update.shape):
             raise UserError(
-                f"{adapter}: the update of {name} is {update.shape}, the weight {shape}"
+                f"{adapter}: the update of {name} is {tuple(update.shape)}, the weight {shape}"
             )
 
 
@@ -303,7 +313,7 @@ class _Merge:
     def __init__(
         self,
         given: _Stored,
-        updates: dict[str, Update],
+        updates: Mapping[str, Update | Tensor],
         device: torch.device,
         compute_dtype: torch.dtype,
     ) -> None:
@@ -314,10 +324,13 @@ class _Merge:
 
     def tensor(self, name: str, info: TensorInfo, advance: Advance, read_bytes: int) -> Tensor:
         """The tensor as the merged model has it in 16 bits, on the CPU."""
-        given = self._given
-        weight = self._dequantized(name) if name in given.states else given.checkpoint.tensor(name)
-        update = self.updates.get(name)
-        merged = weight.to("cpu", info.dtype) if update is None else self._sum(weight, update)
+        given, update = self._given, self.updates.get(name)
+        if isinstance(update, Tensor):
+            merged = update.to(info.dtype)
+        else:
+            stored = name not in given.states
+            weight = given.checkpoint.tensor(name) if stored else self._dequantized(name)
+            merged = weight.to("cpu", info.dtype) if update is None else self._sum(weight, update)
         if info.dtype.is_floating_point:
             require_finite(name, merged)
         advance(read_bytes)

@@ -125,13 +125,15 @@ def check_adapter(folder: Path, lora: LoraParams) -> None:
         raise ArtifactError(f"{path} is missing; make it with: dvc repro train_adapters") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); {again}") from None
-    unsaid = {"use_rslora": False, "use_dora": False}
+    unsaid = {"use_rslora": False, "use_dora": False, "bias": "none", "modules_to_save": None}
     described = {**unsaid, **content} if isinstance(content, dict) else {}
     agreed = (
         ("r", lora.r),
         ("lora_alpha", lora.alpha),
         ("use_rslora", lora.rslora),
         ("use_dora", lora.dora),
+        ("bias", lora.bias),
+        ("modules_to_save", sorted(lora.modules_to_save) or None),
     )
     for key, wanted in agreed:
         found = described.get(key)

@@ -48,7 +48,7 @@ class Freedom:
             recompute=model.by_hand or not start.streamed_layers,
             stream=on_gpu,
             checkpoints=on_gpu and model.by_hand,
-            embedding=head if model.tied else on_gpu,
+            embedding=head if model.tied else on_gpu and model.embedding_moves,
             head=head,
             # bitsandbytes' optimizers have states of their own kind, and pages of their own
             optimizer=on_gpu and start.optimizer == "adamw",

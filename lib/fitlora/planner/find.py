@@ -52,7 +52,7 @@ def find_plan(
         replay=estimator.replayed,
         tokens=load.tokens,
         seen=list(known),
-        shape=Shape.of(config, bits=params.quantization.bits, rank=rank),
+        shape=Shape.of(config, bits=params.quantization.bits, rank=rank, whole=model.trained_whole),
     )
     probes: list[ProbeResult] = []
     for choice in search.fitting():

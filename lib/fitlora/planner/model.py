@@ -3,16 +3,18 @@
 Apart from the search, which imports no torch.
 """
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from fitlora.plan import Plan
 from fitlora.planner.size import ModelSize
 from fitlora.step.build import step_skeleton
 from fitlora.step.settings import StepSettings
+from fitlora.step.whole import whole_parameters
 
 
 def model_size(config: Any, settings: StepSettings) -> ModelSize:
-    """The model's size, and whether its layers have a step by hand. config: a transformers config."""
+    """The model's size, with what the settings make of it. config: a transformers config."""
     any_plan = Plan(
         device="cpu",
         effective_batch_size=1,
@@ -23,4 +25,13 @@ def model_size(config: Any, settings: StepSettings) -> ModelSize:
         optimizer="adamw",
         loss_chunk_tokens=1,
     )
-    return ModelSize.of(config, by_hand=bool(step_skeleton(config, any_plan, settings).layers))
+    skeleton, size = step_skeleton(config, any_plan, settings), ModelSize.of(config)
+    model = cast(Any, skeleton.model)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return replace(
+        size,
+        embedding_moves=not embedding.requires_grad,
+        head_moves=size.head_moves and not head.requires_grad,
+        by_hand=bool(skeleton.layers),
+        trained_whole=sum(p.numel() for p in whole_parameters(model).values()),
+    )

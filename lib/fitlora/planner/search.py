@@ -212,10 +212,12 @@ def _placed(params: Params, model: ModelSize) -> dict[str, Any]:
                 "one table for both; set them alike, or one of them to auto"
             )
         sides["embedding"] = sides["head"] = "host"
-    if sides["head"] == "host" and not model.head_moves:
-        raise UserError(
-            "plan.head is host, and this model caps its logits, which needs it on the device"
-        )
+    for side, moves in (("embedding", model.embedding_moves), ("head", model.head_moves)):
+        if sides[side] == "host" and not moves:
+            raise UserError(
+                f"plan.{side} is host, and it has to be on the device where it is trained "
+                "(lora.modules_to_save), and a head also where the model caps its logits"
+            )
     if sides["optimizer_device"] == "host" and params.train.optimizer != "adamw":
         raise UserError(
             f"plan.optimizer_device is host, and train.optimizer {params.train.optimizer} has kernels "

@@ -11,17 +11,19 @@ class ModelSize:
     layers: int
     vocabulary: int
     tied: bool = False  # the head's table is the embedding's
-    head_moves: bool = True  # the head can be on the host
+    embedding_moves: bool = True  # the embedding can be on the host
+    head_moves: bool = True
     by_hand: bool = True  # its layers have a step by hand (`fitlora.step.families`)
 
+    trained_whole: int = 0  # parameters that are trained beside the adapters
+
     @classmethod
-    def of(cls, config: Any, *, by_hand: bool = True) -> "ModelSize":
-        """Of a transformers config."""
+    def of(cls, config: Any) -> "ModelSize":
+        """Of a transformers config, as far as that tells."""
         text = config.get_text_config()
         return cls(
             layers=text.num_hidden_layers,
             vocabulary=text.vocab_size,
             tied=bool(getattr(config, "tie_word_embeddings", False)),
             head_moves=not getattr(text, "final_logit_softcapping", None),
-            by_hand=by_hand,
         )

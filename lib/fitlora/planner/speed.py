@@ -53,11 +53,14 @@ class Shape:
     vocabulary: int
     weight_bytes: float  # of a frozen weight of a layer, as it is stored
     dequantized: bool
-    adapters: int  # parameters
+    adapters: int  # parameters, with those that are trained beside them
 
     @classmethod
-    def of(cls, config: Any, *, bits: int, rank: int) -> "Shape | None":
-        """Of a transformers config; None for what is no dense decoder with a gated MLP."""
+    def of(cls, config: Any, *, bits: int, rank: int, whole: int = 0) -> "Shape | None":
+        """Of a transformers config; None for what is no dense decoder with a gated MLP.
+
+        whole: parameters that are trained beside the adapters.
+        """
         text = config.get_text_config()
         hidden, inner = (getattr(text, n, None) for n in ("hidden_size", "intermediate_size"))
         heads = getattr(text, "num_attention_heads", None)
@@ -78,7 +81,7 @@ class Shape:
             # 4 bits, a scale of 8 bits for 64 weights, and the scales' own: 4.13 bits
             weight_bytes=4.13 / 8 if bits == 4 else 2.0,
             dequantized=bits == 4,
-            adapters=text.num_hidden_layers * rank * (ends + 3 * (hidden + inner)),
+            adapters=text.num_hidden_layers * rank * (ends + 3 * (hidden + inner)) + whole,
         )
 
     def weights(self, *parts: str) -> int:

@@ -32,6 +32,7 @@ from fitlora.step.settings import StepSettings
 from fitlora.step.skeleton import skeleton
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import Weights
+from fitlora.step.whole import train_whole
 
 
 @dataclass(frozen=True)
@@ -212,13 +213,20 @@ def add_adapters(model: nn.Module, lora: LoraParams) -> None:
         warnings.filterwarnings("ignore", message="Unsupported layer type")
         inject_adapter_in_model(config, model, LoraLinear.adapter, low_cpu_mem_usage=True)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_(".lora_" in name)
+    train_whole(model, lora)
 
 
 def make_optimizer(
     parameters: list[nn.Parameter], kind: Optimizer, train: TrainParams, weights: Weights
 ) -> torch.optim.Optimizer:
     """AdamW by PyTorch (fused: no temporaries), or bitsandbytes' 8-bit and paged ones."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        # biases, norms and magnitudes are not drawn to zero
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
     settings: dict[str, Any] = {
         "lr": train.learning_rate,
         "betas": (train.beta1, train.beta2),
@@ -226,7 +234,7 @@ def make_optimizer(
         "weight_decay": train.weight_decay,
     }
     if kind == "adamw":
-        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
+        optimizer = torch.optim.AdamW(groups, fused=True, **settings)
         # every device that a step is on can; tensors on meta are what an estimate has
         cast(Any, optimizer)._need_device_dtype_check_for_fused = False
         return optimizer
@@ -238,7 +246,7 @@ def make_optimizer(
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }[kind]
     with unset_fake_temporarily():  # its code books are computed, and need numbers
-        optimizer = make(parameters, **settings)
+        optimizer = make(groups, **settings)
     if weights.device.type == "meta":
         optimizer.is_paged = False  # pages are the driver's; an estimate finds these states by size
     for name, book in optimizer.name2qmap.items():

@@ -42,10 +42,10 @@ def _norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 class DoraProduct(torch.autograd.Function):
-    """x W^T + bias with DoRA's change. x: (…, in), a: (r, in), b: (out, r), m: (out,) -> (…, out).
+    """x W^T with DoRA's change. x: (…, in), a: (r, in), b: (out, r), m: (out,) -> (…, out).
 
     With u = x' W^T + s x' A^T B^T, x' = dropout(x) and c = m / ||V||, the output is
-    c u + (x - x') W^T + bias. Saved: x, h = x' A^T, u and ||V||.
+    c u + (x - x') W^T. Saved: x, h = x' A^T, u and ||V||.
     """
 
     @staticmethod
@@ -62,8 +62,6 @@ class DoraProduct(torch.autograd.Function):
         y = u * (m / norms).to(x.dtype)
         if layer.dropout > 0.0:
             y.addmm_(x2 - dropped, weight.t())
-        if layer.frozen.bias is not None:
-            y.add_(layer.frozen.bias)
         ctx.layer = layer
         ctx.save_for_backward(x, h, u, norms, a, b, m)
         return y.view(*x.shape[:-1], -1)

@@ -15,6 +15,7 @@ from fitlora.model import decoder_layers
 from fitlora.step.group import LinearGroup
 from fitlora.step.layer import DecoderLayer, Norm
 from fitlora.step.linear import FrozenLinear, Linear4bit, LoraLinear
+from fitlora.step.whole import whole_parameters
 
 FAMILIES = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text"}
@@ -45,6 +46,9 @@ def recognise(model: nn.Module) -> tuple[list[DecoderLayer], str]:
     layers = decoder_layers(model)
     if any(isinstance(m, LoraLinear) and m.magnitude is not None for m in model.modules()):
         return [], "DoRA has no step by hand"
+    whole = next(iter(whole_parameters(model)), None)
+    if whole is not None:
+        return [], f"{whole} is trained, and by hand adapters alone are"
     foreign = next((name for layer in layers for name in _foreign(layer)), None)
     if foreign is not None:
         return [], f"its {foreign} is no frozen linear layer"

@@ -23,7 +23,7 @@ from fitlora.step.dora import DoraProduct, Magnitude, row_norms
 
 
 class FrozenLinear(nn.Linear):
-    """A 16- or 32-bit linear layer whose weight is not trained.
+    """A 16- or 32-bit linear layer whose weight is not trained; its bias may be.
 
     It is an `nn.Linear` in all but its gradient, so that checkpoints load into it as they are.
     """
@@ -37,7 +37,7 @@ class FrozenLinear(nn.Linear):
         out.copy_(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        return cast(Tensor, _FrozenProduct.apply(input, self))
+        return cast(Tensor, _FrozenProduct.apply(input, self.bias, self))
 
 
 class Linear4bit(nn.Module):
@@ -108,7 +108,7 @@ class Linear4bit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _FrozenProduct.apply(x, self))
+        return cast(Tensor, _FrozenProduct.apply(x, self.bias, self))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
@@ -124,21 +124,30 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addmm(bias.to(x.dtype), x, weight.t())
 
 
+def bias_grad(ctx: Any, dy: Tensor, index: int) -> Tensor | None:
+    """The gradient of the bias that is a function's input number `index`: dy's sum, float32 (out,).
+
+    dy: (tokens, out). None where it is frozen, or there is none.
+    """
+    return dy.sum(0, dtype=torch.float32) if ctx.needs_input_grad[index] else None
+
+
 class _FrozenProduct(torch.autograd.Function):
     """x W^T + b with nothing saved: backward asks the layer for its weight again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: AnyFrozenLinear) -> Tensor:
-        ctx.layer = layer
-        y = _product(x.reshape(-1, x.shape[-1]), layer.compute_weight(x.dtype), layer.bias)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: AnyFrozenLinear) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        y = _product(x.reshape(-1, x.shape[-1]), layer.compute_weight(x.dtype), bias)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (dy,) = grads
-        weight = ctx.layer.compute_weight(dy.dtype)
-        dx = torch.mm(dy.reshape(-1, dy.shape[-1]), weight)
-        return dx.view(*dy.shape[:-1], -1), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(dy, ctx.layer.compute_weight(dy.dtype)).view(ctx.shape)
+        return dx, bias_grad(ctx, dy, 1), None
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -150,10 +159,11 @@ class _LoraProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: "LoraLinear") -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, layer: "LoraLinear"
+    ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
-        base = layer.frozen
-        y = _product(x2, base.compute_weight(x.dtype), base.bias)
+        y = _product(x2, layer.frozen.compute_weight(x.dtype), bias)
         dropped = layer.dropped(x2)
         h = torch.mm(dropped, a.to(x.dtype).t())
         del dropped
@@ -163,9 +173,7 @@ class _LoraProduct(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, h, a, b = ctx.saved_tensors
         layer: LoraLinear = ctx.layer
         dy = grads[0].reshape(-1, grads[0].shape[-1])
@@ -180,7 +188,7 @@ class _LoraProduct(torch.autograd.Function):
             dx = torch.mm(dy, layer.frozen.compute_weight(dy.dtype))
             layer.add_dropped_grad(dx, dh, a.to(dy.dtype))
             dx = dx.view(ctx.shape)
-        return dx, da, db, None
+        return dx, da, db, bias_grad(ctx, dy, 3), None
 
 
 class LoraLinear(nn.Module, LoraLayer):
@@ -267,5 +275,6 @@ class LoraLinear(nn.Module, LoraLayer):
             return cast(Tensor, self.frozen(x))
         a, b = (cast(nn.Linear, part[self.adapter]).weight for part in (self.lora_A, self.lora_B))
         if self.magnitude is not None:
-            return cast(Tensor, DoraProduct.apply(x, a, b, self.magnitude, self))
-        return cast(Tensor, _LoraProduct.apply(x, a, b, self))
+            y = cast(Tensor, DoraProduct.apply(x, a, b, self.magnitude, self))
+            return y if self.frozen.bias is None else y + self.frozen.bias.to(y.dtype)
+        return cast(Tensor, _LoraProduct.apply(x, a, b, self.frozen.bias, self))

@@ -24,11 +24,14 @@ def head_loss(
     bias: Tensor | None = None,
     softcap: float = 0.0,
     gradient: bool = True,
+    weight_grad: Tensor | None = None,
+    bias_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`scale` times the summed cross-entropy of `targets` under the head, and the gradient of hidden.
 
     hidden: (rows, hidden), weight: (vocabulary, hidden), targets: int64 (rows,). softcap: above 0,
-    logits are softcap * tanh(logits / softcap). Returns float32 () and, with `gradient`, (rows, hidden).
+    logits are softcap * tanh(logits / softcap). weight_grad, bias_grad: float32, where the head's own
+    gradients are added, with `gradient`. Returns float32 () and, with `gradient`, (rows, hidden).
     """
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     grad = torch.empty_like(hidden) if gradient else None
@@ -40,6 +43,10 @@ def head_loss(
         cross_entropy(logits, targets[part], scale, softcap, losses[part], gradient)
         if grad is not None:
             torch.mm(logits, weight, out=grad[part])
+        if weight_grad is not None:
+            weight_grad.add_(torch.mm(logits.t(), hidden[part]))
+        if bias_grad is not None:
+            bias_grad.add_(logits.sum(0, dtype=torch.float32))
         del logits
     return losses.sum().mul_(scale), grad
 
@@ -56,17 +63,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int,
         gradient: bool,
     ) -> Tensor:
+        # of a head that is trained, which is kept in float32 and computed with as hidden is
+        learned = [
+            torch.zeros_like(part) if gradient and part is not None and part.requires_grad else None
+            for part in (weight, bias)
+        ]
         total, grad = head_loss(
-            hidden, weight, targets, scale=scale, chunk=chunk, bias=bias, gradient=gradient
+            hidden,
+            weight.to(hidden.dtype),
+            targets,
+            scale=scale,
+            chunk=chunk,
+            bias=bias,
+            gradient=gradient,
+            weight_grad=learned[0],
+            bias_grad=learned[1],
         )
-        if grad is not None:
-            ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad, *learned)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad.mul_(grads[0]), None, None, None, None, None, None
+        parts = [None if part is None else part.mul_(grads[0]) for part in ctx.saved_tensors]
+        return *parts, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -80,10 +99,12 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """`scale` times the summed cross-entropy of `targets` under the head `weight`.
 
-    hidden: (rows, hidden), weight: (vocabulary, hidden), frozen; targets: int64 (rows,). Returns a
-    float32 scalar. Backward may be called once.
+    hidden: (rows, hidden), weight: (vocabulary, hidden), bias: (vocabulary,); each may be trained.
+    targets: int64 (rows,). Returns a float32 scalar. Backward may be called once.
     """
-    need_grad = torch.is_grad_enabled() and hidden.requires_grad
+    need_grad = torch.is_grad_enabled() and any(
+        part is not None and part.requires_grad for part in (hidden, weight, bias)
+    )
     return cast(
         Tensor,
         _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, scale, chunk, need_grad),

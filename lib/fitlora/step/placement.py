@@ -61,6 +61,11 @@ class Placement:
         if plan.head == "host" and getattr(ends.config, "final_logit_softcapping", None):
             raise UserError("this model caps its logits, which needs the Plan's head on the device")
         for place, module in ((plan.embedding, embed), (plan.head, head)):
+            if place == "host" and module.weight.requires_grad:
+                raise UserError(
+                    "lora.modules_to_save trains a table that plan.embedding or plan.head puts on the "
+                    "host; set those to auto or device"
+                )
             if place == "host" and id(module.weight) not in places:
                 places[id(module.weight)] = move.reserve_like(
                     module.weight, "vocabulary tables", alike=True

@@ -37,7 +37,7 @@ class Weights(Protocol):
         """A frozen weight. name: as in the model without adapters; like: on meta."""
 
     def adapter(self, name: str, like: Tensor) -> Tensor:
-        """An adapter's weight, float32."""
+        """An adapter's weight, float32, or what is trained with it (`fitlora.step.whole`)."""
 
     def constant(self, name: str, value: Tensor) -> Tensor:
         """A buffer that the model computed by itself."""
@@ -180,11 +180,12 @@ def fill(model: nn.Module, weights: Weights) -> None:
             if parameter is None:
                 continue
             if id(parameter) not in done:
-                name = f"{plain}.{leaf}" if plain else leaf
-                give = weights.adapter if parameter.requires_grad else weights.frozen
-                done[id(parameter)] = nn.Parameter(
-                    give(name, parameter), requires_grad=parameter.requires_grad
-                )
+                name, learns = f"{prefix}.{leaf}", parameter.requires_grad
+                if learns and (".lora_" in name or not weights.fresh):
+                    value = weights.adapter(name, parameter)
+                else:  # what is trained as a whole starts as it is stored
+                    value = weights.frozen(f"{plain}.{leaf}" if plain else leaf, parameter)
+                done[id(parameter)] = nn.Parameter(value, requires_grad=learns)
             module._parameters[leaf] = done[id(parameter)]
         for leaf, buffer in module._buffers.items():
             if buffer is None:

@@ -20,8 +20,8 @@ from fitlora.params import LoraParams
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode",
     "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
-    "target_modules", "task_type", "use_dora", "use_rslora",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
+    "revision", "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 # Ways to start an adapter that leave the base model's weights alone.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -33,11 +33,17 @@ def read_start(folder: Path, lora: LoraParams) -> dict[str, Tensor]:
     Raises UserError where it is missing, damaged, of another kind, or not what `lora` says.
     """
     config = _read_config(folder)
+    saved = config.get("modules_to_save") or []
     wanted = {
         "lora.r": (lora.r, config.get("r")),
         "lora.alpha": (lora.alpha, config.get("lora_alpha")),
         "lora.rslora": (lora.rslora, bool(config.get("use_rslora", False))),
         "lora.dora": (lora.dora, bool(config.get("use_dora", False))),
+        "lora.bias": (lora.bias, config.get("bias", "none")),
+        "lora.modules_to_save": (
+            sorted(lora.modules_to_save),
+            sorted(map(str, saved)) if isinstance(saved, list) else saved,
+        ),
     }
     problems = [
         f"its {name.removeprefix('lora.')} is {found!r} and {name} is {asked!r}; set {name}: {found!r}"
@@ -49,8 +55,6 @@ def read_start(folder: Path, lora: LoraParams) -> dict[str, Tensor]:
     for key, value in config.items():
         if key not in _HARMLESS and value:
             problems.append(f"its {key} is {value!r}, a kind of LoRA that FitLoRA does not train")
-    if config.get("bias", "none") != "none":
-        problems.append("it has trained biases, and FitLoRA trains none")
     if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
         problems.append(
             f"its init_lora_weights is {config['init_lora_weights']!r}, which changed the base model"
@@ -96,6 +100,6 @@ def check_start(folder: Path, state: Mapping[str, Tensor], wanted: Mapping[str, 
 
 
 def _leaves(names: Iterable[str]) -> str:
-    layers = {name.partition(".lora_")[0] for name in names}
+    layers = {name.partition(".lora_")[0].removesuffix(".weight") for name in names}
     leaves = sorted({layer.rpartition(".")[2] for layer in layers})
     return f"{len(layers)} layers ({', '.join(leaves)})"
