@@ -1,7 +1,7 @@
 """What switched precision and frozen layers cost, and what they buy.
 
-    python -m benchmarks.precision_and_freezing --parts overflow frozen_loss      # a CPU is enough
-    python -m benchmarks.precision_and_freezing --parts precision frozen          # on a GPU
+    python -m benchmarks.precision_and_freezing --parts overflow frozen_loss frozen    # on a CPU
+    python -m benchmarks.precision_and_freezing --parts precision frozen               # on a GPU
 
 `overflow`: the shipped model with its up projections 2**k times as large and its down projections as
 much smaller: the same function in every precision that can hold it, and beyond float16's largest number.
@@ -13,8 +13,13 @@ against the same run in bfloat16, and the same without switching ends at once.
 mean over all choices of a number, so nothing is left to chance but the seed; the measure's choice and
 the lowest layers are two of them.
 
-`precision`, `frozen`: an optimizer step on random weights of --model's shape: its time and peak, and
-what was predicted of them.
+`precision`, `frozen`: an optimizer step on random weights of --models' shapes: its time and peak, what
+was predicted of them, and of `frozen` what that is beside nothing frozen. On the CPU, which has no
+allocator to ask, the peak is of live tensors as an estimate counts them; time is the processor's, as
+others use it too; and what the speed model has to know of it is measured here.
+
+`frozen_run`, of `frozen` where the shipped model is among --models: its training, and the memory that
+was predicted before it.
 """
 
 import argparse
@@ -34,28 +39,39 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.common import ROOT, SHAPES, device_label, shape_config, write_result
-from fitlora.artifacts import Hardware
+from fitlora.artifacts import Hardware, Rates
 from fitlora.device import give_back_memory
 from fitlora.errors import UserError
 from fitlora.hardware import profile
-from fitlora.memory.estimate import Estimator, Load, sequences_of
+from fitlora.memory.estimate import Estimator, Load, rehearse, sequences_of, trace_step
 from fitlora.model import load_config
 from fitlora.params import HardwareParams, Params, check_params
 from fitlora.plan import Plan
+from fitlora.planner.freezing import planned
 from fitlora.planner.search import loss_chunk
 from fitlora.planner.speed import Shape, forecast
 from fitlora.quantization.layout import QuantSpec
 from fitlora.quantization.quantize import quantize_checkpoint
+from fitlora.rates import COPY_BYTES, copy_rate
 from fitlora.step.build import build_step
 from fitlora.step.network import HandNetwork
 from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import RandomWeights
 from fitlora.training.data import load_splits
 from fitlora.training.run import Places, train
 
 PARTS = ("overflow", "frozen_loss", "precision", "frozen")
+SAMPLE, SAMPLE_MODEL = "sample", ROOT / "assets" / "sample_model"
+# what a CPU computes in a second
+SMALL, SMALL_SHAPE = "small", {
+    "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 4096,
+}  # fmt: skip
 SHARES = (0.25, 0.5, 0.75)
-WARM_STEPS, TIMED_STEPS = 2, 3
+RANK = 16
+ROUNDS = 6  # of timed steps
+RUN_STEPS = 3  # of a run whose memory alone is asked for
 MICRO_BATCHES = 2  # of a step of the shipped task
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # compute_dtype, layer_dtype
@@ -80,7 +96,7 @@ class Sample:
         self.folder, self.hardware = folder, hardware
         source, self.checkpoint = folder / "model", folder / "quantized"
         source.mkdir(parents=True)
-        for file in (ROOT / "assets" / "sample_model").iterdir():
+        for file in SAMPLE_MODEL.iterdir():
             (source / file.name).write_bytes(file.read_bytes())
         weights = load_file(source / "model.safetensors")
         for name, weight in weights.items():
@@ -265,100 +281,180 @@ def _loss_of(sample: Sample, params: Params, dtype: str, frozen: Sequence[int]) 
 # --- what a step costs ---------------------------------------------------------------------------
 
 
-def cases_of(args: argparse.Namespace, part: str, layers: int) -> Iterator[dict[str, Any]]:
-    """What differs of the Plans."""
-    if part == "precision":
-        for dtype, in_place in PRECISIONS:
-            yield {"compute_dtype": dtype, "layer_dtype": in_place}
-        return
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    for recomputed in (0, layers):
-        for share in (0.0, *SHARES):
-            for lowest in (0, 1) if share else (0,):
-                frozen = range(lowest, lowest + min(layers - 1, round(share * layers)))
-                yield {
-                    "compute_dtype": dtype,
-                    "frozen_layers": tuple(frozen),
-                    "recompute_layers": tuple(range(recomputed)),
-                }
+def config_of(model: str) -> Any:
+    if model == SAMPLE:
+        return load_config(SAMPLE_MODEL)
+    return shape_config("tiny", **SMALL_SHAPE) if model == SMALL else shape_config(model)
 
 
-def costs(args: argparse.Namespace, hardware: Hardware, part: str) -> Iterator[Row]:
-    """A step's time and peak, and what was predicted of both."""
-    config = shape_config(args.model)
-    settings = StepSettings.of(
-        check_params({"lora": {"r": 16, "alpha": 32, "dropout": 0.0}, "train": {}})
-    )
-    load = Load.uniform(args.micro_batch, args.tokens)
-    estimator = Estimator(config, settings, load, hardware)
-    shape = Shape.of(config, bits=4, rank=16)
-    assert shape is not None
-    for case in cases_of(args, part, config.num_hidden_layers):
-        plan = Plan.model_validate(
-            {
-                "device": hardware.device,
-                "effective_batch_size": args.micro_batch,
-                "micro_batch_size": args.micro_batch,
-                "evaluation_batch_size": args.micro_batch,
-                "sequence_length": args.tokens,
-                "optimizer": "adamw",
-                "loss_chunk_tokens": loss_chunk(config.vocab_size),
-                **case,
-            }
+class Costs:
+    """Steps of one model: what they are predicted to take, and take."""
+
+    def __init__(self, model: str, args: argparse.Namespace, hardware: Hardware) -> None:
+        self.model, self.config, self.hardware = model, config_of(model), hardware
+        self.layers = int(self.config.num_hidden_layers)
+        self.load = Load.uniform(args.micro_batch, args.tokens)
+        self.tokens = self.load.tokens(args.micro_batch)
+        self.device = torch.device(hardware.device)
+        self.plan = Plan(
+            device=hardware.device,
+            effective_batch_size=args.micro_batch,
+            micro_batch_size=args.micro_batch,
+            evaluation_batch_size=args.micro_batch,
+            sequence_length=args.tokens,
+            compute_dtype="bfloat16" if hardware.device == "cuda" else "float32",
+            optimizer="adamw",
+            loss_chunk_tokens=loss_chunk(self.config.vocab_size),
         )
-        tokens = args.micro_batch * args.tokens
-        expected = forecast(plan, shape, hardware.rates, tokens)
-        row: Row = {
-            "part": part,
-            "model": args.model,
-            "sequence_length": args.tokens,
-            "micro_batch": args.micro_batch,
+        shape = Shape.of(self.config, bits=4, rank=RANK)
+        assert shape is not None
+        self.shape = shape
+
+    @staticmethod
+    def settings(**train: Any) -> StepSettings:
+        lora = {"r": RANK, "alpha": 2 * RANK, "dropout": 0.0}
+        return StepSettings.of(check_params({"lora": lora, "train": train}))
+
+    def predicted(self, plan: Plan, settings: StepSettings) -> Row:
+        """The plan, and what is predicted of it."""
+        estimate = Estimator(self.config, settings, self.load, self.hardware)(plan)
+        speed = forecast(plan, self.shape, self.hardware.rates, self.tokens)
+        return {
+            "model": self.model,
+            "sequence_length": plan.sequence_length,
+            "micro_batch": plan.micro_batch_size,
             "compute_dtype": plan.compute_dtype,
             "layer_dtype": plan.layer_dtype,
             "frozen_layers": len(plan.frozen_layers),
             "backward_ends_at_layer": plan.lowest_learning,
             "recomputed_layers": len(plan.recompute_layers),
-            "predicted_allocated_bytes": estimator(plan).peak_allocated_bytes,
-            "predicted_tokens_per_second": None if expected is None else expected.tokens_per_second,
+            "predicted_allocated_bytes": estimate.peak_allocated_bytes,
+            "predicted_tokens_per_second": None if speed is None else speed.tokens_per_second,
         }
-        try:
-            row |= measure(config, plan, settings, load)
-        except Exception as error:  # a row that says so, and the next case
-            row["error"] = f"{type(error).__name__}: {error}"[:300]
-        yield row
 
+    def build(self, plan: Plan) -> TrainingStep:
+        gc.collect()
+        give_back_memory()
+        return build_step(self.config, plan, self.settings(), RandomWeights(self.device))
 
-def measure(config: Any, plan: Plan, settings: StepSettings, load: Load) -> Row:
-    """Median seconds of a step, and the allocator's peaks."""
-    gc.collect()
-    give_back_memory()
-    device = torch.device(plan.device)
-    if device.type == "cuda":
+    def peak(self, step: TrainingStep, settings: StepSettings) -> Row:
+        """Of what an estimate traces, as the step's plan and `settings` have it."""
+        if self.device.type == "cpu":
+            weights = RandomWeights(self.device)
+            found = trace_step(self.config, step.plan, settings, self.load, weights)
+            return {"measured_allocated_bytes": found.peak_bytes}
         torch.cuda.reset_peak_memory_stats()
-    step = build_step(config, plan, settings, RandomWeights(device))
-    batch = sequences_of(load.train)
-    seconds = []
-    for index in range(WARM_STEPS + TIMED_STEPS):
-        start = time.perf_counter()
-        result = step.run(
-            batch, step=index, learning_rate=1e-5, accept=lambda loss, norm: math.isfinite(loss)
-        )
-        float(result.loss)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[WARM_STEPS:])
-    found: Row = {
-        "step_seconds": median,
-        "tokens_per_second": result.tokens / median,
-        "loss": float(result.loss),
-        "measured_allocated_bytes": None,
-        "measured_reserved_bytes": None,
-    }
+        step.settings = settings
+        rehearse(step, self.load)
+        return {
+            "measured_allocated_bytes": torch.cuda.max_memory_allocated(),
+            "measured_reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
+
+    def speeds(self, step: TrainingStep, plans: Sequence[Plan]) -> list[Row]:
+        """Each plan's fastest step, as what others do on the machine only adds.
+
+        The plans take turns, so that they all have the same machine.
+        """
+        batch = sequences_of(self.load.train)
+        clock = time.perf_counter if self.device.type == "cuda" else time.process_time
+        fastest = [math.inf] * len(plans)
+        for _ in range(ROUNDS):
+            for index, plan in enumerate(plans):
+                step.adopt(plan)
+                for _ in range(2):  # the first makes the optimizer's states
+                    start = clock()
+                    float(step.run(batch, step=0, learning_rate=1e-5).loss)
+                    _wait(self.device)
+                    seconds = clock() - start
+                fastest[index] = min(fastest[index], seconds)
+        return [{"step_seconds": s, "tokens_per_second": self.tokens / s} for s in fastest]
+
+
+def _wait(device: torch.device) -> None:
+    """Lets a GPU finish."""
     if device.type == "cuda":
-        found["measured_allocated_bytes"] = torch.cuda.max_memory_allocated()
-        found["measured_reserved_bytes"] = torch.cuda.max_memory_reserved()
+        torch.cuda.synchronize()
+
+
+def precision_costs(args: argparse.Namespace, hardware: Hardware) -> Iterator[Row]:
+    """A step in each precision."""
+    for costs in (Costs(model, args, hardware) for model in args.models):
+        for dtype, in_place in PRECISIONS:
+            plan = costs.plan.replace(compute_dtype=dtype, layer_dtype=in_place)
+            settings = costs.settings()
+            row: Row = {"part": "precision", **costs.predicted(plan, settings)}
+            try:
+                step = costs.build(plan)
+                row |= costs.peak(step, settings) | costs.speeds(step, [plan])[0]
+                del step
+            except Exception as error:  # a row that says so, and the next case
+                row["error"] = f"{type(error).__name__}: {error}"[:300]
+            yield row
+
+
+def frozen_costs(args: argparse.Namespace, hardware: Hardware) -> Iterator[Row]:
+    """A step with each share of the layers frozen in each way, beside one with none."""
+    for costs in (Costs(model, args, hardware) for model in args.models):
+        step = costs.build(costs.plan)
+        for recomputed in (0, costs.layers):
+            plans, rows = [], []
+            for asked in freezing():
+                settings = costs.settings(**asked)
+                plan = costs.plan.replace(
+                    frozen_layers=planned(settings.train, costs.layers),
+                    recompute_layers=range(recomputed),
+                )
+                step.adopt(plan)
+                row = {"part": "frozen", **asked, **costs.predicted(plan, settings)}
+                rows.append(row | costs.peak(step, settings))
+                plans.append(plan)
+            rows = [row | speed for row, speed in zip(rows, costs.speeds(step, plans), strict=True)]
+            yield from (row | against(row, rows[0]) for row in rows)
+        del step
+
+
+def freezing() -> Iterator[dict[str, Any]]:
+    """What params ask for."""
+    yield {"freeze": "off"}
+    for how, share in itertools.product(("memory", "speed"), SHARES):
+        yield {"freeze": how, "freeze_share": share}
+
+
+def against(row: Row, whole: Row) -> Row:
+    """What freezing buys: bytes of the peak, and how many times as fast it is."""
+    found: Row = {}
+    for what, rate in (
+        ("predicted", "predicted_tokens_per_second"),
+        ("measured", "tokens_per_second"),
+    ):
+        peak = f"{what}_allocated_bytes"
+        found[f"{what}_saved_bytes"] = whole[peak] - row[peak]
+        if row.get(rate) and whole.get(rate):
+            found[f"{what}_times_as_fast"] = round(row[rate] / whole[rate], 4)
     return found
+
+
+def frozen_runs(args: argparse.Namespace, hardware: Hardware) -> Iterator[Row]:
+    """The shipped task's memory, as its run was told before and came to."""
+    dtype = "bfloat16" if hardware.device == "cuda" else "float32"
+    with tempfile.TemporaryDirectory() as folder:
+        sample = Sample(Path(folder), hardware)
+        whole: Row = {}
+        for asked in freezing():
+            steps = {"max_steps": RUN_STEPS, "warmup_steps": 0}
+            params = params_of(args, train={**steps, **asked})
+            frozen = planned(params.train, sample.layers)
+            records = sample.run(params, dtype, frozen)
+            end, choices = records[-1], [r for r in records if r["event"] == "freeze"]
+            row = {
+                "part": "frozen_run", "model": SAMPLE, **asked, "compute_dtype": dtype,
+                "frozen_layers": choices[0]["frozen_layers"] if choices else list(frozen),
+                "predicted_allocated_bytes": end["predicted_peak_bytes"],
+                "measured_allocated_bytes": end["measured_peak_bytes"],
+            }  # fmt: skip
+            whole = whole or row
+            yield row | against(row, whole)
 
 
 def rows_of(args: argparse.Namespace, part: str, hardware: Hardware) -> Iterator[Row]:
@@ -366,7 +462,19 @@ def rows_of(args: argparse.Namespace, part: str, hardware: Hardware) -> Iterator
         return overflow(args, hardware)
     if part == "frozen_loss":
         return frozen_loss(args, hardware)
-    return costs(args, hardware, part)
+    if hardware.device == "cpu":
+        hardware = hardware.model_copy(update={"rates": with_copies(hardware.rates)})
+    if part == "precision":
+        return precision_costs(args, hardware)
+    runs = frozen_runs(args, hardware) if SAMPLE in args.models else ()
+    return itertools.chain(frozen_costs(args, hardware), runs)
+
+
+def with_copies(rates: Rates) -> Rates:
+    """A CPU's rates with that of its memory, which a profile does not need."""
+    here = torch.ones(COPY_BYTES, dtype=torch.uint8)
+    rate = copy_rate(here, torch.empty_like(here), 2 * COPY_BYTES)  # read and written
+    return rates.model_copy(update={"device_copy_bytes_per_second": rate})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -374,8 +482,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--model", choices=SHAPES, default="llama-3-8b")
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument(
+        "--models", nargs="+", choices=(SAMPLE, SMALL, *SHAPES), help="of steps' costs"
+    )
+    parser.add_argument("--tokens", type=int, help="of their sequences")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=60, help="of a run of the shipped task")
     parser.add_argument("--batch", type=int, default=16, help="its effective batch")
@@ -384,9 +494,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit-seconds", type=float, default=math.inf)
     parser.add_argument("--json", type=Path, help="result file; rows of other parts in it stay")
     args = parser.parse_args(argv)
+    on_gpu = torch.cuda.is_available()
+    args.models = args.models or (["llama-3-8b"] if on_gpu else [SAMPLE, SMALL])
+    args.tokens = args.tokens or (2048 if on_gpu else 256)
     default = ROOT / "benchmarks" / "results" / f"precision_and_freezing.{device_label()}.json"
     path = args.json or default
-    mine = {*args.parts, *(["frozen_choice"] if "frozen_loss" in args.parts else [])}
+    also = {"frozen_loss": "frozen_choice", "frozen": "frozen_run"}
+    mine = {*args.parts, *(also[part] for part in args.parts if part in also)}
     rows: list[Row] = []
     if path.is_file():
         rows = [row for row in json.loads(path.read_text())["rows"] if row["part"] not in mine]

@@ -1,12 +1,13 @@
 """From a tiny model to a proven Plan, on the CPU: estimate, probe, and what follows an overflow."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fitlora.artifacts import Estimate, Hardware
+from fitlora.artifacts import Estimate, Hardware, Rates
 from fitlora.errors import UserError
 from fitlora.memory.estimate import Load, estimate
 from fitlora.params import Params, check_params
@@ -15,14 +16,22 @@ from fitlora.planner import find
 from fitlora.planner.find import MAX_PROBES, find_plan
 from fitlora.planner.probe import ProbeResult, probe, write_log
 from fitlora.planner.size import ModelSize
+from fitlora.report.memory import plan_lines
 from fitlora.step.settings import StepSettings
-from fitlora.units import GIB
+from fitlora.units import GIB, format_bytes
 from tests.planner.test_search import NO_HOST, Linear, hardware
 from tests.planner.test_search import estimate as fake_estimate
 from tests.step import steps
 
 CONFIG = steps.config()
 LOAD = Load.uniform(6, 60)
+FAST = Rates(
+    host_to_device_bytes_per_second=None,
+    device_to_host_bytes_per_second=None,
+    device_copy_bytes_per_second=10**12,
+    disk_read_bytes_per_second=None,
+    product_flops_per_second={"bfloat16": 10**14},
+)
 
 
 def params(**plan: Any) -> Params:
@@ -109,6 +118,33 @@ def test_a_probe_says_where_the_budget_is_passed() -> None:
         assert found.fits is fits
         assert found.peak_allocated_bytes == peak
         assert (found.tokens_per_second is not None) is fits
+
+
+def test_what_freezing_buys_is_said_before_the_run(tmp_path: Path) -> None:
+    """Without a speed where the device's rates are not known, and with one where they are."""
+    asked = check_params({**params().model_dump(), "train": {"freeze": "speed"}})
+    quick = hardware(GIB, target="a card").model_copy(update={"rates": FAST})
+    for here, speed in ((cpu(), ""), (quick, r" and \d+% of speed")):
+        choice, probes = run(here, asked)
+        assert choice.plan.frozen_layers == (0,)
+        lines = list(plan_lines(choice, GIB, probes))
+        saved = choice.all_learn.peak_allocated_bytes - choice.estimate.peak_allocated_bytes
+        assert saved > 0
+        bought = f"freezing buys  {re.escape(format_bytes(saved))} of the peak{speed}, against"
+        assert sum(re.match(bought, line) is not None for line in lines) == 1
+        assert any(
+            re.match(r"frozen_layers +1 layers +train\.freeze_share", line) for line in lines
+        )
+    write_log(tmp_path / "probe.json", choice, probes)
+    logged = json.loads((tmp_path / "probe.json").read_text())["with_all_layers_trained"]
+    assert logged["tokens_per_second"] < choice.forecast.tokens_per_second
+
+
+def test_estimates_of_other_frozen_layers_are_no_plans_to_choose() -> None:
+    frozen = check_params({**params().model_dump(), "train": {"freeze": "speed"}})
+    whole = run(cpu())[0].estimate
+    choice, _ = run(cpu(), frozen, known=[whole])
+    assert whole.plan not in [other.plan for other in choice.considered]
 
 
 def test_a_gpu_that_is_not_here_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:

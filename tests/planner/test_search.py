@@ -447,6 +447,31 @@ def test_the_default_plan_is_as_params_say() -> None:
     assert fixed.optimizer == Params().train.optimizer
 
 
+@pytest.mark.parametrize("how", ["memory", "speed"])
+def test_what_freezing_frees_is_used_and_told(how: str) -> None:
+    budget, bytes_of = 10 * GIB, Linear()
+    whole = first(search(bytes_of, budget))
+    assert whole.all_learn is None
+
+    def frees(plan: Plan) -> int:
+        """Each frozen layer 64 MiB, and what layers without a backward would have kept."""
+        kept = [
+            layer for layer in range(plan.lowest_learning) if layer not in plan.recompute_layers
+        ]
+        without = plan.micro_batch_size * TOKENS * bytes_of.kept * len(kept)
+        return bytes_of(plan) - without - 64 * MIB * len(plan.frozen_layers)
+
+    frozen = first(search(frees, budget, train={"freeze": how, "freeze_share": 0.25}))
+    assert len(frozen.plan.frozen_layers) == LAYERS // 4
+    layers = [p.recompute_layers for p in (frozen.plan, whole.plan)]
+    assert len(layers[0]) < len(layers[1]), "the plan is larger by as much"
+    assert frees(frozen.plan) <= budget
+    assert frozen.all_learn is not None
+    saved = bytes_of(frozen.plan) - frees(frozen.plan)
+    assert frozen.all_learn.peak_allocated_bytes - frozen.estimate.peak_allocated_bytes == saved > 0
+    assert format_bytes(saved) in frozen.reasons["frozen_layers"]
+
+
 def test_neighbours_differ_in_one_thing() -> None:
     plan = search(Linear(), 8 * GIB).start.replace(micro_batch_size=4, recompute_layers=(0, 1))
     found = {name: shape(other) for name, other in neighbours(plan, LAYERS).items()}
@@ -458,6 +483,8 @@ def test_neighbours_differ_in_one_thing() -> None:
     }
     edge = plan.replace(effective_batch_size=1, micro_batch_size=1, recompute_layers=())
     assert set(neighbours(edge, LAYERS)) == {"every layer recomputed"}
+    frozen = neighbours(edge.replace(frozen_layers=(0, 1)), LAYERS)
+    assert frozen["nothing frozen"] == edge
 
 
 def replaying(bytes_of: Bytes, budget: int, truth: float) -> Search:

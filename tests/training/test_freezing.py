@@ -1,16 +1,19 @@
 """Runs that freeze: which layers, what becomes of them, and that a run goes on with them to the bit."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fitlora.step.training_step import TrainingStep
 from fitlora.training import recovery
 from fitlora.training.batches import Batches
 from fitlora.training.loop import Run
+from fitlora.training.parallel import Ranks
 from tests.step import steps
-from tests.training.runs import make_run
+from tests.training.runs import in_ranks, make_run
 from tests.training.test_resume import cut_at, untimed
 
 LAYERS = 4
@@ -33,6 +36,31 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recovery, "give_back_memory", lambda: None)
 
 
+def steps_of(
+    devices: int,
+    where: str = "resident",
+    frozen: tuple[int, ...] = (1, 2),
+    **changes: Any,
+) -> TrainingStep:
+    plan = steps.plan(
+        devices=devices, effective_batch_size=5, evaluation_batch_size=2, frozen_layers=frozen,
+        **PLANS[where],
+    )  # fmt: skip
+    settings = steps.settings(dropout=0.2, bits=16, **{**TRAIN, **changes})
+    return steps.step(plan, settings, num_hidden_layers=LAYERS)
+
+
+def around(folder: Path, step: TrainingStep, **options: Any) -> Run:
+    return make_run(
+        folder,
+        step,
+        batches=Batches(steps.sequences(12), 5, seed=0),
+        validation=steps.sequences(3, seed=1),
+        layers=LAYERS,
+        **{**TRAIN, **options},
+    )
+
+
 def make(
     folder: Path,
     where: str = "resident",
@@ -40,20 +68,8 @@ def make(
     predict: Any = None,
     **changes: Any,
 ) -> Run:
-    plan = steps.plan(
-        effective_batch_size=5, evaluation_batch_size=2, frozen_layers=frozen, **PLANS[where]
-    )
-    train = {**TRAIN, **changes}
-    step = steps.step(plan, steps.settings(dropout=0.2, bits=16, **train), num_hidden_layers=LAYERS)
-    return make_run(
-        folder,
-        step,
-        batches=Batches(steps.sequences(12), 5, seed=0),
-        validation=steps.sequences(3, seed=1),
-        layers=LAYERS,
-        predict=predict,
-        **train,
-    )
+    step = steps_of(1, where, frozen, **changes)
+    return around(folder, step, predict=predict, **changes)
 
 
 def choices(run: Run) -> list[dict[str, Any]]:
@@ -107,6 +123,74 @@ def test_where_the_parts_lie_changes_no_choice(tmp_path: Path) -> None:
     shares = [choices(run)[0]["gradient_shares"] for run in runs]
     assert shares[0] == pytest.approx(shares[1], abs=1e-5)
     assert shares[0] == pytest.approx(shares[2], abs=1e-5)
+
+
+def test_the_first_steps_are_counted_though_others_were_surveyed(tmp_path: Path) -> None:
+    """They are the heaviest, and have the optimizer's states; a survey has none."""
+    run = make(tmp_path)
+    run()
+    counted = [r["component_bytes"] for r in run.log.records if r["event"] == "step"][:2]
+    assert all(parts["optimizer_states"] > 0 for parts in counted[1:])
+    assert all(parts["gradients"] > 0 for parts in counted)
+
+
+def test_a_run_that_is_stopped_while_it_chooses_begins_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = make(tmp_path / "whole")()
+    run = make(tmp_path / "cut")
+    plain = run.step.survey
+    surveys = []
+
+    def survey(*arguments: Any, **options: Any) -> list[float]:
+        surveys.append(options["step"])
+        if len(surveys) == 2:
+            run.stop.asked = signal.SIGTERM
+        return plain(*arguments, **options)
+
+    run.step.survey = survey  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        run()
+    assert surveys == [0, 1]
+    said = capsys.readouterr().out
+    assert "stopped by SIGTERM after step 0 of 4; nothing is saved yet" in said
+    again = make(tmp_path / "cut")
+    assert not again.begin(), "what has not chosen yet must not go on with nothing frozen"
+    found = again()
+    assert len(choices(again)) == 1
+    for name, tensor in expected.last.items():
+        assert torch.equal(found.last[name], tensor)
+
+
+def test_processes_choose_together_even_where_one_finds_no_memory(tmp_path: Path) -> None:
+    """After their gradients were summed, which no weight has followed yet."""
+    alone = make(tmp_path / "one")
+    alone()
+    made = [steps_of(2) for _ in range(2)]  # modules are not made in threads
+    plain, left = made[1]._squared_norm, [True]
+
+    def fails(parameter: torch.Tensor) -> float:
+        if left:
+            left.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(parameter)
+
+    made[1]._squared_norm = fails  # type: ignore[method-assign]
+
+    def work(ranks: Ranks) -> Run:
+        run = around(tmp_path / "two", made[ranks.rank], ranks=ranks)
+        run()
+        return run
+
+    runs = in_ranks(2, work)
+    assert not left
+    for run in runs:
+        (choice,) = choices(run)
+        assert choice["frozen_layers"] == choices(alone)[0]["frozen_layers"]
+        assert choice["gradient_shares"] == pytest.approx(
+            choices(alone)[0]["gradient_shares"], abs=1e-5
+        )
+        assert run.progress.done == TRAIN["max_steps"]
 
 
 def test_where_memory_runs_out_more_layers_freeze(tmp_path: Path) -> None:

@@ -190,7 +190,9 @@ def test_a_signal_saves_and_ends(
     if status is not None:
         assert caught.value.code == status  # type: ignore[attr-defined]
     said = capsys.readouterr().out
-    assert f"stopped by {number.name} after step 5 of 10, which is saved" in said
+    assert (
+        f"stopped by {number.name} after step 5 of 10; the same command goes on from step 5" in said
+    )
     again = make_run(tmp_path, FakeStep([1.0]), checkpoint_every=3)
     assert again.begin()
     assert again.progress.done == 5, "nothing is lost"

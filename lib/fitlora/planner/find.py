@@ -51,7 +51,7 @@ def find_plan(
         estimator=estimator,
         replay=estimator.replayed,
         tokens=load.tokens,
-        seen=list(known),
+        seen=[estimate for estimate in known if estimate.plan.frozen_layers == start.frozen_layers],
         shape=Shape.of(config, bits=params.quantization.bits, rank=rank, whole=model.trained_whole),
     )
     probes: list[ProbeResult] = []

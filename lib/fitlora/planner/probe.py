@@ -104,6 +104,7 @@ def write_log(path: Path, choice: Choice, probes: Sequence[ProbeResult]) -> None
         "predicted": choice.estimate.model_dump(mode="json"),
         "predicted_tokens_per_second": choice.forecast and choice.forecast.tokens_per_second,
         "limit": choice.limit,
+        "with_all_layers_trained": choice.all_learn and asdict(choice.all_learn),
         "considered": [
             {**asdict(other), "plan": other.plan.model_dump(mode="json")}
             for other in choice.considered

@@ -71,7 +71,8 @@ class Choice:
     """The Plan, its estimate, the reason of each decision, and what it was chosen from.
 
     forecast: None where the machine's rates are not known. limit: what keeps it from being faster.
-    considered: the other plans that were traced, the nearest rivals first.
+    considered: the other plans that were traced, the nearest rivals first. all_learn: the same layout
+    with no layer frozen; None where none is.
     """
 
     estimate: Estimate
@@ -79,10 +80,19 @@ class Choice:
     forecast: Forecast | None = None
     limit: str | None = None
     considered: tuple["Considered", ...] = ()
+    all_learn: "AllLearn | None" = None
 
     @property
     def plan(self) -> Plan:
         return self.estimate.plan
+
+
+@dataclass(frozen=True)
+class AllLearn:
+    """A plan as it would be with no layer frozen: what freezing buys is the difference."""
+
+    peak_allocated_bytes: int
+    tokens_per_second: float | None
 
 
 @dataclass(frozen=True)
@@ -397,13 +407,28 @@ class Search:
         others.sort(key=_rank(self.hardware.budget_bytes))
         worth = (speed or 0.0) * (1 + WORTH)
         held_up = any(not o.fits and (o.tokens_per_second or 0.0) > worth for o in others)
+        all_learn = self._all_learn(found.plan)
+        reasons = self._reasons(found.plan, by_speed=by_speed)
+        if all_learn is not None:
+            reasons["frozen_layers"] = self._reason_of_freezing(
+                all_learn.peak_allocated_bytes - found.peak_allocated_bytes
+            )
         return Choice(
             found,
-            self._reasons(found.plan, by_speed=by_speed),
+            reasons,
             mine,
             ("memory" if held_up else mine.bound) if mine else None,
             tuple(others),
+            all_learn,
         )
+
+    def _all_learn(self, plan: Plan) -> AllLearn | None:
+        if not plan.frozen_layers:
+            return None
+        other = plan.replace(frozen_layers=())
+        told = self._forecast(other)
+        peak = self.estimator(other).peak_allocated_bytes
+        return AllLearn(peak, None if told is None else told.tokens_per_second)
 
     def _considered(self, quick: Estimate, mine: float | None) -> Considered:
         """Why the plan lost against one of `mine` tokens/s."""
@@ -603,18 +628,19 @@ class Search:
             **({"recompute_keeps": keeps} if plan.recompute_keeps else {}),
             **self._reasons_of_places(plan, by_speed),
             "compute_dtype": dtype_reason,
-            **({"frozen_layers": self._reason_of_freezing()} if plan.frozen_layers else {}),
             "optimizer": "as params say",
             "loss_chunk_tokens": f"fp32 logits stay within {format_bytes(LOSS_CHUNK_BYTES)}",
             "mlp_chunk_tokens": "larger parts take memory and are hardly faster",
         }
 
-    def _reason_of_freezing(self) -> str:
+    def _reason_of_freezing(self, saved_bytes: int) -> str:
         share = f"train.freeze_share, {self.params.train.freeze_share:.0%} of the layers"
+        saved = f"the peak is {format_bytes(saved_bytes)} lower than with all trained"
         if self.params.train.freeze == "speed":
-            return f"{share}, the lowest: the backward pass ends above them"
+            return f"{share}, the lowest: the backward pass ends above them, and {saved}"
         return (
-            f"{share}; the run takes those with the least gradients, which need no more than these"
+            f"{share}: {saved}; the run takes those with the least gradients, which need no more than "
+            "these"
         )
 
     def _reasons_of_places(self, plan: Plan, by_speed: bool) -> dict[str, str]:
@@ -705,6 +731,8 @@ def _rank(budget_bytes: int) -> Callable[[Considered], tuple[bool, float, int]]:
 def neighbours(plan: Plan, layers: int) -> dict[str, Plan]:
     """Plans that differ in one thing, by the name of the change: what else it would cost."""
     found = {}
+    if plan.frozen_layers:
+        found["nothing frozen"] = plan.replace(frozen_layers=())
     if plan.micro_batch_size > 1:
         found["half the micro-batch"] = plan.replace(micro_batch_size=plan.micro_batch_size // 2)
     if plan.micro_batch_size * 2 <= plan.sequences_per_device:

@@ -5,7 +5,7 @@ from typing import Any
 
 from fitlora.artifacts import Dataset, MemoryEstimate, Padding, Split
 from fitlora.planner.probe import ProbeResult
-from fitlora.planner.search import RUNNERS_UP, Choice
+from fitlora.planner.search import RUNNERS_UP, AllLearn, Choice
 from fitlora.units import format_bytes
 
 
@@ -65,7 +65,7 @@ def plan_lines(choice: Choice, budget_bytes: int, probes: Sequence[ProbeResult])
     """The Plan with the reason of each choice, what else there was, and what the probe said of it."""
     found, reasons, plan = choice.estimate, choice.reasons, choice.plan
     decisions = plan.model_dump()
-    for name in ("recompute_layers", "streamed_layers"):
+    for name in ("recompute_layers", "streamed_layers", "frozen_layers"):
         decisions[name] = f"{len(getattr(plan, name))} layers"
     for name, reason in reasons.items():
         yield f"{name:<22}{decisions[name]!s:<10} {reason}"
@@ -80,6 +80,8 @@ def plan_lines(choice: Choice, budget_bytes: int, probes: Sequence[ProbeResult])
             f"predicted      {choice.forecast.tokens_per_second:,.0f} tokens/s, held up by "
             f"{choice.limit}"
         )
+    if choice.all_learn is not None:
+        yield _bought(choice, choice.all_learn)
     for other in choice.considered[:RUNNERS_UP]:
         rate = other.tokens_per_second
         told = "" if rate is None else f", {rate:,.0f} tokens/s"
@@ -94,6 +96,15 @@ def plan_lines(choice: Choice, budget_bytes: int, probes: Sequence[ProbeResult])
             "" if probe.tokens_per_second is None else f", {probe.tokens_per_second:,.0f} tokens/s"
         )
         yield f"probed peak    {format_bytes(probe.peak_allocated_bytes)}{speed}"
+
+
+def _bought(choice: Choice, all_learn: AllLearn) -> str:
+    """What freezing buys."""
+    more = all_learn.peak_allocated_bytes - choice.estimate.peak_allocated_bytes
+    bought, rate = f"{format_bytes(more)} of the peak", all_learn.tokens_per_second
+    if choice.forecast is not None and rate is not None:
+        bought += f" and {choice.forecast.tokens_per_second / rate - 1:.0%} of speed"
+    return f"freezing buys  {bought}, against this plan with all layers trained"
 
 
 def outcome_lines(end: Mapping[str, Any]) -> Iterator[str]:

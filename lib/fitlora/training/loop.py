@@ -122,28 +122,28 @@ class Run:
         return True
 
     def __call__(self) -> Outcome:
-        if self._saved is None:
-            if self.train.freeze == "speed":
-                self.recovery.ladder.freeze_in_order(range(self.recovery.ladder.free.layers))
-            elif self.train.freeze == "memory":
-                self._choose_frozen()
-            self._save()  # to go back to; and where it cannot be written, better now than in hours
         try:
+            if self._saved is None:
+                if self.train.freeze == "speed":
+                    self.recovery.ladder.freeze_in_order(range(self.recovery.ladder.free.layers))
+                elif self.train.freeze == "memory":
+                    self._choose_frozen()
+                self._save()  # to go back to; and where it cannot be written, better now than in hours
             while self._go_on():
                 pass
         except NothingSmaller as error:
             try:
-                self._save()
+                self._save_again()
             except UserError as too:  # what was saved before is as good
                 raise UserError(f"{error}. Saved is step {self._saved_step}; {too}") from None
             raise
         except StopAsked:
             self.step.abandon()
-            self._save()
+            self._save_again()
             if self.ranks.is_first:
                 say(
                     f"stopped by {self.stop.reason} after step {self.progress.done} of "
-                    f"{self.total_steps}, which is saved; the same command goes on from there"
+                    f"{self.total_steps}; {self._again}"
                 )
             raise self.stop.ending() from None
         except LostProcess as error:
@@ -153,8 +153,7 @@ class Run:
                 raise
             raise UserError(
                 f"the GPU was lost in step {self.progress.done + 1} ({str(error).splitlines()[0]}). "
-                "When nvidia-smi shows it again, run the same command; it goes on from step "
-                f"{self._saved_step}, which is saved"
+                f"When nvidia-smi shows it again: {self._again}"
             ) from None
         at = self.progress
         last = self.recovery.insist(self.step.adapter_state, "a copy of the adapter on the host")
@@ -217,7 +216,7 @@ class Run:
                 step=index,
                 learning_rate=rate,
                 total_target_tokens=target_tokens,
-                reduce_gradients=None if self.ranks.devices == 1 else self._reduce,
+                reduce_gradients=None if self.ranks.devices == 1 else self._reduce_for_good,
                 loss_scale=self.precision.loss_scale,
                 accept=lambda loss, norm: self.precision.accept(index, loss, norm),
             )
@@ -288,7 +287,7 @@ class Run:
             )
 
         while True:
-            with self.tracker.measuring("step", lambda: self.step.parts()):
+            with self.tracker.measuring("survey", lambda: self.step.parts()):
                 found = self.recovery.carry_out(work, step=1)
             norm = math.sqrt(sum(found))
             if self.precision.accept(0, 0.0, norm):
@@ -297,7 +296,12 @@ class Run:
                 raise UserError(self._diverged(f"batch {index + 1} has no finite gradients", norm))
 
     def _reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Sums over the processes, if all of them have come so far; what follows is the update."""
+        """Sums over the processes, if all of them have come so far."""
+        self.recovery.agreement.meet()
+        self.ranks.reduce(tensors)
+
+    def _reduce_for_good(self, tensors: Sequence[Tensor]) -> None:
+        """The same; what follows is the update."""
         self.recovery.agreement.commit()
         self.ranks.reduce(tensors)
 
@@ -348,8 +352,8 @@ class Run:
             # within an update there is nothing whole but what is saved
             if not self.recovery.agreement.committed:
                 self.step.abandon()
-                self._save()
-            again = f"the same command goes on from step {self._saved_step}, which is saved"
+                self._save_again()
+            again = self._again
         return f"{error} in step {self.progress.done + 1} of {self.total_steps}; {again}"
 
     def _diverged(self, what: str, norm: float = 0.0) -> str:
@@ -357,14 +361,28 @@ class Run:
         wider = ""
         if self.precision.wider is not None and not self.precision.dynamic:
             wider = f"; with train.precision: dynamic it is tried in {self.precision.wider} first"
-        saved = f"the last checkpoint is of step {self._saved_step}"
-        return f"{what}{norm_too}; {_DIVERGED}{wider} ({saved})"
+        saved = (
+            "" if self._saved is None else f" (the last checkpoint is of step {self._saved_step})"
+        )
+        return f"{what}{norm_too}; {_DIVERGED}{wider}{saved}"
 
     # --- snapshots ------------------------------------------------------------------------------------
 
     @property
     def _saved_step(self) -> int | None:
         return None if self._saved is None else self._saved.done
+
+    @property
+    def _again(self) -> str:
+        """What becomes of a run that has ended early."""
+        if self._saved is None:
+            return "nothing is saved yet, so the same command begins anew"
+        return f"the same command goes on from step {self._saved_step}, which is saved"
+
+    def _save_again(self) -> None:
+        """Keeps a run that ends early; not one that has yet to choose its layers, which begins anew."""
+        if self._saved is not None:
+            self._save()
 
     def _save(self) -> None:
         """Keeps the run as it is now, if that is not done; on the first rank, which is enough."""
