@@ -1,13 +1,25 @@
-"""The speed model: against the measurement that it was fitted to, and what must hold of any plan."""
+"""The speed model: against the step that it counts and those that were measured, and what must hold."""
 
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, LlamaConfig
 
+from benchmarks.common import shape_config
+from benchmarks.speed_model import GOAL, RESULTS, SOURCES, hardware_of, held_against
 from fitlora.artifacts import Rates
-from fitlora.plan import Plan
+from fitlora.memory.estimate import Load, sequences_of
+from fitlora.params import check_params
+from fitlora.plan import KEPT, Kept, Plan
 from fitlora.planner.speed import (
+    BACKWARD_LAUNCHES,
+    LAUNCHES,
     STREAMING_LOSS,
     Forecast,
     Shape,
@@ -15,6 +27,9 @@ from fitlora.planner.speed import (
     guess_bytes,
     guess_host_bytes,
 )
+from fitlora.step.build import build_step
+from fitlora.step.settings import StepSettings
+from fitlora.step.weights import RandomWeights
 from fitlora.units import GIB
 
 LAYERS = 32
@@ -74,9 +89,105 @@ def test_a_shape_that_is_not_understood_has_no_speed(family: str) -> None:
     assert Shape.of(AutoConfig.for_model(family), bits=4, rank=16) is None
 
 
-@pytest.mark.parametrize(("recomputed", "seconds"), [(0, 0.463), (LAYERS, 0.608)])
-def test_what_was_measured(recomputed: int, seconds: float) -> None:
-    assert told(recompute_layers=range(recomputed)).step_seconds == pytest.approx(seconds, rel=0.03)
+def test_what_was_measured_of_todays_step_is_forecast() -> None:
+    contents = {name: json.loads((RESULTS / f"{name}.h200.json").read_text()) for name in SOURCES}
+    facts = hardware_of(contents["three_ways"])
+    rows = [
+        row
+        for name in ("step_speed", "precision_and_freezing")
+        for row in held_against(name, contents[name], facts)
+        if row["measured_commit"] is not None
+    ]
+    assert len(rows) >= 15
+    assert {row["bound"] for row in rows} >= {"compute", "launches"}
+    far = [row for row in rows if abs(row["error"]) > GOAL]
+    assert not far
+
+
+class _Launches(TorchDispatchMode):
+    """Counts what a decoder layer launches, by phase: all but views and empty tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.layer: int | None = None
+        self.name = ""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.name = name
+        yield
+
+    def watch(self, layer: int | None) -> None:
+        self.layer = layer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func.name().split("::")[1].partition(".")[0]
+        views = {"as_strided", "detach", "split", "split_with_sizes", "_unsafe_view", "alias"}
+        if self.layer == 1 and not (func.is_view or made in views or "empty" in made):
+            self.counts[self.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launched(kept: Collection[Kept], dropout: float = 0.0) -> Counter[str]:
+    """Of the middle layer of three, that keeps this."""
+    recompute = [] if set(kept) == set(KEPT) else range(3)
+    made = plan(
+        device="cpu", effective_batch_size=1, micro_batch_size=1, sequence_length=16,
+        recompute_layers=recompute, recompute_keeps=kept if recompute else (),
+    )  # fmt: skip
+    settings = StepSettings.of(check_params({"lora": {"dropout": dropout}}))
+    config = shape_config("tiny", num_hidden_layers=3)
+    step = build_step(config, made, settings, RandomWeights(torch.device("cpu")))
+    count = _Launches()
+    step.phase, step.network.watch = count.phase, count.watch
+    with count:
+        step.run(sequences_of(Load.uniform(1, 16).train), step=0, learning_rate=1e-4)
+    return count.counts
+
+
+def test_launches_are_those_of_the_step() -> None:
+    whole = launched(KEPT)
+    assert whole["forward"] == sum(LAUNCHES.values())
+    assert whole["backward"] == BACKWARD_LAUNCHES
+    for kept in ((), ("qkv",), ("qkv", "attention"), ("qkv", "attention", "middle")):
+        again = sum(LAUNCHES[part] for part in KEPT if part not in kept)
+        assert launched(kept)["backward"] == BACKWARD_LAUNCHES + again
+    dropped = launched(KEPT, dropout=0.1)
+    assert dropped["forward"] == whole["forward"] + len(shape().products)
+    assert dropped["backward"] == whole["backward"] + 2 * len(shape().products)
+
+
+def test_dropout_and_a_smaller_last_micro_batch_take_time() -> None:
+    made, tokens = plan(), 4 * 2048
+    found = Shape.of(LLAMA_8B, bits=4, rank=16, dropout=True)
+    assert found is not None
+    slower = forecast(made, found, H200, tokens)
+    assert slower is not None
+    assert 1.02 < slower.step_seconds / told().step_seconds < 1.1
+    thirds = told(effective_batch_size=8, micro_batch_size=3)  # 3, 3 and 2 sequences
+    assert thirds.tokens == 8 * 2048
+    halves = told(effective_batch_size=2, micro_batch_size=2)
+    assert thirds.step_seconds - thirds.optimizer_seconds == pytest.approx(
+        2 * thirds.micro_batch_seconds + halves.micro_batch_seconds
+    )
+
+
+def test_fp8_speeds_products_up_and_plain_attention_holds_up() -> None:
+    assert 1.25 < told(compute_dtype="float8").tokens_per_second / told().tokens_per_second < 1.6
+    rates = H200.model_copy(
+        update={"product_flops_per_second": dict.fromkeys(("bfloat16", "float16"), 768 * 10**12)}
+    )
+    assert told(rates, compute_dtype="float16").step_seconds > 2 * told(rates).step_seconds
+
+
+def test_layers_on_disk_wait_for_it() -> None:
+    layout = {"streamed_layers": range(LAYERS), "disk_layers": 8}
+    assert forecast(plan(**layout), shape(), H200, 8192) is None, "the disk is not known"
+    disk = H200.model_copy(update={"disk_read_bytes_per_second": 10**9})
+    found = told(disk, **layout)
+    assert found.bound == "disk"
+    assert found.step_seconds > 2 * 8 * shape().layer_bytes / 10**9
 
 
 def test_unknown_rates_give_none() -> None:
@@ -104,15 +215,17 @@ def test_recomputation_costs_by_what_is_made_again() -> None:
 
 
 def test_many_tokens_hide_the_link_and_few_do_not() -> None:
-    for tokens, bound in ((8192, "compute"), (64, "link")):
-        resident = told(tokens=tokens)
-        streamed = told(tokens=tokens, streamed_layers=range(LAYERS))
+    slow = H200.model_copy(update={"host_to_device_bytes_per_second": 12 * 10**9})
+    for tokens, bound in ((16384, "compute"), (512, "link")):
+        resident = told(slow, tokens=tokens)
+        streamed = told(slow, tokens=tokens, streamed_layers=range(LAYERS))
         assert streamed.bound == bound
         hidden = resident.micro_batch_seconds * (1 + STREAMING_LOSS)  # the head is not streamed
         found = streamed.micro_batch_seconds
         assert (found == pytest.approx(hidden, rel=0.1 * STREAMING_LOSS)) is (bound == "compute")
-    half = told(tokens=64, streamed_layers=range(16))
+    half = told(slow, tokens=512, streamed_layers=range(16))
     assert resident.step_seconds < half.step_seconds < streamed.step_seconds
+    assert told(tokens=64).bound == "launches"
 
 
 def test_what_is_moved_never_makes_a_step_faster() -> None:
@@ -131,8 +244,7 @@ def test_more_tokens_at_once_are_faster() -> None:
         for micro in (1, 2, 4, 8)
     ]
     assert speeds == sorted(speeds)
-    assert speeds[0] > 0.85 * speeds[-1]
-    assert told(effective_batch_size=8, micro_batch_size=2).accumulation == 4
+    assert speeds[0] > 0.8 * speeds[-1]
 
 
 def test_guesses_of_bytes_are_near_the_measured_ones() -> None:

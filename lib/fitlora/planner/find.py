@@ -52,7 +52,13 @@ def find_plan(
         replay=estimator.replayed,
         tokens=load.tokens,
         seen=[estimate for estimate in known if estimate.plan.frozen_layers == start.frozen_layers],
-        shape=Shape.of(config, bits=params.quantization.bits, rank=rank, whole=model.trained_whole),
+        shape=Shape.of(
+            config,
+            bits=params.quantization.bits,
+            rank=rank,
+            dropout=params.lora.dropout > 0,
+            whole=model.trained_whole,
+        ),
     )
     probes: list[ProbeResult] = []
     for choice in search.fitting():

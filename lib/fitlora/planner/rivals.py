@@ -51,29 +51,40 @@ class Rivals:
         """The fastest plan beyond `above` tokens/s that is not in `seen` and may fit `limit` bytes."""
         found = None
         known = {estimate.plan for estimate in seen}
-        for plan in self._plans():
-            if self._speed(plan) <= above:
-                continue
-            for layout in self._streamed(plan, seen, limit):
-                speed = self._speed(layout)
-                if speed > above and layout not in known and self._may_fit(layout, seen, limit):
-                    found, above = layout, speed
+        for slower_and_slower in self._families():
+            for plan in slower_and_slower:
+                if self._speed(plan) <= above:
+                    break  # as are all behind it, and what streams is no faster
+                for layout in self._streamed(plan, seen, limit):
+                    speed = self._speed(layout)
+                    if speed > above and layout not in known and self._may_fit(layout, seen, limit):
+                        found, above = layout, speed
         return None if found is None else Plan.model_validate(found.model_dump())
 
     def _speed(self, plan: Plan) -> float:
         found = self.forecast(plan)
         return 0.0 if found is None else found.tokens_per_second
 
-    def _plans(self) -> Iterator[Plan]:
-        """Every plan, but for streamed layers; copies that nobody has checked."""
+    def _families(self) -> Iterator[Iterator[Plan]]:
+        """Every plan, but for streamed layers, by what else they have in common; unchecked copies.
+
+        In each family ever more layers recompute.
+        """
         fixed = len(self.bases[0].recompute_layers)
         counts = range(self.free.layers + 1) if self.free.recompute else (fixed,)
         keeps = _KEEPS if self.free.by_hand else _KEEPS[:1]
-        for base, sides in itertools.product(self.bases, self._sides):
-            for count, kept in itertools.product(counts, keeps):
-                if count or not kept:
-                    layout = {"recompute_layers": tuple(range(count)), "recompute_keeps": kept}
-                    yield base.model_copy(update={**sides, **layout})
+        for base, sides, kept in itertools.product(self.bases, self._sides, keeps):
+            yield (
+                base.model_copy(
+                    update={
+                        **sides,
+                        "recompute_layers": tuple(range(count)),
+                        "recompute_keeps": kept,
+                    }
+                )
+                for count in counts
+                if count or not kept
+            )
 
     @cached_property
     def _sides(self) -> list[dict[str, Any]]:

@@ -1,44 +1,63 @@
 """How fast a Plan will be: a roofline over what its step does, by the rates that were measured.
 
-Work is counted from the model's shape: floating-point operations of the frozen products and of
-attention, bytes that pointwise kernels and dequantization move, bytes that travel between host and
-device. What computes is added up; what travels runs beside it, so a pass over the layers takes the
-longer of the two. The trade-off is exactness against having no table of kernels: a few constants say
-what share of a rate a kind of work reaches. They were fitted once, to one measurement, and a ratio of
-two plans is better than either's seconds.
+The work of a layer is counted as the step does it (`fitlora.step.layer`, `fitlora.step.group`):
+floating-point operations of the frozen products and of attention, and bytes that dequantization,
+adapters, norms and activations move. Beside it run the link to the host, with what travels, and the
+host itself, which launches the kernels: a pass over the layers takes the longest of the three.
 
-The measurement: one H200, the Llama-3-8B shape, NF4 with double quantization, rank 16 on all linear
-layers, 4 x 2,048 tokens in bf16: 463 ms a step with nothing recomputed, of which frozen products took
-286, attention 62 and dequantization 9.5; 608 ms with every layer recomputed.
+No constant is fitted to a step. What share of a rate a kind of work reaches was measured by itself,
+kernel by kernel; the one time taken from a step, a launch's, is that of a step that waits for nothing
+else. `benchmarks/speed_model.py` holds the model against every step that was measured, and
+benchmarks/results/speed_model.h200.json has the error of each.
 
-Left out: launching kernels, which a GPU waits for below about a thousand tokens; the first fetch of a
-pass; what is read from disk. This module imports no torch.
+Left out: the first fetch of a pass; gathering an embedding's rows on the host; that FlashAttention
+reaches more of the products' rate before Hopper; that models which autograd does take longer. This
+module imports no torch.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, Literal
 
 from fitlora.artifacts import Rates
 from fitlora.plan import KEPT, Kept, Plan
 
-# Shares of the product rate: frozen products ran at 770 of 768 TFLOP/s, attention's 15.4 TFLOP in 62 ms.
-PRODUCT_SHARE = 1.0
-ATTENTION_SHARE = 0.32
-# Tokens at which a product reaches half of its rate: what others' steps lose from 4 to 1 sequences of
-# 2,048 tokens beyond what dequantization explains.
-HALF_RATE_TOKENS = 150
+# Shares of the product rate that FlashAttention 2 reaches on an H200, forward and backward: 4 x 2,048
+# tokens with 32 heads of 128 in 0.506 and 1.409 ms a layer, where products reach 770 TFLOP/s
+# (slowest kernels of benchmarks/results/step_profile.h200.json).
+ATTENTION_SHARE, ATTENTION_BACKWARD_SHARE = 0.35, 0.32
 # Attention's backward does five products where its forward does two.
 ATTENTION_BACKWARD = 2.5
-# How often pointwise kernels and skinny adapter products pass over a layer's activations: what is left
-# of the measured steps at the rate of a copy (3,700 GB/s).
-FORWARD_PASSES, BACKWARD_PASSES, AGAIN_PASSES = 1.7, 5.5, 1.5
+# Bytes of each score where there is no FlashAttention: what `fitlora.step.attention` reads and writes of
+# 16-bit and 32-bit scores; its backward makes them again first.
+PLAIN_BYTES, PLAIN_BACKWARD_BYTES = 36, 80
+# Shares of a copy's rate: the mean of the step's pointwise kernels, dequantization, and PyTorch's own
+# operators (the norm; all in benchmarks/results/kernels.h200.json).
+MOVING_SHARE, DEQUANTIZE_SHARE, PLAIN_SHARE = 0.87, 0.82, 0.68
+# In fp8 tensor cores do twice the operations of bf16 (NVIDIA's tables, of every card that has it).
+FLOAT8_SPEEDUP = 2.0
 # What computing loses beside the copies where every layer is streamed and the link keeps up: 8B and 70B
 # reach 97.4% and 97.5% of the floor (benchmarks/results/offload.h200.json).
 STREAMING_LOSS = 0.025
+# Bytes of a logit that the loss moves: written and read by two products, and once more in between; where
+# the head comes in slices, fp32 copies, maxima and sums as well.
+LOSS_BYTES, SLICED_LOSS_BYTES = 8, 44
 # Bytes of an adapter's weight that AdamW reads and writes, and a host's rate for them: a desktop's
 # memory with two channels; not measured here.
 OPTIMIZER_BYTES = 28
 HOST_BYTES_PER_SECOND = 20e9
+
+# The parts of a layer, by what they make: what it may keep, and its output.
+Part = Literal["qkv", "attention", "middle", "mlp", "down"]
+PARTS: tuple[Part, ...] = (*KEPT, "down")
+# Operators that the host launches for each part, and for a layer's backward; one more for each product of
+# a pass with dropout, two in backward. tests/planner/test_speed.py counts them in the step.
+LAUNCHES: dict[Part, int] = {"qkv": 10, "attention": 1, "middle": 4, "mlp": 8, "down": 7}
+BACKWARD_LAUNCHES = 45
+# One of them with the Python around it: 2,048 tokens of the 8B shape are few enough that the step waits for
+# its 2,400 launches and the head, 144 ms in all (micro-batch 1 of benchmarks/results/step_speed.h200.json).
+LAUNCH_SECONDS = 57e-6
 
 
 @dataclass(frozen=True)
@@ -51,12 +70,16 @@ class Shape:
     attended: int
     intermediate: int
     vocabulary: int
+    heads: int
+    dropout: bool
     weight_bytes: float  # of a frozen weight of a layer, as it is stored
     dequantized: bool
     adapters: int  # parameters, with those that are trained beside them
 
     @classmethod
-    def of(cls, config: Any, *, bits: int, rank: int, whole: int = 0) -> "Shape | None":
+    def of(
+        cls, config: Any, *, bits: int, rank: int, dropout: bool = False, whole: int = 0
+    ) -> "Shape | None":
         """Of a transformers config; None for what is no dense decoder with a gated MLP.
 
         whole: parameters that are trained beside the adapters.
@@ -78,21 +101,37 @@ class Shape:
             attended=attended,
             intermediate=inner,
             vocabulary=text.vocab_size,
+            heads=heads,
+            dropout=dropout,
             # 4 bits, a scale of 8 bits for 64 weights, and the scales' own: 4.13 bits
             weight_bytes=4.13 / 8 if bits == 4 else 2.0,
             dequantized=bits == 4,
             adapters=text.num_hidden_layers * rank * (ends + 3 * (hidden + inner)) + whole,
         )
 
-    def weights(self, *parts: str) -> int:
-        """Frozen weights of one layer's products: by what they make, or "down"; all by default."""
-        sizes = {
-            "qkv": self.hidden * self.qkv,
-            "middle": self.attended * self.hidden,
-            "mlp": self.hidden * 2 * self.intermediate,
-            "down": self.intermediate * self.hidden,
+    @property
+    def rotated(self) -> int:
+        """Queries and keys."""
+        return (self.qkv + self.attended) // 2
+
+    @cached_property
+    def products(self) -> dict[Part, tuple[int, int]]:
+        """Inputs and outputs of the frozen products, by what they make."""
+        return {
+            "qkv": (self.hidden, self.qkv),
+            "middle": (self.attended, self.hidden),
+            "mlp": (self.hidden, 2 * self.intermediate),
+            "down": (self.intermediate, self.hidden),
         }
-        return sum(sizes.get(part, 0) for part in (parts or sizes))
+
+    def launches(self, parts: Collection[Part]) -> int:
+        """Operators that make these parts of a layer."""
+        dropped = sum(part in self.products for part in parts) if self.dropout else 0
+        return dropped + sum(LAUNCHES[part] for part in parts)
+
+    def weights(self) -> int:
+        """Frozen weights of one layer."""
+        return sum(inputs * outputs for inputs, outputs in self.products.values())
 
     @property
     def layer_bytes(self) -> int:
@@ -121,58 +160,109 @@ class Shape:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of one optimizer step of full micro-batches, and what holds it up."""
+    """Seconds of one optimizer step of a device, and what holds it up. tokens: of the step."""
 
     tokens: int
-    micro_batch_seconds: float
+    micro_batch_seconds: float  # of a full one
     optimizer_seconds: float
-    accumulation: int
-    bound: str  # compute, link or host
-
-    @property
-    def step_seconds(self) -> float:
-        return self.accumulation * self.micro_batch_seconds + self.optimizer_seconds
+    step_seconds: float
+    bound: str  # compute, launches, link, disk or host
 
     @property
     def tokens_per_second(self) -> float:
-        return self.accumulation * self.tokens / self.step_seconds
+        return self.tokens / self.step_seconds
 
 
 @dataclass(frozen=True)
 class _Clock:
-    """Seconds of pieces of work for one micro-batch of `tokens`."""
+    """Seconds that the device takes for pieces of a layer's work on a micro-batch of `tokens`."""
 
     shape: Shape
     tokens: int
     sequence: int
     product_rate: float
     copy_rate: float
+    element_bytes: int  # of activations
+    float8: bool  # products of frozen weights
+    flash: bool
 
-    def products(self, weights: int) -> float:
-        """One pass over frozen weights, which are dequantized for it."""
-        full = self.tokens + HALF_RATE_TOKENS
-        seconds = 2 * weights * full / (PRODUCT_SHARE * self.product_rate)
+    def moved(self, features: float) -> float:
+        """So many features of each token, read or written."""
+        moved = self.element_bytes * features * self.tokens
+        return moved / (MOVING_SHARE * self.copy_rate)
+
+    def product(self, part: Part) -> float:
+        """One pass over frozen weights, which are dequantized for it: the longer of work and traffic."""
+        inputs, outputs = self.shape.products[part]
+        weights = inputs * outputs
+        rate = self.product_rate * (FLOAT8_SPEEDUP if self.float8 else 1)
+        operand_bytes = 1 if self.float8 else self.element_bytes
+        traffic = operand_bytes * (weights + self.tokens * inputs)
+        traffic += self.element_bytes * self.tokens * outputs
+        seconds = max(2 * weights * self.tokens / rate, traffic / self.copy_rate)
         if self.shape.dequantized:
-            seconds += weights * (self.shape.weight_bytes + 2) / self.copy_rate
+            moved = weights * (self.shape.weight_bytes + operand_bytes)
+            seconds += moved / (DEQUANTIZE_SHARE * self.copy_rate)
+        if self.float8:  # the other operand is quantized, too
+            seconds += self.moved(1.5 * inputs)
         return seconds
 
-    def attention(self) -> float:
-        """Causal attention's forward in one layer."""
+    def attention(self, *, backward: bool) -> float:
+        """Causal attention in one layer."""
         operations = 2 * self.tokens * self.sequence * self.shape.attended
-        return operations / (ATTENTION_SHARE * self.product_rate)
+        if self.flash and backward:
+            return ATTENTION_BACKWARD * operations / (ATTENTION_BACKWARD_SHARE * self.product_rate)
+        if self.flash:
+            return operations / (ATTENTION_SHARE * self.product_rate)
+        # every score, those of later tokens too; backward makes them again
+        scores = self.tokens * self.sequence * self.shape.heads
+        moved = (PLAIN_BACKWARD_BYTES if backward else PLAIN_BYTES) * scores
+        work = (3 if backward else 1) * 2 * operations
+        return moved / (PLAIN_SHARE * self.copy_rate) + work / self.product_rate
 
-    def pointwise(self, passes: float) -> float:
+    def part(self, part: Part) -> float:
+        """What makes one part of a layer in forward, or again in backward."""
+        if part == "attention":
+            return self.attention(backward=False)
+        inputs, outputs = self.shape.products[part]
         shape = self.shape
-        width = 4 * shape.hidden + shape.qkv + shape.attended + 3 * shape.intermediate
-        return passes * 2 * self.tokens * width / self.copy_rate
+        beside = {
+            "qkv": 2 * shape.hidden + 2 * shape.rotated,  # norm, rotation
+            "middle": 4 * shape.hidden,  # sum and norm
+            "mlp": 0,
+            "down": 3 * shape.intermediate + 3 * shape.hidden,  # gate, sum
+        }[part]
+        dropped = 2 * inputs if shape.dropout else 0
+        # the adapter reads the input and writes the output, to which the frozen product adds
+        return self.product(part) + self.moved(inputs + dropped + 2 * outputs + beside)
+
+    @cached_property
+    def forward(self) -> float:
+        return sum(self.part(part) for part in PARTS)
 
     def again(self, kept: tuple[Kept, ...]) -> float:
         """What a layer makes again that has kept this: all but the last product."""
-        missing = [kind for kind in KEPT if kind not in kept]
-        if not missing:
-            return 0.0
-        seconds = self.products(self.shape.weights(*missing)) + self.pointwise(AGAIN_PASSES)
-        return seconds + (self.attention() if "attention" in missing else 0.0)
+        return sum(self.part(part) for part in KEPT if part not in kept)
+
+    @cached_property
+    def backward(self) -> float:
+        shape, seconds = self.shape, self.attention(backward=True)
+        for part, (inputs, outputs) in shape.products.items():
+            # the adapter's three products and the sum of the input's gradient
+            dropped = 4 * inputs if shape.dropout else 0
+            seconds += self.product(part) + self.moved(3 * inputs + dropped + 2 * outputs)
+        norms, rotation = 12 * shape.hidden, 2 * shape.rotated + 2 * shape.qkv
+        return seconds + self.moved(norms + 6 * shape.intermediate + rotation)
+
+    def head(self, *, sliced: bool) -> float:
+        """Loss and gradient of all tokens: the logits' product, the hidden states' and what is between."""
+        logits = self.shape.vocabulary * self.tokens
+        moved = SLICED_LOSS_BYTES / PLAIN_SHARE if sliced else LOSS_BYTES / MOVING_SHARE
+        work = 4 * logits * self.shape.hidden / self.product_rate
+        return work + moved * logits / self.copy_rate
+
+
+_clock = lru_cache(maxsize=1024)(_Clock)
 
 
 def forecast(plan: Plan, shape: Shape, rates: Rates, tokens: int) -> Forecast | None:
@@ -180,59 +270,118 @@ def forecast(plan: Plan, shape: Shape, rates: Rates, tokens: int) -> Forecast | 
 
     tokens: of one micro-batch.
     """
-    product = rates.product_flops_per_second.get(plan.activation_dtype)
-    copy = rates.device_copy_bytes_per_second
-    up, down = rates.host_to_device_bytes_per_second, rates.device_to_host_bytes_per_second
-    offloads = plan.uses_host or plan.optimizer_device == "host"
-    if product is None or copy is None or (offloads and (up is None or down is None)):
+    full = _micro_batch(plan, shape, rates, tokens)
+    if full is None:
         return None
-    clock = _Clock(shape, tokens, plan.sequence_length, product, copy)
-    layers, end = shape.layers, plan.lowest_learning
-    recomputed = _recomputed(plan)
-    attention = clock.attention()
-    forward = layers * (
-        clock.products(shape.weights()) + attention + clock.pointwise(FORWARD_PASSES)
+    step_tokens, seconds = plan.accumulation * tokens, plan.accumulation * full.seconds
+    left = plan.sequences_per_device % plan.micro_batch_size
+    if left:  # the last micro-batch is smaller
+        rest = tokens * left // plan.micro_batch_size
+        last = _micro_batch(plan, shape, rates, rest)
+        assert last is not None
+        step_tokens += rest - tokens
+        seconds += last.seconds - full.seconds
+    optimizer = _optimizer_seconds(plan, shape, rates, full.passes[0])
+    bound = "host" if optimizer > seconds else full.bound
+    return Forecast(step_tokens, full.seconds, optimizer, seconds + optimizer, bound)
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """passes: seconds of forward, backward and loss. bound: what they waited for the longest."""
+
+    passes: list[float]
+    bound: str
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.passes)
+
+
+def _micro_batch(plan: Plan, shape: Shape, rates: Rates, tokens: int) -> _MicroBatch | None:
+    """None where a rate is not known."""
+    dtype = plan.activation_dtype
+    product = rates.product_flops_per_second.get(dtype)
+    copy, disk = rates.device_copy_bytes_per_second, rates.disk_read_bytes_per_second
+    up, down = rates.host_to_device_bytes_per_second, rates.device_to_host_bytes_per_second
+    if product is None or copy is None or (plan.disk_layers and disk is None):
+        return None
+    if (plan.uses_host or plan.optimizer_device == "host") and (up is None or down is None):
+        return None
+    clock = _clock(
+        shape=shape,
+        tokens=tokens,
+        sequence=plan.sequence_length,
+        product_rate=product,
+        copy_rate=copy,
+        element_bytes=4 if dtype == "float32" else 2,
+        float8=plan.float8_products,
+        flash=dtype == "bfloat16",
     )
-    backward = (layers - end) * (
-        clock.products(shape.weights())
-        + ATTENTION_BACKWARD * attention
-        + clock.pointwise(BACKWARD_PASSES)
-    )
-    backward += recomputed * clock.again(plan.recompute_keeps)
-    # the head's product and its gradient's
-    head = 4 * shape.vocabulary * shape.hidden * tokens / (PRODUCT_SHARE * product)
-    optimizer = _learning(plan, shape) * OPTIMIZER_BYTES / copy
-    bound = "compute"
-    if up is not None and down is not None and offloads:
-        streamed = [len(plan.streamed_layers), sum(i >= end for i in plan.streamed_layers)]
-        upwards, again = (
-            max(0, count - plan.streaming_slots) * shape.layer_bytes for count in streamed
-        )
-        inputs = 2 * tokens * shape.hidden
-        waiting = recomputed * inputs if plan.checkpoints == "host" else 0
-        links = [max(upwards / up, waiting / down), (again + waiting) / up]
-        if plan.head == "host":
-            links.append(shape.table_bytes / up)
-        if any(link > work for link, work in zip(links, (forward, backward, head), strict=False)):
-            bound = "link"
-        slower = 1 + STREAMING_LOSS * len(plan.streamed_layers) / layers
-        forward, backward = max(slower * forward, links[0]), max(slower * backward, links[1])
-        if plan.head == "host":
-            head = max(head, links[2])
-        if plan.embedding == "host":
-            forward += inputs / up
-        if plan.optimizer_device == "host":
-            each = OPTIMIZER_BYTES / HOST_BYTES_PER_SECOND + 2 / up
-            optimizer = _learning(plan, shape) * each
-    micro = forward + head + backward
-    if optimizer > plan.accumulation * micro:
-        bound = "host"
-    return Forecast(tokens, micro, optimizer, plan.accumulation, bound)
+    layers, end, recomputed = shape.layers, plan.lowest_learning, _recomputed(plan)
+    slower = 1 + STREAMING_LOSS * len(plan.streamed_layers) / layers
+    again = recomputed * clock.again(plan.recompute_keeps)
+    missing = [part for part in KEPT if part not in plan.recompute_keeps]
+    launches = [
+        layers * shape.launches(PARTS),
+        (layers - end) * (BACKWARD_LAUNCHES + 2 * len(shape.products) * shape.dropout)
+        + recomputed * shape.launches(missing),
+    ]
+    # of forward, backward and loss
+    waits = {
+        "compute": [
+            slower * layers * clock.forward,
+            slower * ((layers - end) * clock.backward + again),
+            clock.head(sliced=plan.head == "host"),
+        ],
+        "launches": [*(LAUNCH_SECONDS * count for count in launches), 0.0],
+    }
+    if plan.uses_host and up is not None and down is not None:
+        waits["link"] = _link_seconds(plan, shape, tokens, up, down)
+    if plan.disk_layers and disk is not None:
+        read = plan.disk_layers * shape.layer_bytes / disk
+        waits["disk"] = [read, read, 0.0]
+    names = [max(waits, key=lambda name: waits[name][i]) for i in range(3)]
+    passes = [waits[name][i] for i, name in enumerate(names)]
+    total = {
+        name: sum(p for p, n in zip(passes, names, strict=True) if n == name) for name in names
+    }
+    if plan.embedding == "host" and up is not None:  # before anything else can begin
+        passes[0] += 2 * tokens * shape.hidden / up
+    return _MicroBatch(passes, max(total, key=lambda name: total[name]))
+
+
+def _link_seconds(plan: Plan, shape: Shape, tokens: int, up: int, down: int) -> list[float]:
+    """Of what travels beside forward, backward and loss."""
+    end = plan.lowest_learning
+    counts = len(plan.streamed_layers), sum(layer >= end for layer in plan.streamed_layers)
+    # at the turns of a pass, as many as there are slots are there already
+    first, again = (max(0, n - plan.streaming_slots) * shape.layer_bytes for n in counts)
+    inputs = 2 * tokens * shape.hidden
+    waiting = _recomputed(plan) * inputs if plan.checkpoints == "host" else 0
+    table = shape.table_bytes if plan.head == "host" else 0
+    return [max(first / up, waiting / down), (again + waiting) / up, table / up]
+
+
+def _optimizer_seconds(plan: Plan, shape: Shape, rates: Rates, forward: float) -> float:
+    """What a step waits for its update.
+
+    On the host it runs beside the next step's `forward` seconds, but for the lowest layer's.
+    """
+    learning = _learning(plan, shape)
+    if plan.optimizer_device == "device":
+        assert rates.device_copy_bytes_per_second is not None
+        return learning * OPTIMIZER_BYTES / rates.device_copy_bytes_per_second
+    assert rates.host_to_device_bytes_per_second is not None
+    each = OPTIMIZER_BYTES / HOST_BYTES_PER_SECOND + 2 / rates.host_to_device_bytes_per_second
+    update = learning * each
+    return max(update / shape.layers, update - forward)
 
 
 def _recomputed(plan: Plan) -> int:
     """Layers that recompute and have a backward."""
-    return sum(layer >= plan.lowest_learning for layer in plan.recompute_layers)
+    end = plan.lowest_learning
+    return sum(layer >= end for layer in plan.recompute_layers)
 
 
 def _learning(plan: Plan, shape: Shape) -> int:
