@@ -182,7 +182,7 @@ def test_fp8_speeds_products_up_and_plain_attention_holds_up() -> None:
 
 
 def test_layers_on_disk_wait_for_it() -> None:
-    layout = {"streamed_layers": range(LAYERS), "disk_layers": 8}
+    layout: dict[str, Any] = {"streamed_layers": range(LAYERS), "disk_layers": 8}
     assert forecast(plan(**layout), shape(), H200, 8192) is None, "the disk is not known"
     disk = H200.model_copy(update={"disk_read_bytes_per_second": 10**9})
     found = told(disk, **layout)

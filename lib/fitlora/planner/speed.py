@@ -51,12 +51,12 @@ HOST_BYTES_PER_SECOND = 20e9
 # The parts of a layer, by what they make: what it may keep, and its output.
 Part = Literal["qkv", "attention", "middle", "mlp", "down"]
 PARTS: tuple[Part, ...] = (*KEPT, "down")
-# Operators that the host launches for each part, and for a layer's backward; one more for each product of
-# a pass with dropout, two in backward. tests/planner/test_speed.py counts them in the step.
+# Operators that the host launches for each part, and for a layer's backward; one more for each product
+# of a pass with dropout, two in backward. tests/planner/test_speed.py counts them in the step.
 LAUNCHES: dict[Part, int] = {"qkv": 10, "attention": 1, "middle": 4, "mlp": 8, "down": 7}
 BACKWARD_LAUNCHES = 45
-# One of them with the Python around it: 2,048 tokens of the 8B shape are few enough that the step waits for
-# its 2,400 launches and the head, 144 ms in all (micro-batch 1 of benchmarks/results/step_speed.h200.json).
+# One of them with the Python around it: 2,048 tokens of the 8B shape are so few that the step waits for
+# its 2,400 launches and the head, 144 ms (micro-batch 1 of benchmarks/results/step_speed.h200.json).
 LAUNCH_SECONDS = 57e-6
 
 
@@ -255,7 +255,7 @@ class _Clock:
         return seconds + self.moved(norms + 6 * shape.intermediate + rotation)
 
     def head(self, *, sliced: bool) -> float:
-        """Loss and gradient of all tokens: the logits' product, the hidden states' and what is between."""
+        """Loss and gradient of all tokens: logits, what is made of them, and their way back."""
         logits = self.shape.vocabulary * self.tokens
         moved = SLICED_LOSS_BYTES / PLAIN_SHARE if sliced else LOSS_BYTES / MOVING_SHARE
         work = 4 * logits * self.shape.hidden / self.product_rate
