@@ -52,4 +52,6 @@ def test_a_gpu_that_is_gone(error: Exception, lost: bool) -> None:
 
 
 def test_memory_is_told_in_figures() -> None:
-    assert "GiB are free" in memory_now(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    assert "GiB are free" in memory_now(cpu)
+    assert memory_now(cpu, cpu).count("cpu: ") == 2

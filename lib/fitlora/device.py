@@ -1,10 +1,10 @@
-"""The device that this process computes on: which it is, holding it to a budget, asking its driver.
+"""The device that this process computes on, or the few: which, held to a budget, asking their driver.
 
 Every stage that touches tensors needs this little; how the machine is measured is `fitlora.hardware`.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,8 +96,10 @@ def torch_device(hardware: Hardware) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def limit_memory(hardware: Hardware) -> None:
+def limit_memory(hardware: Hardware, devices: Sequence[torch.device] | None = None) -> None:
     """Holds this process within `budget_bytes`: PyTorch's allocator to what the context leaves.
+
+    devices: those that the process computes on, if not the one of `torch_device`; each is held to that.
 
     An allocation beyond it raises torch.OutOfMemoryError, as on a GPU of that size. Call it before
     the first allocation: what is there already stays. On the CPU nothing is limited. Memory beside
@@ -105,9 +107,16 @@ def limit_memory(hardware: Hardware) -> None:
 
     Raises UserError as `torch_device` does, and where the GPU is smaller than the budget.
     """
-    device = torch_device(hardware)
-    if device.type == "cpu":
+    first = torch_device(hardware)
+    if first.type == "cpu":
         return
+    for device in devices or [first]:
+        _limit(device, hardware)
+    # Segments that grow leave few holes, so that what is reserved stays near what is allocated.
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def _limit(device: torch.device, hardware: Hardware) -> None:
     # the total that the allocator multiplies the fraction by
     _, total_bytes = torch.cuda.mem_get_info(device)
     if hardware.budget_bytes > total_bytes:
@@ -116,8 +125,6 @@ def limit_memory(hardware: Hardware) -> None:
             f"{torch.cuda.get_device_name(device)} has {format_bytes(total_bytes)}; "
             "make it again here with: dvc repro --force profile_hardware"
         )
-    # Segments that grow leave few holes, so that what is reserved stays near what is allocated.
-    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     torch.cuda.set_per_process_memory_fraction(hardware.allocator_bytes / total_bytes, device)
 
 
@@ -167,8 +174,14 @@ def available_bytes(device: torch.device) -> int | None:
     return free_bytes + torch.cuda.memory_reserved(device)
 
 
-def memory_now(device: torch.device) -> str:
-    """What is free on the device, and who has the rest, in figures."""
+def memory_now(*devices: torch.device) -> str:
+    """What is free on each device, and who has the rest, in figures."""
+    if len(devices) == 1:
+        return _memory_now(devices[0])
+    return "; ".join(f"{device}: {_memory_now(device)}" for device in devices)
+
+
+def _memory_now(device: torch.device) -> str:
     if device.type == "cpu":
         memory = psutil.virtual_memory()
         return f"{format_bytes(memory.available)} of {format_bytes(memory.total)} are free"

@@ -86,6 +86,12 @@ class Plan(BaseModel):
     embedding: Side = Field("device", description="where the embedding's table is")
     head: Side = Field("device", description="where the language-model head's table is")
     optimizer_device: Side = Field("device", description="where the optimizer's state and work are")
+    layers_per_device: tuple[int, ...] = Field(
+        (),
+        strict=False,
+        description="decoder layers of each of the devices that one process spreads them over, bottom "
+        "up; none where one device has all",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Plan":
@@ -108,7 +114,33 @@ class Plan(BaseModel):
             raise ValueError("recompute_keeps everything: name no layers to recompute instead")
         if self.device == "cpu" and self.optimizer in PAGED_OPTIMIZERS:
             raise ValueError(f"{self.optimizer} needs a CUDA device; on the CPU nothing is paged")
+        if self.layers_per_device:
+            self._check_spread()
         return self
+
+    def _check_spread(self) -> None:
+        """What layers that are spread over devices do not go with, and why."""
+        counts = self.layers_per_device
+        if len(counts) < 2 or min(counts) < 1:
+            raise ValueError(
+                f"layers_per_device is {list(counts)}: name 2 devices or more, each with a layer or "
+                "more, or none"
+            )
+        if self.devices > 1:
+            raise ValueError(
+                f"devices is {self.devices}, and layers_per_device spreads one process over devices: "
+                "these either share a batch or its layers"
+            )
+        if self.uses_host or self.optimizer_device == "host":
+            raise ValueError(
+                "layers_per_device is for what fits the devices together: with parts on the host each "
+                "device does better with a part of the batch (devices)"
+            )
+        if self.optimizer != "adamw":
+            raise ValueError(
+                f"layers_per_device needs adamw, and optimizer is {self.optimizer}, whose code books "
+                "are on one device"
+            )
 
     def keeps(self, layer: int) -> tuple[Kept, ...]:
         """What decoder layer `layer` keeps for its backward."""
@@ -140,6 +172,11 @@ class Plan(BaseModel):
         """Whether some part of the step is in host memory, the optimizer aside."""
         sides = (self.checkpoints, self.embedding, self.head)
         return bool(self.streamed_layers) or "host" in sides
+
+    @property
+    def devices_of_process(self) -> int:
+        """Devices that each process computes on."""
+        return max(1, len(self.layers_per_device))
 
     @property
     def sequences_per_device(self) -> int:
@@ -189,6 +226,9 @@ class Plan(BaseModel):
             offloaded.append("optimizer")
         host = f", on the host: {', '.join(offloaded)}" if offloaded else ""
         each = f"{self.devices} devices, each " if self.devices > 1 else ""
+        if self.layers_per_device:
+            counts = " + ".join(map(str, self.layers_per_device))
+            each = f"{counts} layers on {len(self.layers_per_device)} devices, "
         frozen = f", {len(self.frozen_layers)} layers frozen" if self.frozen_layers else ""
         dtype: str = self.compute_dtype
         if self.layer_dtype is not None:

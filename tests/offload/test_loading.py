@@ -29,7 +29,7 @@ def skeleton(config: Any, bits: int = 4) -> nn.Module:
 
 def resident(config: Any, weights: Weights, bits: int = 4) -> nn.Module:
     model = skeleton(config, bits)
-    fill(model, weights)
+    fill(model.named_modules(), weights)
     return model
 
 
@@ -39,7 +39,7 @@ def streamed(config: Any, weights: Weights, bits: int = 4) -> tuple[nn.Module, R
     transport = HostTransport(CPU)
     residency = Residency(decoder_layers(model), (0, 1), transport, slots=1)
     placed = PlacedWeights(weights, residency.places, transport)
-    fill(model, placed)
+    fill(model.named_modules(), placed)
     placed.finish()
     residency.start()
     return model, residency
@@ -103,13 +103,13 @@ def test_an_estimate_fills_without_the_weights() -> None:
         transport = TracedTransport(CPU)
         residency = Residency(decoder_layers(model), (0, 1), transport, slots=1)
         placed = PlacedWeights(EmptyWeights(CPU), residency.places, transport)
-        fill(model, placed)
+        fill(model.named_modules(), placed)
         placed.finish()
         residency.start()
         streaming = trace.live_bytes
     model = skeleton(config)
     with FakeTensorMode(), MemoryTrace(round_up=False) as trace:
-        fill(model, EmptyWeights(CPU))
+        fill(model.named_modules(), EmptyWeights(CPU))
         whole = trace.live_bytes
     weights = sum(
         p.numel() * p.element_size()

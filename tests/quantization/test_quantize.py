@@ -352,7 +352,7 @@ def test_the_step_s_layers_take_it(
     plain = dequantized(read_tensors(target))
     model = skeleton(load_config(target), dtype=torch.bfloat16, spec=spec)
     weights = CheckpointWeights(target, CPU)
-    fill(model, weights)
+    fill(model.named_modules(), weights)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
     assert len(layers) == QUANTIZED[family]
     weights.check(spec)

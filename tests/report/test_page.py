@@ -239,8 +239,8 @@ def test_each_process_of_several_shows_its_memory(root: Path) -> None:
     end = json.loads(last)
     end["processes"] = [
         {
-            "host": f"box{rank}", "device": f"cuda:{rank}", "measured_peak_bytes": (rank + 5) * 2**30,
-            "measured_reserved_bytes": None,
+            "rank": rank, "host": f"box{rank}", "device": f"cuda:{rank}",
+            "measured_peak_bytes": (rank + 5) * 2**30, "measured_reserved_bytes": None,
         }
         for rank in range(2)
     ]  # fmt: skip

@@ -148,7 +148,7 @@ def make_run(
             build,
             ladder,
             log.write,
-            torch.device("cpu"),
+            [torch.device("cpu")],
             agreement=Agreement(ranks),
             wait=wait,
         ),

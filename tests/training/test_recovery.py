@@ -282,7 +282,10 @@ def test_room_is_what_is_there_and_no_more_than_the_budget(
     hardware = Hardware.model_construct(context_bytes=7, budget_bytes=100)
     for available, expected in ((None, None), (50, 57), (500, 100)):
         monkeypatch.setattr(recovery, "available_bytes", lambda device, found=available: found)
-        assert recovery.room_on(torch.device("cpu"), hardware)() == expected
+        assert recovery.room_on([torch.device("cpu")], hardware)() == expected
+    both = {"cuda:0": 60, "cuda:1": 40}
+    monkeypatch.setattr(recovery, "available_bytes", lambda device: both[str(device)])
+    assert recovery.room_on([torch.device(name) for name in both], hardware)() == 47
 
 
 def test_the_end_suggests_shorter_rows_in_figures() -> None:

@@ -162,8 +162,9 @@ def choose_place(
     dtype = cast(ComputeDtype, plan.storage_dtype)  # answers are not computed in float8
     row = row_bytes(config, prompt_tokens, new_tokens, dtype)
     margin = row + _logits_bytes(config, plan.loss_chunk_tokens, dtype)
-    if contender.fits_the_plan or weights + margin <= memory.device_bytes:
-        if contender.fits_the_plan:
+    proven = contender.fits_the_plan and not plan.layers_per_device  # for one device, that is
+    if proven or weights + margin <= memory.device_bytes:
+        if proven:
             weights -= _bytes_on_host(model, plan)
         return Place(memory.device, dtype, _rows(memory.device_bytes - weights, row)), None
     reason = (
@@ -240,9 +241,11 @@ def _evaluated(plan: Plan, place: Place, *, as_placed: bool) -> Plan:
     """The Plan as far as it is about evaluating at a place.
 
     as_placed: weights are where the Plan has them, some of them on the host; otherwise all are on the
-    device. The optimizer and recomputation are training's: plain AdamW has no state before its first
-    step, and layers that are streamed have to be called recomputed, which without gradients none is.
+    device. They are all on one, as answers are given by transformers' own forward. The optimizer and
+    recomputation are training's: plain AdamW has no state before its first step, and layers that are
+    streamed have to be called recomputed, which without gradients none is.
     """
+    plan = plan.replace(layers_per_device=())
     if not as_placed or place.device.type != plan.device:
         nothing = {"streamed_layers": (), "disk_layers": 0}
         plan = plan.replace(**nothing, embedding="device", head="device")

@@ -15,6 +15,7 @@ depth, and only such an estimate says for certain that a plan fits. An estimate 
 is quick, sets `FRAGMENTATION` of the peak aside instead: enough to rank plans by.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from fitlora.offload.transport import make_transport
 from fitlora.plan import PAGED_OPTIMIZERS, Plan
 from fitlora.step.batch import PackedSequence, TokenSequence
 from fitlora.step.build import step_skeleton
+from fitlora.step.devices import Devices
 from fitlora.step.network import HandNetwork
 from fitlora.step.placement import on_disk
 from fitlora.step.settings import StepSettings
@@ -201,15 +203,16 @@ def rehearse(step: TrainingStep, load: Load) -> None:
 class Traced:
     """The highest level of each segment by purpose, and what there is beside the allocator.
 
-    timeline: every event, where the trace is at full depth.
+    levels: of each device that the step is on. timelines: every event on each, where the trace is at
+    full depth.
     """
 
-    levels: dict[Segment, Level]
+    levels: tuple[dict[Segment, Level], ...]
     host_pinned_bytes: int  # by one process
     host_shared_bytes: int  # of them, what processes of a host have one copy of
     paged_bytes: int
     by_hand: bool  # whether one thread does it all, or autograd's has the backward
-    timeline: Timeline | None = field(default=None, repr=False, compare=False)
+    timelines: tuple[Timeline, ...] = field(default=(), repr=False, compare=False)
 
 
 def trace_levels(
@@ -221,13 +224,19 @@ def trace_levels(
     what an estimate predicts.
     """
     skeleton = step_skeleton(config, plan, settings)
+    source = weights or EmptyWeights(torch.device("meta"))
+    devices = Devices.of(plan, len(decoder_layers(skeleton.model)), source.device)
     timeline = Timeline()
-    trace = MemoryTrace(skeleton.model, timeline=timeline, shapes=weights is None)
+    trace = MemoryTrace(
+        skeleton.model,
+        timeline=timeline,
+        at_work=lambda: devices.here,
+        shapes=weights is None,
+    )
     with trace:
-        source = weights or EmptyWeights(torch.device("meta"))
         transport = make_transport(source.device)
         with trace.during("load"):
-            step = skeleton.fill(source, transport)
+            step = skeleton.fill(source, transport, devices)
         if weights is not None:  # buffers that were on the CPU before
             trace.watch([*step.model.parameters(), *step.model.buffers()])
         booking = _Booking(trace, step)
@@ -239,10 +248,15 @@ def trace_levels(
             block = timeline.blocks[number]
             paged += block.size
             timeline.blocks[number] = replace(block, size=0)
-        found = levels(timeline, booking.purposes(), rest="temporary_buffers")
+        purposes = booking.purposes()
+        count = len(devices.all)
+        by_device = (
+            (timeline,) if count == 1 else tuple(timeline.on(number) for number in range(count))
+        )
+        found = tuple(levels(part, purposes, rest="temporary_buffers") for part in by_device)
     by_hand = isinstance(step.network, HandNetwork)
     pinned, shared = transport.pinned_bytes, transport.shared_bytes
-    return Traced(found, pinned, shared, paged, by_hand, timeline)
+    return Traced(found, pinned, shared, paged, by_hand, by_device)
 
 
 def _result(found: Mapping[Segment, Level], workspace_bytes: int = 0) -> TraceResult:
@@ -269,8 +283,9 @@ def _result(found: Mapping[Segment, Level], workspace_bytes: int = 0) -> TraceRe
 def trace_step(
     config: Any, plan: Plan, settings: StepSettings, load: Load, weights: Weights | None = None
 ) -> TraceResult:
-    """The same at full depth, and of it the highest segment."""
-    return _result(trace_levels(config, plan, settings, load, weights).levels)
+    """The same at full depth, and of it the highest segment, on the device with the highest."""
+    traced = trace_levels(config, plan, settings, load, weights)
+    return max(map(_result, traced.levels), key=lambda result: result.peak_bytes)
 
 
 def layer_kinds(config: Any) -> list[tuple[Any, ...]]:
@@ -303,6 +318,7 @@ def shallow(config: Any, layers: int) -> Any:
 class _Kind:
     """What tells one layer of a stack from another; those that sort first are traced further down."""
 
+    device: int
     has_backward: bool
     kept: bool
     learns: bool
@@ -313,7 +329,9 @@ class _Kind:
     def of(cls, plan: Plan, layer: int, read: Collection[int]) -> "_Kind":
         """read: the layers that come from disk."""
         has_backward = layer >= plan.lowest_learning
+        ends = itertools.accumulate(plan.layers_per_device)
         return cls(
+            sum(layer >= end for end in ends),
             has_backward,
             has_backward and layer not in plan.recompute_layers,
             layer not in plan.frozen_layers,
@@ -354,8 +372,20 @@ class Estimator:
         self._by_hand = traced.by_hand
         return self._estimate(plan, traced, self._reserved(traced))
 
-    def _estimate(self, plan: Plan, traced: Traced, reserved: int | None) -> Estimate:
-        found = _result(traced.levels, self.workspace_bytes)
+    def _estimate(self, plan: Plan, traced: Traced, reserved: Sequence[int] | None) -> Estimate:
+        """Of several devices the heaviest. reserved: by each, where it was replayed."""
+        by_device = [
+            self._on_device(plan, traced, number, None if reserved is None else reserved[number])
+            for number in range(len(traced.levels))
+        ]
+        heaviest = max(by_device, key=lambda estimate: estimate.process_bytes)
+        if len(by_device) == 1:
+            return heaviest
+        each = tuple(estimate.process_bytes for estimate in by_device)
+        return heaviest.model_copy(update={"device_process_bytes": each})
+
+    def _on_device(self, plan: Plan, traced: Traced, number: int, reserved: int | None) -> Estimate:
+        found = _result(traced.levels[number], self.workspace_bytes)
         components = Components(**{"library_workspaces": 0, **found.components})
         peak = found.peak_bytes
         safe = peak * (1 + FRAGMENTATION) if reserved is None else reserved * (1 + REPLAY_MARGIN)
@@ -378,14 +408,16 @@ class Estimator:
             components=components,
         )
 
-    def _reserved(self, traced: Traced) -> int:
-        """The most that the allocator will have reserved, in a replay of all events.
+    def _reserved(self, traced: Traced) -> list[int]:
+        """The most that each device's allocator will have reserved, in a replay of all events."""
+        return [self._reserved_on(timeline) for timeline in traced.timelines]
+
+    def _reserved_on(self, timeline: Timeline) -> int:
+        """The same of one device.
 
         Libraries take their workspaces at the first product. Where the budget is too small it is what
         would be reserved without one.
         """
-        timeline = traced.timeline
-        assert timeline is not None
         first = next(at for at, segment in timeline.entered if segment.phase == "forward")
         sizes = [block.size for block in timeline.blocks] + [self.workspace_bytes]
         events = [*timeline.events[:first], len(timeline.blocks), *timeline.events[first:]]
@@ -440,7 +472,10 @@ class Estimator:
             return of(base) + sum(times * (of(other) - of(base)) for other, times in deeper)
 
         return Traced(
-            deepen(base.levels, [(other.levels, times) for other, times in deeper]),
+            tuple(
+                deepen(found, [(other.levels[number], times) for other, times in deeper])
+                for number, found in enumerate(base.levels)
+            ),
             grown(lambda traced: traced.host_pinned_bytes),
             grown(lambda traced: traced.host_shared_bytes),
             grown(lambda traced: traced.paged_bytes),
@@ -458,6 +493,10 @@ class Estimator:
             recompute_layers=[i for i, kind in enumerate(kinds) if not kind.kept],
             streamed_layers=[i for i, kind in enumerate(kinds) if not kind.resident],
             disk_layers=sum(kind.read for kind in kinds),
+            layers_per_device=[
+                sum(kind.device == number for kind in kinds)
+                for number in range(len(plan.layers_per_device))
+            ],
         )
         return self._trace(small, len(kinds))
 
@@ -467,7 +506,7 @@ class Estimator:
             config = self.config if layers == self._layers else shallow(self.config, layers)
             traced = trace_levels(config, plan, self.settings, self.load)
             self._by_hand = traced.by_hand
-            self._traces[key] = replace(traced, timeline=None)  # which is long
+            self._traces[key] = replace(traced, timelines=())  # which are long
         return self._traces[key]
 
 

@@ -32,12 +32,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Block:
-    """One allocation: its bytes, and what ran when it was made."""
+    """One allocation: its bytes, what ran when it was made, and on which of the step's devices."""
 
     size: int
     segment: Segment
     module: str
     operator: str
+    device: int = 0
 
 
 @dataclass
@@ -61,6 +62,17 @@ class Timeline:
     def free(self, number: int) -> None:
         """Appends the free of a block."""
         self.events.append(~number)
+
+    def on(self, device: int) -> "Timeline":
+        """What happened on one of several devices; blocks keep their numbers."""
+        found = Timeline(self.blocks)
+        entered = list(reversed(self.entered))
+        for index, event in enumerate([*self.events, None]):
+            while entered and entered[-1][0] == index:
+                found.entered.append((len(found.events), entered.pop()[1]))
+            if event is not None and self.blocks[max(event, ~event)].device == device:
+                found.events.append(event)
+        return found
 
     def peaks(self) -> dict[Segment, tuple[int, int]]:
         """The highest level of each segment, in bytes, and the number of events that led to it."""

@@ -11,7 +11,7 @@ allocate and free inside, but for the kernels that say so in `fitlora.step.ops.s
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,7 +62,8 @@ class MemoryTrace(TorchDispatchMode):
 
     round_up: count as the CUDA allocator would (multiples of 512 bytes), or plain bytes. timeline:
     where every allocation and free is written down, which a long run has no room for; `Peak.live`
-    is then empty, as the timeline tells the same. shapes: whether what is on meta stands for the
+    is then empty, as the timeline tells the same. at_work: which of the step's devices that is told of
+    an allocation; the counts here are of all of them. shapes: whether what is on meta stands for the
     device, and nothing else is counted; else meta is what is not counted.
     """
 
@@ -72,10 +73,11 @@ class MemoryTrace(TorchDispatchMode):
         *,
         round_up: bool = True,
         timeline: Timeline | None = None,
+        at_work: Callable[[], int] = lambda: 0,
         shapes: bool = False,
     ) -> None:
         super().__init__()
-        self.timeline = timeline
+        self.timeline, self._at_work = timeline, at_work
         self._shapes = shapes
         self._segment = Segment(0, 0, "build", "")
         self._numbers: dict[int, int] = {}
@@ -213,7 +215,7 @@ class MemoryTrace(TorchDispatchMode):
     def _note(self, block: Block, operator: str) -> int:
         assert self.timeline is not None
         return self.timeline.allocate(
-            TimelineBlock(block.size, self._segment, block.module, operator)
+            TimelineBlock(block.size, self._segment, block.module, operator, self._at_work())
         )
 
     def _raise_peak(self, operator: str, extra: int = 0) -> None:

@@ -170,8 +170,13 @@ class MemoryTracker:
 
     def _bytes_of(self, tensors: Iterable[torch.Tensor]) -> int:
         """What the tensors' storages take of the device, each once, as its allocator counts."""
-        here = (t.untyped_storage() for t in tensors if t.device.type == self.device.type)
+        here = (t.untyped_storage() for t in tensors if self._has(t))
         return sum({storage.data_ptr(): rounded(storage.nbytes()) for storage in here}.values())
+
+    def _has(self, tensor: torch.Tensor) -> bool:
+        """Whether it is on this device, which without a number is the only one of its type."""
+        there, here = tensor.device, self.device
+        return there.type == here.type and here.index in (None, there.index)
 
     def _alive(self) -> int:
         if self.device.type == "cuda":

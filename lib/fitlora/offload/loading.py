@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fitlora.offload.transport import Transport, copy, outline, tensor_bytes
 from fitlora.progress import progress
-from fitlora.step.weights import CheckpointWeights, Weights
+from fitlora.step.weights import CheckpointWeights, Source
 
 READERS = 8  # threads; one reads 1 to 3 GB/s from a warm page cache
 
@@ -34,10 +34,8 @@ class PlacedWeights:
     Call `finish` when the skeleton is filled: until then places may be empty.
     """
 
-    def __init__(
-        self, weights: Weights, places: Mapping[int, Tensor], transport: Transport
-    ) -> None:
-        self.device, self.fresh = weights.device, weights.fresh
+    def __init__(self, weights: Source, places: Mapping[int, Tensor], transport: Transport) -> None:
+        self.fresh = weights.fresh
         self._weights, self._places, self._transport = weights, places, transport
         self._reads: list[_Read] = []
         self._checkpoint = None

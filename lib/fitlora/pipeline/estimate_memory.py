@@ -76,7 +76,7 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
         budget_bytes=hardware.budget_bytes,
         default=default,
         neighbours=others,
-        over_step=moments(estimator.trace(start).levels, estimator.workspace_bytes),
+        over_step=moments(estimator.trace(start).levels[0], estimator.workspace_bytes),
         cards=_cards(params, [default, *others.values()], estimator),
         found=found,
     )

@@ -72,6 +72,11 @@ def _train(
 ) -> dict[str, Any]:
     trusted = params.model.trust_remote_code
     checkpoint = root / QUANTIZED_MODEL
+    if planned.plan.layers_per_device and ranks.devices > 1:
+        raise UserError(
+            f"the plan has one process that spreads its layers over {planned.plan.devices_of_process} "
+            f"GPUs, and this is one of {ranks.devices} processes; start the training without a launcher"
+        )
     plan = planned.plan.on_devices(ranks.devices)
     params = with_found(params, planned.found, str(root / PLAN))
     if not (checkpoint / "config.json").is_file():

@@ -41,7 +41,8 @@ class Freedom:
     @classmethod
     def most(cls, start: Plan, model: ModelSize) -> "Freedom":
         """All that the model and the device allow. start: the plan to begin with."""
-        on_gpu = start.device == "cuda"
+        # layers that are spread over GPUs are all on them
+        on_gpu = start.device == "cuda" and not start.layers_per_device
         head = on_gpu and model.head_moves
         return cls(
             layers=model.layers,

@@ -22,6 +22,7 @@ from fitlora.offload.transport import make_transport
 from fitlora.plan import Plan
 from fitlora.planner.search import Choice
 from fitlora.step.build import build_step
+from fitlora.step.devices import next_devices
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import RandomWeights
@@ -46,8 +47,9 @@ def probe(
 
     A plan that overflows the budget gives `fits=False`; its memory is given back either way.
     """
-    limit_memory(hardware)
     device = torch_device(hardware)
+    devices = next_devices(device, plan.devices_of_process)
+    limit_memory(hardware, devices)
     if device.type == "cpu":
         peak = trace_step(config, plan, settings, load, RandomWeights(device)).peak_bytes
         if peak > hardware.budget_bytes:
@@ -56,7 +58,7 @@ def probe(
         seconds, tokens = time_step(build_step(config, plan, settings, RandomWeights(device)), load)
         return ProbeResult(plan, True, peak, None, seconds, tokens / seconds)
     try:
-        return _probe_cuda(config, plan, settings, load, hardware)
+        return _probe_cuda(config, plan, settings, load, hardware, devices)
     except RuntimeError as error:
         if not is_overflow(error):
             raise
@@ -66,16 +68,23 @@ def probe(
 
 
 def _probe_cuda(
-    config: Any, plan: Plan, settings: StepSettings, load: Load, hardware: Hardware
+    config: Any,
+    plan: Plan,
+    settings: StepSettings,
+    load: Load,
+    hardware: Hardware,
+    devices: Sequence[torch.device],
 ) -> ProbeResult:
-    device = torch_device(hardware)
     give_back_memory()
-    torch.cuda.reset_peak_memory_stats(device)
+    for each in devices:
+        torch.cuda.reset_peak_memory_stats(each)
     memory = HostMemory(hardware.host_budget_bytes)
-    step = build_step(config, plan, settings, RandomWeights(device), make_transport(device, memory))
+    step = build_step(
+        config, plan, settings, RandomWeights(devices[0]), make_transport(devices[0], memory)
+    )
     rehearse(step, load)
-    allocated = torch.cuda.max_memory_allocated(device)
-    reserved = torch.cuda.max_memory_reserved(device)
+    allocated = max(map(torch.cuda.max_memory_allocated, devices))
+    reserved = max(map(torch.cuda.max_memory_reserved, devices))
     seconds, tokens = time_step(step, load)
     del step
     give_back_memory()
@@ -85,17 +94,18 @@ def _probe_cuda(
 def time_step(step: TrainingStep, load: Load) -> tuple[float, int]:
     """Seconds and tokens of one micro-batch's optimizer step; on a GPU the rehearsal warmed it up."""
     batch = sequences_of(load.train[: step.plan.micro_batch_size])
-    _wait_for(step.device)
+    _wait_for(step)
     start = time.perf_counter()
     step.run(batch, step=2, learning_rate=0.0)
-    _wait_for(step.device)
+    _wait_for(step)
     return time.perf_counter() - start, sum(len(s.tokens) for s in batch)
 
 
-def _wait_for(device: torch.device) -> None:
-    """Lets a GPU finish what it was given; the CPU has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _wait_for(step: TrainingStep) -> None:
+    """Lets its GPUs finish what they were given; the CPU has."""
+    for device in step.devices.all:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def write_log(path: Path, choice: Choice, probes: Sequence[ProbeResult]) -> None:

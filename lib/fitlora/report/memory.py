@@ -118,7 +118,6 @@ def outcome_lines(end: Mapping[str, Any]) -> Iterator[str]:
         f"peak memory: predicted {format_bytes(predicted)}, measured {format_bytes(measured)} "
         f"({(predicted - measured) / measured:+.1%})"
     )
-    for rank, process in enumerate(end.get("processes", ())):
-        yield f"  process {rank} on {process['host']}, {process['device']}: " + format_bytes(
-            process["measured_peak_bytes"]
-        )
+    for process in end.get("processes", ()):
+        where = f"process {process['rank']} on {process['host']}, {process['device']}"
+        yield f"  {where}: {format_bytes(process['measured_peak_bytes'])}"

@@ -351,13 +351,13 @@ def memory(run: Run) -> Html:
 
 
 def _processes(processes: Sequence[Mapping[str, Any]]) -> Iterator[Html]:
-    """The memory of each process of a run that several shared, of which the note has the highest."""
+    """The memory of each process and device of a run that had several; the note has the highest."""
     if not processes:
         return
     yield tag("h3", "Process by process")
     rows = [
-        (str(rank), one["host"], one["device"], format_bytes(one["measured_peak_bytes"]))
-        for rank, one in enumerate(processes)
+        (str(one["rank"]), one["host"], one["device"], format_bytes(one["measured_peak_bytes"]))
+        for one in processes
     ]
     yield table(["process", "host", "device", "measured peak"], rows, numbers=(0, 3))
 

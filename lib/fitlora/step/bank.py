@@ -1,4 +1,4 @@
-"""All adapters in one flat buffer, their gradients in another, and how a layer comes by its own.
+"""A device's adapters in one flat buffer, their gradients in another, and how a layer comes by its own.
 
 Layers that share an input want their adapters' first matrices behind each other, so that one product
 serves them all. The parameters that peft made become views of the flat buffer and keep their names, so
@@ -13,7 +13,7 @@ the adapters' dtype when the layer is left. What the host has made of a layer's 
 when the layer is entered, and no earlier.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -93,7 +93,7 @@ class _Span:
 
 
 class AdapterBank:
-    """The adapters of a stack of layers, given by their groups, computed with in `dtype`.
+    """The adapters of a stack of layers, given by number and groups, computed with in `dtype`.
 
     dtype: what they are stored in where gradients leave, and computed in until it is set to another.
     leaving: whether gradients leave the device layer by layer, to `host`, which is then to be set.
@@ -101,31 +101,35 @@ class AdapterBank:
     """
 
     def __init__(
-        self, layers: Sequence[Sequence[LinearGroup]], dtype: torch.dtype, *, leaving: bool = False
+        self,
+        layers: Mapping[int, Sequence[LinearGroup]],
+        dtype: torch.dtype,
+        *,
+        leaving: bool = False,
     ) -> None:
         self.dtype, self.leaving = dtype, leaving
         self.host: Host | None = None
         self.gradients: Tensor | None = None
-        self._spans = []
+        self._spans: dict[int, _Span] = {}
         end = 0
-        for groups in layers:
-            span = _Span(end)
+        for layer, groups in layers.items():
+            span = self._spans[layer] = _Span(end)
             for group in groups:
                 if group.adapters:
                     share = _Share.of(group, end - span.start)
                     span.shares.append(share)
                     end = span.start + -(-share.end // _ALIGN) * _ALIGN
             span.end = end
-            self._spans.append(span)
         self.freeze(())
         if end == 0:
             return
-        first = next(span.shares[0].group for span in self._spans if span.shares)
+        spans = self._spans.values()
+        first = next(span.shares[0].group for span in spans if span.shares)
         device = _matrices(first.adapters[0])[0].device
         stored = dtype if leaving else torch.float32
         self.flat = torch.zeros(end, dtype=stored, device=device)
         with torch.no_grad():
-            for span in self._spans:
+            for span in spans:
                 for share in span.shares:
                     self._adopt(share, self.flat[span.whole], span)
 
@@ -143,7 +147,7 @@ class AdapterBank:
     def freeze(self, layers: Collection[int]) -> None:
         """From now on these layers' adapters have no gradients, and all others have; between steps."""
         self.gradients, self._learned = None, 0
-        for layer, span in enumerate(self._spans):
+        for layer, span in self._spans.items():
             span.learned, span.gradients, span.leaving = None, [], None
             for parameter in span.parameters:
                 parameter.grad = None
@@ -156,7 +160,7 @@ class AdapterBank:
         """Begins an optimizer step: gradients that stay are zero and in their places."""
         if self.leaving or self._learned == 0:
             return
-        learning = [span for span in self._spans if span.learned is not None]
+        learning = [span for span in self._spans.values() if span.learned is not None]
         if self.gradients is None:
             self.gradients = torch.zeros(
                 self._learned, dtype=self.flat.dtype, device=self.flat.device

@@ -7,8 +7,8 @@ lie behind each other as any others do, so that they stay apart in attention, po
 """
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -100,6 +100,18 @@ class MicroBatch:
     lengths: list[int]
     row_keys: Tensor
     kind: str
+
+    def moved(self, bring: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """The same with each tensor as `bring` gives it: on another device."""
+        return replace(
+            self,
+            input_ids=bring(self.input_ids),
+            position_ids=bring(self.position_ids),
+            target_rows=bring(self.target_rows),
+            targets=bring(self.targets),
+            starts=bring(self.starts),
+            row_keys=bring(self.row_keys),
+        )
 
 
 class StepContext:

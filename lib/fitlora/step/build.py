@@ -22,6 +22,7 @@ from fitlora.params import LoraParams, TrainParams
 from fitlora.plan import Optimizer, Plan
 from fitlora.step import attention
 from fitlora.step.batch import StepContext
+from fitlora.step.devices import Devices
 from fitlora.step.families import recognise
 from fitlora.step.layer import DecoderLayer
 from fitlora.step.linear import FrozenLinear, Linear4bit, LoraLinear
@@ -49,10 +50,16 @@ class StepSkeleton:
     layers: Sequence[DecoderLayer]
     reason: str
 
-    def fill(self, weights: Weights, transport: Transport | None = None) -> TrainingStep:
+    def fill(
+        self,
+        weights: Weights,
+        transport: Transport | None = None,
+        devices: Devices | None = None,
+    ) -> TrainingStep:
         """Puts every tensor in its place and makes the optimizer.
 
         transport: what moves bytes between host and device; None makes one where the Plan needs it.
+        devices: None for those that begin with the weights'.
         """
         layers = decoder_layers(self.model)
         if not self.layers:
@@ -66,7 +73,8 @@ class StepSkeleton:
                 raise UserError(
                     f"the Plan {verb} layer {beyond[0]}, and the model has {len(layers)}"
                 )
-        placement = Placement(self.model, self.plan, weights, transport)
+        devices = devices or Devices.of(self.plan, len(layers), weights.device)
+        placement = Placement(self.model, self.plan, weights, devices, transport)
         network: Network
         by_hand = None
         if self.layers:
@@ -91,7 +99,8 @@ class StepSkeleton:
                 overlap=leaving,
             )
             if by_hand is not None:
-                by_hand.bank.host = optimizer
+                (bank,) = by_hand.banks  # on several devices no part is on the host
+                bank.host = optimizer
         return TrainingStep(
             self.model, self.plan, self.settings, self.context, network, optimizer, weights.device
         )
@@ -108,10 +117,11 @@ class StepSkeleton:
             self.plan.checkpoints == "host"
             or self.plan.compute_dtype == "float8"
             or self.plan.micro_batches_per_pass > 1
+            or self.plan.layers_per_device
         ):
             raise UserError(
-                "checkpoints on the host, float8 and micro-batches that share a pass need a family that "
-                f"FitLoRA does by hand ({self.reason})"
+                "checkpoints on the host, float8, layers spread over devices and micro-batches that "
+                f"share a pass need a family that FitLoRA does by hand ({self.reason})"
             )
 
 

@@ -61,14 +61,26 @@ def _nobody(layer: int | None) -> None:
 
 @dataclass
 class _Way:
-    """A micro-batch on its way up through the layers and down again."""
+    """A micro-batch on its way up through the layers and down again.
 
-    batch: MicroBatch
-    positions: dict[str, Positions]  # by kind of layer
+    each: the micro-batch, and its positions by kind of layer, on each device. device: the number of the
+    one that it has come to.
+    """
+
+    each: Sequence[tuple[MicroBatch, dict[str, Positions]]]
+    device: int
     # (T, H): what the next layer reads, on the way down its gradient; at the top, the targets' rows
     hidden: Tensor | None = None
     saved: list[Saved | None] = field(default_factory=list)  # by layer; None below the lowest
     gradient: Tensor | None = None  # (targets, H), of the loss
+
+    @property
+    def batch(self) -> MicroBatch:
+        return self.each[self.device][0]
+
+    @property
+    def positions(self) -> dict[str, Positions]:
+        return self.each[self.device][1]
 
     def take(self) -> Tensor:
         """`hidden`, which is the caller's alone from here on."""
@@ -85,13 +97,11 @@ class HandNetwork:
     ) -> None:
         self.model, self.layers = cast(Any, model), layers
         self.plan, self.placement = plan, placement
-        self.bank = AdapterBank(
-            [layer.groups for layer in layers],
-            getattr(torch, plan.storage_dtype),
-            leaving=plan.optimizer_device == "host",
-        )
+        self.devices = placement.devices
+        self.banks = [self._bank(number) for number in range(len(self.devices.all))]
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
+        self._with_embedding = self.devices.embedding(model)
         self.watch: Watch = _nobody
         config = self.model.config
         self.softcap = getattr(config, "final_logit_softcapping", None) or 0.0
@@ -108,14 +118,26 @@ class HandNetwork:
         for index in plan.frozen_layers:
             learn[index] = False
         self.lowest = learn.index(True) if True in learn else len(learn)
-        self.bank.dtype = self.dtype
-        self.bank.freeze(plan.frozen_layers)
+        for bank in self.banks:
+            bank.dtype = self.dtype
+            bank.freeze(plan.frozen_layers)
         for layer in self.layers:
             for group in layer.groups:
                 group.in_float8(plan.float8_products)
 
+    def _bank(self, number: int) -> AdapterBank:
+        """The adapters of device `number`."""
+        with self.devices.at(number):
+            return AdapterBank(
+                {index: self.layers[index].groups for index in self.devices.ranges[number]},
+                getattr(torch, self.plan.storage_dtype),
+                leaving=self.plan.optimizer_device == "host",
+            )
+
     def begin(self) -> None:
-        self.bank.begin()
+        for number, bank in enumerate(self.banks):
+            with self.devices.at(number):
+                bank.begin()
 
     def reset(self) -> None:
         self.placement.reset()
@@ -127,8 +149,9 @@ class HandNetwork:
             ways = self._up(batches, learns=True)
             losses = self._losses(ways, scale, gradient=True)
         with phase("backward"):
-            for way in ways:
-                self._turn(way)
+            with self.devices.at(self.devices.last):
+                for way in ways:
+                    self._turn(way)
             self._down(ways)
         return losses[::-1]
 
@@ -145,8 +168,9 @@ class HandNetwork:
         """
         ways = []
         for batch in reversed(batches):
-            way = _Way(batch, self._positions(batch))
-            self._hand_on(way, 0, self._embed(batch), learns)
+            way = _Way(self._on_each(batch), self._with_embedding)
+            with self.devices.at(way.device):
+                self._hand_on(way, 0, self._embed(way.batch), learns)
             ways.append(way)
         for index in range(len(self.layers)):
             if index == max(0, len(self.layers) - 2) and self.placement.head is not None:
@@ -157,7 +181,14 @@ class HandNetwork:
         self.watch(None)
         return ways
 
+    def _fetch(self, way: _Way) -> None:
+        """Brings the micro-batch to the device at work, from the one that it has come to."""
+        if way.device != self.devices.here:
+            way.hidden = self.devices.bring(way.take(), way.device)
+            way.device = self.devices.here
+
     def _forward(self, way: _Way, index: int, learns: bool) -> None:
+        self._fetch(way)
         layer, hidden = self.layers[index], way.hidden
         assert hidden is not None
         out, kept = layer.forward(
@@ -201,6 +232,7 @@ class HandNetwork:
         self.watch(None)
 
     def _backward(self, way: _Way, index: int) -> None:
+        self._fetch(way)
         layer, kept = self.layers[index], way.saved.pop()
         assert kept is not None
         if kept.hidden is None:
@@ -212,16 +244,17 @@ class HandNetwork:
         )  # fmt: skip
 
     def gradients(self) -> list[Tensor]:
-        return [] if self.bank.gradients is None else [self.bank.gradients]
+        return [bank.gradients for bank in self.banks if bank.gradients is not None]
 
     @contextmanager
     def _at_work(self, layer: int, *, backward: bool = False) -> Iterator[None]:
         """The layer's weights and adapters are there inside."""
         self.watch(layer)
         with self.placement.at_home(layer, backward=backward):
-            self.bank.enter(layer, backward=backward)
+            bank = self.banks[self.devices.here]
+            bank.enter(layer, backward=backward)
             yield
-            self.bank.leave(layer, backward=backward)
+            bank.leave(layer, backward=backward)
 
     def _keys(self, layer: int, batch: MicroBatch) -> Tensor | None:
         """Of the layer's dropout masks. A frozen adapter is a part of the model, and drops nothing."""
@@ -232,6 +265,20 @@ class HandNetwork:
         """Whether the layer's input waits there for backward."""
         recomputes = layer >= self.lowest and layer in self.plan.recompute_layers
         return recomputes and self.plan.checkpoints == "host"
+
+    def _on_each(self, batch: MicroBatch) -> list[tuple[MicroBatch, dict[str, Positions]]]:
+        """The micro-batch and its angles on each device."""
+        positions = self._positions(batch)
+
+        def moved(
+            bring: Callable[[Tensor], Tensor],
+        ) -> tuple[MicroBatch, dict[str, Positions]]:
+            return batch.moved(bring), {
+                kind: Positions(bring(found.cos), bring(found.sin))
+                for kind, found in positions.items()
+            }
+
+        return self.devices.on_each(moved)
 
     def _embed(self, batch: MicroBatch) -> Tensor:
         table = self.placement.embedding
@@ -257,28 +304,31 @@ class HandNetwork:
         return found
 
     def _losses(self, ways: Sequence[_Way], scale: float, *, gradient: bool) -> list[Tensor]:
-        """Each one's loss; their gradients are left with them."""
-        for way in ways:
-            way.hidden = way.take().index_select(0, way.batch.target_rows)
-        if self.placement.head is not None:
-            found = self._sliced_losses(self.placement.head, ways, scale, gradient=gradient)
-        else:
-            found = [
-                head_loss(
-                    self._normed(way),
-                    self.head.weight,
-                    way.batch.targets,
-                    bias=self.head.bias,
-                    scale=scale,
-                    softcap=self.softcap,
-                    chunk=self.plan.loss_chunk_tokens,
-                    gradient=gradient,
-                )
-                for way in ways
-            ]
+        """Each one's loss, on the first device; their gradients are left with them."""
+        with self.devices.at(self.devices.last):
+            for way in ways:
+                way.hidden = way.take().index_select(0, way.batch.target_rows)
+            if self.placement.head is not None:
+                found = self._sliced_losses(self.placement.head, ways, scale, gradient=gradient)
+            else:
+                found = [self._head_loss(way, scale, gradient=gradient) for way in ways]
         for way, (_, grad) in zip(ways, found, strict=True):
             way.gradient = grad
-        return [loss for loss, _ in found]
+        return [self.devices.bring(loss, self.devices.last) for loss, _ in found]
+
+    def _head_loss(
+        self, way: _Way, scale: float, *, gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return head_loss(
+            self._normed(way),
+            self.head.weight,
+            way.batch.targets,
+            bias=self.head.bias,
+            scale=scale,
+            softcap=self.softcap,
+            chunk=self.plan.loss_chunk_tokens,
+            gradient=gradient,
+        )
 
     def _sliced_losses(
         self, head: StreamedHead, ways: Sequence[_Way], scale: float, *, gradient: bool

@@ -6,7 +6,8 @@ nothing. They are put back into the tensors that are there, so that paged ones s
 optimizer on the host makes and takes its states itself, as it counts them against the host's budget.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,18 +20,22 @@ from fitlora.offload.optimizer import CPUOffloadOptimizer
 _SHARED = ("qmap1", "qmap2")
 
 
-def make_states(optimizer: Optimizer) -> None:
+def make_states(
+    optimizer: Optimizer,
+    at: Callable[[Tensor], AbstractContextManager[None]] = lambda parameter: nullcontext(),
+) -> None:
     """Allocates what the optimizer would allocate in its first step; what is there stays as it is.
 
-    Parameters that require no gradient get none. Run out of memory, it leaves whole states and none half
-    made.
+    Parameters that require no gradient get none. A parameter's is made inside of `at` it. Run
+    out of memory, it leaves whole states and none half made.
     """
     if isinstance(optimizer, CPUOffloadOptimizer):
         return
     for number, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
             if parameter.requires_grad and not optimizer.state.get(parameter):
-                optimizer.state[parameter] = _state(optimizer, parameter, number, index)
+                with at(parameter):
+                    optimizer.state[parameter] = _state(optimizer, parameter, number, index)
 
 
 def _state(optimizer: Optimizer, parameter: Tensor, number: int, index: int) -> dict[str, Any]:

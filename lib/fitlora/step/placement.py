@@ -2,7 +2,8 @@
 
 The Plan says which; here it is carried out. `Placement` stands between a skeleton and its source of
 weights while it is filled, and afterwards has what moves things: the streamed layers' residency, the
-activation checkpoints' stack, and the two ends of the model.
+activation checkpoints' stack, and the two ends of the model. Layers that are spread over several devices
+have nothing on the host.
 """
 
 from collections.abc import Iterator
@@ -20,24 +21,36 @@ from fitlora.offload.residency import Residency, spread
 from fitlora.offload.transport import Transport, make_transport
 from fitlora.offload.vocabulary import HostEmbedding, StreamedHead, sliced_logits
 from fitlora.plan import Plan
+from fitlora.step.devices import Devices
 from fitlora.step.weights import Weights, fill
 
 HEAD_SLICE_BYTES = 128 * 2**20  # of the head's table on the device at one time, twice
 
 
 class Placement:
-    """Fills `model` as the Plan places it. transport: None makes one where something is on the host."""
+    """Fills `model` as the Plan places it, on `devices`.
+
+    transport: None makes one where something is on the host.
+    """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, weights: Weights, transport: Transport | None = None
+        self,
+        model: nn.Module,
+        plan: Plan,
+        weights: Weights,
+        devices: Devices,
+        transport: Transport | None = None,
     ) -> None:
+        self.devices = devices
         self.residency: Residency | None = None
         self.checkpoints: HostCheckpoints | None = None
         self.embedding: HostEmbedding | None = None
         self.head: StreamedHead | None = None
         self.transport = transport
         if not plan.uses_host:
-            fill(model, weights)
+            for number, modules in enumerate(devices.modules(model)):
+                with devices.at(number):
+                    fill(modules, weights.on(devices.all[number]))
             return
         self.transport = move = transport or make_transport(weights.device)
         places: dict[int, Tensor] = {}
@@ -72,7 +85,7 @@ class Placement:
                 )
         tables = [places.get(id(module.weight)) for module in (embed, head)]
         placed = PlacedWeights(weights, places, move)
-        fill(model, placed)
+        fill(model.named_modules(), placed)
         placed.finish()
         if self.residency is not None:
             self.residency.start()
@@ -96,13 +109,14 @@ class Placement:
 
     @contextmanager
     def at_home(self, layer: int, *, backward: bool = False) -> Iterator[None]:
-        """The weights of decoder layer `layer` are on the device inside."""
-        if self.residency is None:
-            yield
-            return
-        self.residency.enter(layer, backward=backward)
-        yield  # after an exception `reset` puts everything in order
-        self.residency.leave(layer)
+        """The weights of decoder layer `layer` are on its device inside, which is the one at work."""
+        with self.devices.at_layer(layer):
+            if self.residency is None:
+                yield
+                return
+            self.residency.enter(layer, backward=backward)
+            yield  # after an exception `reset` puts everything in order
+            self.residency.leave(layer)
 
     def begin(self, *, backward_follows: bool, lowest: int = 0) -> None:
         """A pass over the layers begins. lowest: the layer at which its backward ends."""

@@ -5,7 +5,7 @@ model's business and the Plan's.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ from fitlora.step.settings import StepSettings
 _FIXED = (
     "device", "devices", "effective_batch_size", "sequence_length", "compute_dtype", "optimizer",
     "streamed_layers", "streaming_slots", "disk_layers", "checkpoints", "embedding", "head",
-    "optimizer_device",
+    "optimizer_device", "layers_per_device",
 )  # fmt: skip
 
 # Sums each tensor over the devices, in place.
@@ -80,6 +80,10 @@ class TrainingStep:
         self._by_layer = [
             [p for p in layer.parameters() if p.requires_grad] for layer in decoder_layers(model)
         ]
+        self.devices = network.placement.devices
+        self._device_of: dict[Tensor, int] = {
+            p: self.devices.of_layer[layer] for layer, ps in enumerate(self._by_layer) for p in ps
+        }
         self.device = device
         self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
         self.optimizer = optimizer
@@ -272,7 +276,7 @@ class TrainingStep:
         """
         assert self.optimizer is not None
         self._scale_gradients(norm, loss_scale)
-        make_states(self.optimizer)
+        make_states(self.optimizer, self._at)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.half_updated = True
@@ -290,12 +294,28 @@ class TrainingStep:
         for parameter in learning:
             if parameter.grad is None:  # a device without a share of a small batch still takes part
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in learning if p.grad is not None]
         if reduce is not None:
             reduce([*self.network.gradients(), *also_reduced])
         # as torch.nn.utils.clip_grad_norm_ has it, which takes no tensors on meta
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norms = []
+        for number, gradients in self._gradients_by_device():
+            with self.devices.at(number):
+                each = torch.stack(torch._foreach_norm(gradients))
+            norms.append(self.devices.bring(each, number))
+        norm: Tensor = torch.linalg.vector_norm(norms[0] if len(norms) == 1 else torch.cat(norms))
         return norm
+
+    def _at(self, parameter: Tensor) -> AbstractContextManager[None]:
+        """The adapter's device is at work inside; one that is in no decoder layer is on the first."""
+        return self.devices.at(self._device_of.get(parameter, 0))
+
+    def _gradients_by_device(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """The number of each device that has gradients, and those."""
+        found: dict[int, list[Tensor]] = {}
+        for parameter in self.learning.values():
+            if parameter.grad is not None:
+                found.setdefault(self._device_of.get(parameter, 0), []).append(parameter.grad)
+        yield from found.items()
 
     def _scale_gradients(self, norm: Tensor, loss_scale: float) -> None:
         """Takes the loss scale out, and clips."""
@@ -309,8 +329,9 @@ class TrainingStep:
         if isinstance(self.optimizer, CPUOffloadOptimizer) and self.optimizer.gradients_leave:
             self.optimizer.scale_gradients(factor)
         else:
-            gradients = [p.grad for p in self.learning.values() if p.grad is not None]
-            torch._foreach_mul_(gradients, factor)
+            for number, gradients in self._gradients_by_device():
+                with self.devices.at(number):
+                    torch._foreach_mul_(gradients, self.devices.bring(factor, 0))
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, int]:

@@ -4,9 +4,10 @@ The builder asks a source for every tensor by name and takes what it gets. What 
 estimate, a probe and a training run is this source and nothing else.
 """
 
+import copy
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,13 +25,12 @@ from fitlora.quantization.layout import (
 )
 
 
-class Weights(Protocol):
+class Source(Protocol):
     """Gives each tensor of a skeleton its place and content.
 
     fresh: whether adapters begin, so that what follows from the frozen weights is still to be made.
     """
 
-    device: torch.device
     fresh: bool
 
     def frozen(self, name: str, like: Tensor) -> Tensor:
@@ -41,6 +41,15 @@ class Weights(Protocol):
 
     def constant(self, name: str, value: Tensor) -> Tensor:
         """A buffer that the model computed by itself."""
+
+
+class Weights(Source, Protocol):
+    """What a step is filled with, on one device."""
+
+    device: torch.device
+
+    def on(self, device: torch.device) -> "Weights":
+        """The same on another device."""
 
 
 class EmptyWeights:
@@ -56,6 +65,9 @@ class EmptyWeights:
 
     adapter = constant = frozen
 
+    def on(self, device: torch.device) -> "EmptyWeights":
+        return EmptyWeights(device)
+
 
 class RandomWeights:
     """Noise of a plausible size, for the probe: finite values, and the power draw of real products."""
@@ -63,8 +75,11 @@ class RandomWeights:
     fresh = True
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
-        self.device = device
+        self.device, self._seed = device, seed
         self._generator = torch.Generator(device).manual_seed(seed)
+
+    def on(self, device: torch.device) -> "RandomWeights":
+        return self if device == self.device else RandomWeights(device, self._seed)
 
     def frozen(self, name: str, like: Tensor) -> Tensor:
         out = torch.empty(like.shape, dtype=like.dtype, device=self.device)
@@ -117,6 +132,11 @@ class CheckpointWeights:
         self.checkpoint = Checkpoint(folder)
         self._adapter, self.fresh = adapter, adapter is None
         self._seed = seed
+
+    def on(self, device: torch.device) -> "CheckpointWeights":
+        other = copy.copy(self)
+        other.device = device
+        return other
 
     def frozen(self, name: str, like: Tensor) -> Tensor:
         module, _, leaf = name.rpartition(".")
@@ -171,10 +191,10 @@ class CheckpointWeights:
         return value.to(self.device)
 
 
-def fill(model: nn.Module, weights: Weights) -> None:
-    """Replaces every tensor of the skeleton by what `weights` gives, tied ones once."""
-    done: dict[int, Tensor] = {}
-    for prefix, module in model.named_modules():
+def fill(modules: Iterable[tuple[str, nn.Module]], weights: Source) -> None:
+    """Replaces every tensor of the modules, by their names, by what `weights` gives, tied ones once."""
+    done: dict[int, Any] = {}
+    for prefix, module in modules:
         plain = prefix.replace(".base_layer", "")
         for leaf, parameter in module._parameters.items():
             if parameter is None:

@@ -427,8 +427,8 @@ class Run:
         if times > len(WAITS):
             raise UserError(
                 f"out of memory in the update of step {failed}, again and again ({cause}): "
-                f"{memory_now(self.step.device)}. When there is more, the same command goes on from "
-                f"step {self._saved_step}, which is saved"
+                f"{memory_now(*self.recovery.devices)}. When there is more, the same command goes on "
+                f"from step {self._saved_step}, which is saved"
             )
         self.recovery.wait(WAITS[times - 1])
         snapshot = self.ranks.from_first(self.checkpoints.newest)

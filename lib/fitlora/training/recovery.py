@@ -9,7 +9,7 @@ little, as what took the memory may go, and then ends with everything saved and 
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -78,13 +78,13 @@ class Recovery:
         build: Callable[[Plan], TrainingStep],
         ladder: Ladder,
         record: Callable[[dict[str, Any]], None],
-        device: torch.device,
+        devices: Sequence[torch.device],
         *,
         agreement: Agreement | None = None,
         suggest: Callable[[Plan], str] = lambda plan: "",
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.ladder, self.device, self.phase = ladder, device, ""
+        self.ladder, self.devices, self.phase = ladder, devices, ""
         self.made: Callable[[TrainingStep], None] = lambda step: None
         self._build, self._record, self._suggest, self.wait = build, record, suggest, wait
         self.agreement = agreement or Agreement(Ranks())
@@ -188,7 +188,7 @@ class Recovery:
             give_back_memory()
             seconds = next(waits, None)
             if seconds is None:
-                now = memory_now(self.device)
+                now = memory_now(*self.devices)
                 raise UserError(f"there is no memory for {what} ({found.cause}): {now}")
             self.wait(seconds)
 
@@ -223,7 +223,7 @@ class Recovery:
         suggested = self._suggest(plan)
         return (
             f"out of memory in {self.phase} of step {step} ({cause}), with the smallest plan there is "
-            f"({plan.describe()}){predicted}: {memory_now(self.device)}. "
+            f"({plan.describe()}){predicted}: {memory_now(*self.devices)}. "
             f"Make {free} free, and the same command goes on from what is saved; or begin anew with a "
             f"lower data.max_length{suggested}, a lower lora.r, or a smaller model"
         )
@@ -265,13 +265,16 @@ def shorter_rows(estimator: Estimator) -> Callable[[Plan], str]:
     return suggest
 
 
-def room_on(device: torch.device, hardware: Hardware) -> Callable[[], int | None]:
-    """What the ladder asks: bytes that this process could have now, its context included."""
+def room_on(devices: Sequence[torch.device], hardware: Hardware) -> Callable[[], int | None]:
+    """What the ladder asks: bytes that this process could have now, its context included.
+
+    Of several devices it is the one with the least room, as each may be the one that wants most.
+    """
 
     def room() -> int | None:
-        found = available_bytes(device)
-        if found is None:
+        found = [count for count in map(available_bytes, devices) if count is not None]
+        if not found:
             return None
-        return min(found + hardware.context_bytes, hardware.budget_bytes)
+        return min(min(found) + hardware.context_bytes, hardware.budget_bytes)
 
     return room

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fitlora.planner.chain import Freedom
 from fitlora.planner.ladder import Ladder, faster
 from fitlora.planner.model import model_size
 from fitlora.step.build import lora_targets, step_skeleton
+from fitlora.step.devices import next_devices
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import CheckpointWeights
@@ -88,8 +90,9 @@ def train(
     estimator = Estimator(config, settings, load, hardware)
     predicted = ranks.from_first(lambda: estimator(plan))
 
-    limit_memory(hardware)
     device = torch_device(hardware)
+    devices = next_devices(device, plan.devices_of_process)
+    limit_memory(hardware, devices)
     accelerator = start_accelerator(params, device, places.scratch)
     agreement = Agreement(ranks)
     model = model_size(config, settings)
@@ -117,14 +120,14 @@ def train(
     memory = places.scratch / "memory"
     tracker = MemoryTracker(
         memory if first else memory / f"rank{ranks.rank}",
-        device,
+        devices[predicted.heaviest_device],
         edge=Edge(
             predicted.peak_allocated_bytes,
             hardware.allocator_bytes if device.type == "cuda" else None,
         ),
     )
     log = RunLog(places.log if first else None)
-    room = room_on(device, hardware)
+    room = room_on(devices, hardware)
     ladder = Ladder(
         plan,
         Freedom.most(plan, model),
@@ -147,7 +150,7 @@ def train(
         log=log,
         record=record,
         checkpoints=checkpoints,
-        recovery=Recovery(build, ladder, record, device, agreement=agreement),
+        recovery=Recovery(build, ladder, record, devices, agreement=agreement),
         ranks=ranks,
     )
     with log, run.stop:
@@ -163,7 +166,8 @@ def train(
             progress = bar if first else None
             outcome = run()
             progress = None
-        processes = ranks.gather(_of_this_process(tracker, device))
+        measured = ranks.gather(_of_this_process(tracker, devices, ranks.rank))
+        processes = [on_device for process in measured for on_device in process]
         accelerator.end_training()  # ends the group of processes as well
         end: dict[str, Any] = {
             "event": "end",
@@ -177,7 +181,7 @@ def train(
             "measured_peak_bytes": tracker.peak_allocated_bytes,
             "measured_reserved_bytes": tracker.peak_reserved_bytes,
         }
-        if ranks.devices > 1:
+        if len(processes) > 1:
             end |= _peaks(processes)
         if first:
             budget = hardware.budget_bytes if device.type == "cuda" else None
@@ -232,17 +236,38 @@ def _check_alike(identity: Identity, ranks: Ranks) -> None:
             )
 
 
-def _of_this_process(tracker: MemoryTracker, device: torch.device) -> dict[str, Any]:
-    return {
-        "host": os.uname().nodename,
-        "device": str(device),
-        "measured_peak_bytes": tracker.peak_allocated_bytes,
-        "measured_reserved_bytes": tracker.peak_reserved_bytes,
-    }
+def _of_this_process(
+    tracker: MemoryTracker, devices: Sequence[torch.device], rank: int
+) -> list[dict[str, Any]]:
+    """What it took of each of its devices. The tracker has one; the allocator knows of the others."""
+    found = []
+    for device in devices:
+        tracked = device == tracker.device
+        found.append(
+            {
+                "rank": rank,
+                "host": os.uname().nodename,
+                "device": str(device),
+                "measured_peak_bytes": (
+                    tracker.peak_allocated_bytes
+                    if tracked
+                    else torch.cuda.max_memory_allocated(device)
+                ),
+                "measured_reserved_bytes": (
+                    tracker.peak_reserved_bytes
+                    if tracked
+                    else torch.cuda.max_memory_reserved(device)
+                ),
+            }
+        )
+    return found
 
 
 def _peaks(processes: list[dict[str, Any]]) -> dict[str, Any]:
-    """The memory of each process, and the highest, which is what the plan is held against."""
+    """The memory of each process, and the highest, which is what the plan is held against.
+
+    A process has one entry for each of its devices.
+    """
     highest = {
         key: max((p[key] for p in processes if p[key] is not None), default=None)
         for key in ("measured_peak_bytes", "measured_reserved_bytes")
