@@ -1,8 +1,12 @@
 """What only a GPU can show: its kernels against their twins on the CPU."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
+from fitlora.params import LoraParams
 from fitlora.quantization.layout import nested_code
 from fitlora.step import ops
 from tests.step import steps
@@ -105,6 +109,24 @@ def test_a_step_in_bf16_is_near_the_cpus() -> None:
         for name, expected in on_cpu.items():
             error = (on_gpu[name].cpu() - expected).norm() / expected.norm()
             assert float(error) < 0.06, name
+
+
+@pytest.mark.parametrize(
+    "where", [{}, {"optimizer_device": "host"}, {"recompute_layers": (0, 1)}], ids=str
+)
+def test_biases_and_whole_modules_learn_as_on_the_cpu(where: dict[str, Any]) -> None:
+    """In float32, as some of their gradients nearly cancel; and in bf16 they learn."""
+    ends = ("embed_tokens", "lm_head", "norm")
+    whole = LoraParams(r=4, dropout=0.1, bias="all", modules_to_save=ends)
+    settings = replace(steps.settings(), lora=whole)
+    shape = {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
+    plan = steps.plan(device="cuda", micro_batch_size=3, **where)
+    cpu, batch = steps.step(the_settings=settings, **shape), steps.sequences(7)
+    made = steps.same_weights(steps.step(plan, settings, device="cuda", **shape), cpu)
+    assert steps.distance(steps.gradients(made, batch), steps.gradients(cpu, batch)) < 1e-3
+    made = steps.step(plan.replace(compute_dtype="bfloat16"), settings, device="cuda", **shape)
+    losses = [float(made.run(batch, step=i, learning_rate=1e-2).loss) for i in range(4)]
+    assert losses[-1] < losses[0] - 0.05
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
