@@ -72,6 +72,7 @@ def train_in(
     *,
     alike: bool = False,
     trusted: bool = False,
+    lora: dict[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[Places, dict[str, Any], Params]:
     """A run whose files are in `folder`; its places, last record and params. changes: to the Plan."""
@@ -79,7 +80,7 @@ def train_in(
         {
             "model": {"trust_remote_code": trusted},
             "quantization": {"bits": 16},
-            "lora": {"r": 4, "dropout": 0.1},
+            "lora": {"r": 4, "dropout": 0.1, **(lora or {})},
             "train": {**TRAIN, **(settings or {})},
         }
     )
@@ -163,13 +164,8 @@ def test_numbers_for_trackers_have_phases_and_components() -> None:
     assert _numbers({"event": "plan", "step": 3, "cause": "x", "before": {}, "after": {}}) == {}
 
 
-def test_a_run_cut_short_is_found_and_ends_as_if_it_had_not_been(
-    done: tuple[Places, dict[str, Any], Params],
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def cut_short(patch: pytest.MonkeyPatch) -> None:
+    """Has a run break off in its sixth step."""
     plain = TrainingStep.run
 
     def cut(self: TrainingStep, sequences: Any, *, step: int, **options: Any) -> Any:
@@ -177,7 +173,17 @@ def test_a_run_cut_short_is_found_and_ends_as_if_it_had_not_been(
             raise EOFError
         return plain(self, sequences, step=step, **options)
 
-    monkeypatch.setattr(TrainingStep, "run", cut)
+    patch.setattr(TrainingStep, "run", cut)
+
+
+def test_a_run_cut_short_is_found_and_ends_as_if_it_had_not_been(
+    done: tuple[Places, dict[str, Any], Params],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cut_short(monkeypatch)
     with pytest.raises(EOFError):
         train_in(tmp_path / "cut", checkpoint, {"checkpoint_every": 2})
     monkeypatch.undo()
@@ -192,6 +198,29 @@ def test_a_run_cut_short_is_found_and_ends_as_if_it_had_not_been(
     for name in (WEIGHTS, f"last/{WEIGHTS}"):
         assert (again.adapter / name).read_bytes() == (done[0].adapter / name).read_bytes()
     assert not list((again.scratch / "checkpoints").iterdir()), "a finished run needs none"
+
+
+@pytest.mark.slow
+def test_whole_modules_are_saved_gone_on_with_and_taken_up_again(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lora = {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+    once, end, _ = train_in(tmp_path / "once", checkpoint, lora=lora)
+    assert "general step, which is slower: model.embed_tokens" in capsys.readouterr().out
+    cut_short(monkeypatch)
+    with pytest.raises(EOFError):
+        train_in(tmp_path / "cut", checkpoint, {"checkpoint_every": 2}, lora=lora)
+    monkeypatch.undo()
+    again, _, _ = train_in(tmp_path / "cut", checkpoint, {"checkpoint_every": 2}, lora=lora)
+    assert "going on after step 4 of 6" in capsys.readouterr().out
+    assert (again.adapter / WEIGHTS).read_bytes() == (once.adapter / WEIGHTS).read_bytes()
+    start = {"from_adapter": str(once.adapter), "learning_rate": 1e-9, "max_steps": 1}
+    _, further, _ = train_in(tmp_path / "further", checkpoint, start, lora=lora)
+    best = end["best_validation_loss"]
+    assert further["best_validation_loss"] == pytest.approx(best, rel=1e-4)
 
 
 def test_a_run_stopped_when_all_was_done_still_tells_its_memory(
