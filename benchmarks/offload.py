@@ -93,6 +93,8 @@ class Case:
     budget_gib: float
     micro_batch: int = 1
     sequence_length: int = 2048
+    accumulation: int = 1
+    micro_batches_per_pass: int = 1
     throttle_gb_per_second: float | None = None  # 12 is a desktop's PCIe 3
     host_gib: float | None = None  # host memory that may be used; None for all
     share_of_floor_to_reach: float | None = None
@@ -104,12 +106,35 @@ class Case:
 
     @property
     def work(self) -> tuple[Any, ...]:
-        """What a resident run depends on."""
-        return self.model, self.micro_batch, self.sequence_length
+        """What a resident run depends on; it has the same passes, to be compared phase by phase."""
+        step = self.accumulation, self.micro_batches_per_pass
+        return self.model, self.micro_batch, self.sequence_length, *step
+
+    @property
+    def sequences(self) -> int:
+        """Of an optimizer step."""
+        return self.micro_batch * self.accumulation
 
     @property
     def tokens(self) -> int:
-        return self.micro_batch * self.sequence_length
+        """Of an optimizer step."""
+        return self.sequences * self.sequence_length
+
+
+def _shared(
+    model: str, budget_gib: float, sequences: int, seconds: int, **options: Any
+) -> list[Case]:
+    """A step of few tokens: a pass for each sequence, one for all of them, and one micro-batch of all.
+
+    seconds: of one pass, or so, over the whole run.
+    """
+    ways = ((1, sequences, 1), (1, sequences, sequences), (sequences, 1, 1))
+    return [
+        Case(model=model, budget_gib=budget_gib, sequence_length=512, micro_batch=micro,
+             accumulation=count, micro_batches_per_pass=together, warm_steps=1, timed_steps=3,
+             seconds=(4 + count // together) * seconds, **options)
+        for micro, count, together in ways
+    ]  # fmt: skip
 
 
 _SHORT = (("llama-3-70b", 8, 50), ("llama-2-13b", 5, 15), ("llama-3-8b", 3, 15))
@@ -141,6 +166,10 @@ CASES = (
     Case(model="llama-3-8b", budget_gib=24, sequence_length=131072, warm_steps=1, timed_steps=1,
          resident=False, seconds=260),
     Case(model="llama-3-70b", budget_gib=8, host_gib=24, warm_steps=1, timed_steps=2, seconds=150),
+    *_shared("llama-3-8b", 3, 4, 4),
+    *_shared("llama-3-8b", 3, 4, 4, throttle_gb_per_second=12),
+    *_shared("llama-3-8b", 3, 8, 4, throttle_gb_per_second=12),
+    *_shared("llama-3-70b", 8, 4, 20, throttle_gb_per_second=12),
 )  # fmt: skip
 
 
@@ -148,7 +177,9 @@ TINY = (
     Case(model="tiny", budget_gib=1, micro_batch=2, sequence_length=64),
     Case(model="tiny", budget_gib=0.003, sequence_length=64),
     Case(model="tiny", budget_gib=0.001, sequence_length=64),
-)
+    Case(model="tiny", budget_gib=0.003, sequence_length=64, accumulation=3,
+         micro_batches_per_pass=2),
+)  # fmt: skip
 
 
 # --- the link ------------------------------------------------------------------------------------
@@ -324,7 +355,7 @@ def hardware_of(case: Case, described: Hardware) -> Hardware:
 
 
 def load_of(case: Case) -> Load:
-    return Load.uniform(case.micro_batch, case.sequence_length)
+    return Load.uniform(case.sequences, case.sequence_length)
 
 
 def resident_plan(case: Case, device: str) -> Plan:
@@ -333,8 +364,9 @@ def resident_plan(case: Case, device: str) -> Plan:
     return Plan.model_validate(
         {
             "device": device,
-            "effective_batch_size": case.micro_batch,
+            "effective_batch_size": case.sequences,
             "micro_batch_size": case.micro_batch,
+            "micro_batches_per_pass": case.micro_batches_per_pass,
             "evaluation_batch_size": case.micro_batch,
             "sequence_length": case.sequence_length,
             "recompute_layers": tuple(range(config.num_hidden_layers)),
@@ -438,7 +470,7 @@ def measure(
     ready = time.perf_counter() - start
     size = SequenceSize(tokens=case.sequence_length, target_tokens=case.sequence_length - 1)
     typical: Callable[[Sequence[float]], float] = min if hardware is None else statistics.median
-    batch = sequences_of([size] * case.micro_batch)
+    batch = sequences_of([size] * case.sequences)
     found = timed_steps(step, batch, Stopwatch(step, transport), case, typical)
     return {
         **found,
@@ -564,7 +596,8 @@ def make_row(
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells one row from another."""
     asked = ("model", "budget_gib", "micro_batch", "sequence_length", "throttle_gb_per_second")
-    return (*(row[name] for name in asked), row.get("host_gib"))
+    passes = row.get("accumulation", 1), row.get("micro_batches_per_pass", 1)
+    return (*(row[name] for name in asked), row.get("host_gib"), *passes)
 
 
 def asked_in_words(row: dict[str, Any]) -> str:
@@ -572,6 +605,8 @@ def asked_in_words(row: dict[str, Any]) -> str:
         f"{row['model']:>12} {row['budget_gib']:>5} GiB {row['micro_batch']}x"
         f"{row['sequence_length']:<6}"
     )
+    if row.get("accumulation", 1) > 1:
+        words += f" x{row['accumulation']}, {row['micro_batches_per_pass']} in a pass"
     if row["throttle_gb_per_second"] is not None:
         words += f" at {row['throttle_gb_per_second']} GB/s"
     if row.get("host_gib") is not None:
