@@ -37,16 +37,15 @@ class _Checkpoint:
 class HostCheckpoints:
     """A stack of tensors: `put` in forward, `get` in backward, in reverse.
 
-    count, bytes_each: buffers to pin ahead; more, and larger ones, are made when they are needed.
+    Tensors that share a pass differ in size from step to step, so each new buffer is as large as the
+    largest so far: a run begins with its longest rows, and pins no more after them.
     """
 
-    def __init__(self, transport: Transport, *, count: int = 0, bytes_each: int = 0) -> None:
+    def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self._stack: list[_Checkpoint] = []
         self._free: list[Tensor] = []
-        if count and bytes_each:
-            self._free += transport.reserve(count * bytes_each, PURPOSE).split(bytes_each)
-            transport.pin()
+        self._largest = 0  # bytes
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
         """Keeps `tensor`, contiguous and on the device, which nobody may write to any more."""
@@ -116,6 +115,7 @@ class HostCheckpoints:
         if self._free:  # a copy may still read the one that goes
             self.transport.drain()
             del self._free[0]
-        buffer = self.transport.reserve(count, PURPOSE)
+        self._largest = max(self._largest, count)
+        buffer = self.transport.reserve(self._largest, PURPOSE)
         self.transport.pin()
         return buffer
