@@ -34,17 +34,17 @@ def test_the_last_step_and_its_evaluation_in_order() -> None:
     assert found[0].components.total == 104
 
 
-def test_micro_batches_are_told_apart_where_there_are_several() -> None:
+def test_passes_are_told_apart_where_there_are_several() -> None:
     phases = ("forward", "build", "backward")
     segments = [Segment(0, n, phase, "") for n in (1, 2) for phase in phases]
     segments.append(Segment(0, 2, "optimizer", ""))
     names = [m.name for m in moments({s: level(1) for s in segments}, 0)]
     assert names == [
-        "micro-batch 1: forward",
-        "micro-batch 1: between phases",
-        "micro-batch 1: backward",
-        "micro-batch 2: forward",
-        "micro-batch 2: between phases",
-        "micro-batch 2: backward",
+        "pass 1: forward",
+        "pass 1: between phases",
+        "pass 1: backward",
+        "pass 2: forward",
+        "pass 2: between phases",
+        "pass 2: backward",
         "optimizer",
     ]

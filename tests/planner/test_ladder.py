@@ -39,6 +39,13 @@ def test_rungs_are_the_same_work_in_less_memory() -> None:
         assert (rung.optimizer, rung.compute_dtype) == (plan.optimizer, plan.compute_dtype)
 
 
+def test_fewer_micro_batches_share_a_pass() -> None:
+    plan = steps.plan(micro_batch_size=2, micro_batches_per_pass=3, loss_chunk_tokens=64)
+    found = [(p.micro_batch_size, p.micro_batches_per_pass) for p in smaller(plan, FREE)]
+    assert found[:3] == [(1, 3), (1, 2), (1, 1)]
+    assert set(found[3:]) == {(1, 1)}
+
+
 def test_recomputed_layers_stay_so() -> None:
     plan = steps.plan(micro_batch_size=1, recompute_layers=(3,), loss_chunk_tokens=64)
     assert [p.recompute_layers for p in smaller(plan, FREE)] == [

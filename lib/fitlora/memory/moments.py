@@ -23,9 +23,7 @@ def moments(levels: Mapping[Segment, Level], workspace_bytes: int) -> tuple[Mome
     several = len({s.micro_batch for s in shown if s.phase == "forward"}) > 1
     return tuple(
         Moment(
-            name=f"micro-batch {s.micro_batch}: {_name(s)}"
-            if several and _in_pass(s)
-            else _name(s),
+            name=f"pass {s.micro_batch}: {_name(s)}" if several and _in_pass(s) else _name(s),
             components=Components(**levels[s].components, library_workspaces=workspace_bytes),
         )
         for s in shown

@@ -22,7 +22,7 @@ class Segment:
     """A stretch of the run in which memory changes evenly from layer to layer."""
 
     step: int
-    micro_batch: int
+    micro_batch: int  # where several share a pass, which pass
     phase: str  # load, forward, backward, optimizer, evaluation
     part: str  # which stack of layers, or "" outside of them
 

@@ -3,10 +3,11 @@
 The planner's choice is made before training and is right about this process. Others take memory
 whenever they like. So a run that overflows goes on with a smaller Plan of the same work: no decision
 that changes a result is touched, unless params ask for frozen layers. The rungs, from what costs least
-time: a smaller micro-batch, more layers that recompute, less that such layers keep, smaller chunks of
-logits and of an MLP; where `train.freeze` freezes, more of that (`fitlora.planner.freezing`); then more
-on the host (`fitlora.planner.chain`), for which the step is made anew. What params say of the layout is
-where a run begins; the ladder goes beyond it, as the alternative is to end.
+time: a smaller micro-batch, fewer that share a pass, more layers that recompute, less that such layers
+keep, smaller chunks of logits and of an MLP; where `train.freeze` freezes, more of that
+(`fitlora.planner.freezing`); then more on the host (`fitlora.planner.chain`), for which the step is made
+anew. What params say of the layout is where a run begins; the ladder goes beyond it, as the alternative
+is to end.
 
 A rung is worth the device's time only where the estimate says that it takes less, and that it fits what
 the process could have now. Where nothing does, the smallest is tried: what took the memory may go.
@@ -45,6 +46,9 @@ def smaller(
     layers = free.layers
     while plan.micro_batch_size > 1:
         plan = plan.replace(micro_batch_size=-(-plan.micro_batch_size // 2))
+        yield plan
+    while plan.micro_batches_per_pass > 1:
+        plan = plan.replace(micro_batches_per_pass=-(-plan.micro_batches_per_pass // 2))
         yield plan
     while len(plan.recompute_layers) < layers:
         kept = [layer for layer in range(layers) if layer not in plan.recompute_layers]
