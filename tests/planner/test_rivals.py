@@ -291,9 +291,25 @@ def test_a_stack_may_be_half_recomputed_and_half_streamed() -> None:
     )
     half = plan.replace(recompute_layers=range(LAYERS // 2), streamed_layers=())
     limit = int(0.9 * made._estimate(half).process_bytes)
-    (_, mixed) = rivals._streamed(half, made.seen, limit)
+    (mixed,) = rivals._layouts(half, made.seen, limit)
     assert 0 < len(mixed.streamed_layers) < LAYERS
     assert len(mixed.recompute_layers) == LAYERS // 2
+
+
+def test_micro_batches_share_a_pass_where_its_weights_are_waited_for() -> None:
+    """On a slow link, with no room for a larger micro-batch; one sequence hides little of a layer."""
+    slow = H200.model_copy(update={"host_to_device_bytes_per_second": 3 * 10**9})
+    for asked in ({}, {"stream_layers": LAYERS}):
+        made = make(Truth(), 3, rates=slow, micro_batch_size=1, **asked)
+        choice = next(made.fitting())
+        assert choice.plan.streamed_layers
+        assert choice.plan.micro_batches_per_pass == 8
+        assert "micro_batches_per_pass" in choice.reasons
+    general = ModelSize(LAYERS, 128_256, by_hand=False)
+    for free in (make(Truth(), 12), make(Truth(), 4, rates=slow, model=general)):
+        choice = next(free.fitting())
+        assert choice.plan.micro_batches_per_pass == 1
+        assert "micro_batches_per_pass" not in choice.reasons
 
 
 def test_a_choice_says_how_fast_it_is_and_what_holds_it_up() -> None:

@@ -173,6 +173,26 @@ def test_dropout_and_a_smaller_last_micro_batch_take_time() -> None:
     )
 
 
+def test_a_shared_pass_waits_for_the_weights_once() -> None:
+    layout: dict[str, Any] = {
+        "effective_batch_size": 8, "micro_batch_size": 1, "recompute_layers": range(LAYERS),
+    }  # fmt: skip
+    streams = {**layout, "streamed_layers": range(LAYERS)}
+    slow = H200.model_copy(update={"host_to_device_bytes_per_second": 3 * 10**9})
+    alone, three, whole, more = (
+        told(slow, tokens=64, micro_batches_per_pass=n, **streams) for n in (1, 3, 8, 50)
+    )
+    assert (alone.bound, three.bound) == ("link", "link")
+    passes = alone.step_seconds - alone.optimizer_seconds
+    # three passes in place of eight, but for what the link does not bring
+    assert three.step_seconds - three.optimizer_seconds == pytest.approx(passes * 3 / 8, rel=0.02)
+    assert whole == more
+    assert whole.tokens == alone.tokens == 8 * 64
+    for tokens in (64, 2048):  # what computes is the same
+        one, eight = (told(tokens=tokens, micro_batches_per_pass=n, **layout) for n in (1, 8))
+        assert eight.step_seconds == pytest.approx(one.step_seconds)
+
+
 def test_fp8_speeds_products_up_and_plain_attention_holds_up() -> None:
     assert 1.25 < told(compute_dtype="float8").tokens_per_second / told().tokens_per_second < 1.6
     rates = H200.model_copy(
@@ -252,6 +272,25 @@ def test_guesses_of_bytes_are_near_the_measured_ones() -> None:
     for recomputed, gib in ((0, 32.9), (LAYERS, 10.0)):
         found = guess_bytes(plan(recompute_layers=range(recomputed)), shape(), 8192)
         assert 0.85 * gib * GIB < found < gib * GIB
+
+
+def test_micro_batches_of_a_pass_take_what_waits_for_backward() -> None:
+    """And each but the one at work a residual stream; the layer at work takes what it took."""
+    size = 2 * 4096 * 2048
+    layout: dict[str, Any] = {
+        "effective_batch_size": 8, "micro_batch_size": 1, "recompute_layers": range(LAYERS),
+    }  # fmt: skip
+    for side, kept in (("device", LAYERS), ("host", 0)):
+        one, three, all_of_them = (
+            plan(**layout, checkpoints=side, micro_batches_per_pass=n) for n in (1, 3, 50)
+        )
+        for shared, others in ((three, 2), (all_of_them, 7)):
+            more, pinned = (
+                of(shared, shape(), 2048) - of(one, shape(), 2048)
+                for of in (guess_bytes, guess_host_bytes)
+            )
+            assert more == others * (kept + 1) * size
+            assert pinned == others * (LAYERS - kept) * size
 
 
 def test_what_leaves_the_device_is_on_the_host() -> None:

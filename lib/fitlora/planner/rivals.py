@@ -27,7 +27,9 @@ _KEEPS: tuple[tuple[Kept, ...], ...] = (
     ("qkv", "attention", "middle"),
     ("attention", "middle", "mlp"),
 )
-_ALIKE = ("micro_batch_size", "recompute_keeps", "checkpoints", "embedding", "head")
+_ALIKE = (
+    "micro_batch_size", "micro_batches_per_pass", "recompute_keeps", "checkpoints", "embedding", "head"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Rivals:
             for plan in slower_and_slower:
                 if self._speed(plan) <= above:
                     break  # as are all behind it, and what streams is no faster
-                for layout in self._streamed(plan, seen, limit):
+                for layout in self._layouts(plan, seen, limit):
                     speed = self._speed(layout)
                     if speed > above and layout not in known and self._may_fit(layout, seen, limit):
                         found, above = layout, speed
@@ -68,7 +70,7 @@ class Rivals:
     def _families(self) -> Iterator[Iterator[Plan]]:
         """Every plan, but for streamed layers, by what else they have in common; unchecked copies.
 
-        In each family ever more layers recompute.
+        In each family ever more layers recompute. All micro-batches share a pass: nothing is faster.
         """
         fixed = len(self.bases[0].recompute_layers)
         counts = range(self.free.layers + 1) if self.free.recompute else (fixed,)
@@ -80,6 +82,7 @@ class Rivals:
                         **sides,
                         "recompute_layers": tuple(range(count)),
                         "recompute_keeps": kept,
+                        "micro_batches_per_pass": base.accumulation if self.free.by_hand else 1,
                     }
                 )
                 for count in counts
@@ -104,19 +107,28 @@ class Rivals:
             found.append({**found[-1], **more})
         return found
 
-    def _streamed(self, plan: Plan, seen: Sequence[Estimate], limit: int) -> Iterator[Plan]:
-        """The plan, and with as few streamed layers as make it fit."""
-        yield plan
-        free, recomputed = self.free, len(plan.recompute_layers)
-        whole = recomputed == free.layers
-        if not free.stream or not (whole or free.by_hand):
-            return
+    def _layouts(self, plan: Plan, seen: Sequence[Estimate], limit: int) -> Iterator[Plan]:
+        """The plan made to fit, with a pass for each micro-batch, or for more while a link holds up."""
+        plan = plan.model_copy(update={"micro_batches_per_pass": 1})
+        while (layout := self._fitted(plan, seen, limit)) is not None:
+            yield layout
+            told, together = self.forecast(layout), plan.micro_batches_per_pass
+            waits = told is not None and told.bound in ("link", "disk")
+            if not (waits and self.free.by_hand) or together >= plan.accumulation:
+                return
+            together = min(2 * together, plan.accumulation)
+            plan = plan.model_copy(update={"micro_batches_per_pass": together})
+
+    def _fitted(self, plan: Plan, seen: Sequence[Estimate], limit: int) -> Plan | None:
+        """The plan with as few streamed layers as make it fit, by the guess; None where none do."""
         over = self._guess(plan, seen) - limit
         if over <= 0:
-            return
+            return plan
+        free, whole = self.free, len(plan.recompute_layers) == self.free.layers
         count = plan.streaming_slots + -(-over // self.shape.layer_bytes)
-        if count <= free.most_streamed:
-            yield plan.model_copy(update={"streamed_layers": self._spread(count)})
+        if not free.stream or not (whole or free.by_hand) or count > free.most_streamed:
+            return None
+        return plan.model_copy(update={"streamed_layers": self._spread(count)})
 
     def _spread(self, count: int) -> tuple[int, ...]:
         from fitlora.offload.residency import spread  # here, as torch comes with it

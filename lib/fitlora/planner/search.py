@@ -614,6 +614,7 @@ class Search:
         else:
             recompute = "the fewest layers with which the micro-batch fits"
         keeps = "it takes more time to make again than memory to keep"
+        shares = "what is streamed comes once for all of them, and is waited for"
         several = {}
         if plan.devices > 1:
             tokens = self.tokens(plan.micro_batch_size)
@@ -621,6 +622,7 @@ class Search:
         return {
             **several,
             "micro_batch_size": micro,
+            **({"micro_batches_per_pass": shares} if plan.micro_batches_per_pass > 1 else {}),
             "evaluation_batch_size": (
                 "as params say" if asked.evaluation_batch_size != "auto" else "as in training"
             ),

@@ -270,36 +270,37 @@ def forecast(plan: Plan, shape: Shape, rates: Rates, tokens: int) -> Forecast | 
 
     tokens: of one micro-batch.
     """
-    full = _micro_batch(plan, shape, rates, tokens)
-    if full is None:
+    together = min(plan.micro_batches_per_pass, plan.accumulation)
+    full = last = _pass(plan, shape, rates, together, tokens)
+    if full is None or last is None:
         return None
-    step_tokens, seconds = plan.accumulation * tokens, plan.accumulation * full.seconds
-    left = plan.sequences_per_device % plan.micro_batch_size
-    if left:  # the last micro-batch is smaller
-        rest = tokens * left // plan.micro_batch_size
-        last = _micro_batch(plan, shape, rates, rest)
+    step_tokens = plan.sequences_per_device * tokens // plan.micro_batch_size
+    left = step_tokens - (plan.passes - 1) * together * tokens
+    if left < together * tokens:  # the last pass has fewer micro-batches, or a smaller one
+        count = plan.accumulation - (plan.passes - 1) * together
+        last = _pass(plan, shape, rates, count, left // count)
         assert last is not None
-        step_tokens += rest - tokens
-        seconds += last.seconds - full.seconds
-    optimizer = _optimizer_seconds(plan, shape, rates, full.passes[0])
+    seconds = (plan.passes - 1) * full.seconds + last.seconds
+    optimizer = _optimizer_seconds(plan, shape, rates, full.phases[0])
     bound = "host" if optimizer > seconds else full.bound
-    return Forecast(step_tokens, full.seconds, optimizer, seconds + optimizer, bound)
+    each = full.seconds / together
+    return Forecast(step_tokens, each, optimizer, seconds + optimizer, bound)
 
 
 @dataclass(frozen=True)
-class _MicroBatch:
-    """passes: seconds of forward, backward and loss. bound: what they waited for the longest."""
+class _Pass:
+    """phases: seconds of forward, backward and loss. bound: what they waited for the longest."""
 
-    passes: list[float]
+    phases: list[float]
     bound: str
 
     @property
     def seconds(self) -> float:
-        return sum(self.passes)
+        return sum(self.phases)
 
 
-def _micro_batch(plan: Plan, shape: Shape, rates: Rates, tokens: int) -> _MicroBatch | None:
-    """None where a rate is not known."""
+def _pass(plan: Plan, shape: Shape, rates: Rates, count: int, tokens: int) -> _Pass | None:
+    """Of so many micro-batches of `tokens` that share it; None where a rate is not known."""
     dtype = plan.activation_dtype
     product = rates.product_flops_per_second.get(dtype)
     copy, disk = rates.device_copy_bytes_per_second, rates.disk_read_bytes_per_second
@@ -328,31 +329,32 @@ def _micro_batch(plan: Plan, shape: Shape, rates: Rates, tokens: int) -> _MicroB
         + recomputed * shape.launches(missing),
     ]
     # of forward, backward and loss
+    compute = [
+        slower * layers * clock.forward,
+        slower * ((layers - end) * clock.backward + again),
+        clock.head(sliced=plan.head == "host"),
+    ]
     waits = {
-        "compute": [
-            slower * layers * clock.forward,
-            slower * ((layers - end) * clock.backward + again),
-            clock.head(sliced=plan.head == "host"),
-        ],
-        "launches": [*(LAUNCH_SECONDS * count for count in launches), 0.0],
+        "compute": [count * seconds for seconds in compute],
+        "launches": [*(count * LAUNCH_SECONDS * launched for launched in launches), 0.0],
     }
     if plan.uses_host and up is not None and down is not None:
-        waits["link"] = _link_seconds(plan, shape, tokens, up, down)
+        waits["link"] = _link_seconds(plan, shape, count * tokens, up, down)
     if plan.disk_layers and disk is not None:
         read = plan.disk_layers * shape.layer_bytes / disk
         waits["disk"] = [read, read, 0.0]
     names = [max(waits, key=lambda name: waits[name][i]) for i in range(3)]
-    passes = [waits[name][i] for i, name in enumerate(names)]
+    phases = [waits[name][i] for i, name in enumerate(names)]
     total = {
-        name: sum(p for p, n in zip(passes, names, strict=True) if n == name) for name in names
+        name: sum(p for p, n in zip(phases, names, strict=True) if n == name) for name in names
     }
     if plan.embedding == "host" and up is not None:  # before anything else can begin
-        passes[0] += 2 * tokens * shape.hidden / up
-    return _MicroBatch(passes, max(total, key=lambda name: total[name]))
+        phases[0] += 2 * count * tokens * shape.hidden / up
+    return _Pass(phases, max(total, key=lambda name: total[name]))
 
 
 def _link_seconds(plan: Plan, shape: Shape, tokens: int, up: int, down: int) -> list[float]:
-    """Of what travels beside forward, backward and loss."""
+    """Of what travels beside forward, backward and loss. tokens: of all that share the pass."""
     end = plan.lowest_learning
     counts = len(plan.streamed_layers), sum(layer >= end for layer in plan.streamed_layers)
     # at the turns of a pass, as many as there are slots are there already
@@ -402,12 +404,14 @@ def guess_bytes(plan: Plan, shape: Shape, tokens: int) -> int:
         2 * shape.hidden + shape.kept_bytes(KEPT)
     )
     kept += recomputed * (waiting + shape.kept_bytes(plan.recompute_keeps))
+    together = min(plan.micro_batches_per_pass, plan.accumulation)
+    between = (together - 1) * 2 * shape.hidden  # what the others have between two layers
     tables = (plan.embedding == "device") + (plan.head == "device")
     stored, states = (2, 0) if plan.optimizer_device == "host" else (4, 12)
     return (
         (shape.layers - streamed + slots) * shape.layer_bytes
         + tables * shape.table_bytes
-        + tokens * kept
+        + tokens * (together * kept + between)
         + shape.working_bytes(tokens, min(tokens, plan.mlp_chunk_tokens or tokens))
         + stored * shape.adapters
         + states * _learning(plan, shape)
@@ -417,10 +421,11 @@ def guess_bytes(plan: Plan, shape: Shape, tokens: int) -> int:
 def guess_host_bytes(plan: Plan, shape: Shape, tokens: int) -> int:
     """About what of the host's memory the plan pins; layers on disk come through three buffers."""
     waiting = _recomputed(plan) if plan.checkpoints == "host" else 0
+    together = min(plan.micro_batches_per_pass, plan.accumulation)
     tables = (plan.embedding == "host") + (plan.head == "host")
     return (
         (len(plan.streamed_layers) - max(0, plan.disk_layers - 3)) * shape.layer_bytes
-        + 2 * shape.hidden * tokens * waiting
+        + 2 * shape.hidden * together * tokens * waiting
         + tables * shape.table_bytes
         + (20 * shape.adapters if plan.optimizer_device == "host" else 0)
     )
