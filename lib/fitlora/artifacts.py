@@ -324,11 +324,11 @@ class Estimate(Record):
     host_pinned_bytes: int = Field(
         0, description="of a host's memory, for what is not on its devices; by all processes there"
     )
-    device_process_bytes: tuple[int, ...] = Field(
+    device_peak_bytes: tuple[int, ...] = Field(
         (),
         strict=False,
-        description="process_bytes of each device that layers are spread over, in order; all else is "
-        "of the heaviest. Empty for one device",
+        description="peak_allocated_bytes of each device that layers are spread over, in order; all "
+        "else is of the heaviest. Empty for one device",
     )
     fits: bool
     instant: str = Field(description="when the peak is reached: phase and module")
@@ -337,9 +337,9 @@ class Estimate(Record):
 
     @property
     def heaviest_device(self) -> int:
-        """The number of the device that all but `device_process_bytes` is of."""
-        each = self.device_process_bytes
-        return each.index(self.process_bytes) if each else 0
+        """The number of the device that all but `device_peak_bytes` is of."""
+        each = self.device_peak_bytes
+        return each.index(self.peak_allocated_bytes) if each else 0
 
 
 class Card(Record):

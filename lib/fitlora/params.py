@@ -271,7 +271,8 @@ class TrainParams(Section):
     devices: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
         description="processes that share an effective batch, a GPU each; auto: every GPU that is here, "
-        "and one process on the CPU",
+        "and one process on the CPU. With auto one process spreads layers over the GPUs where that is "
+        "faster by forecast, or nothing else fits",
     )
     epochs: float | None = Field(
         None, gt=0, description="passes over the rows; either this or max_steps"

@@ -74,8 +74,9 @@ class MemoryEfficientTrainer:
     memory_profiling: copies the memory of each step to output_dir/memory_logs and prints each phase's
         peak.
     memory_budget: like "8GiB"; all of the device's memory by default.
-    device_map: "auto" for every GPU that is here, each with its part of a batch; "cuda" for the first
-        one, "cpu" for none. Left out, the first GPU where there is one.
+    device_map: "auto" for every GPU that is here, each with its part of a batch or a range of the
+        layers, whichever the planner forecasts to be faster; "cuda" for the first one, "cpu" for none.
+        Left out, the first GPU where there is one.
     from_adapter: folder of an adapter to go on from.
 
     Raises UserError, which says what to change, for whatever cannot be.

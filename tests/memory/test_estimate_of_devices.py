@@ -73,15 +73,16 @@ def test_the_heaviest_device_decides() -> None:
     config, here = steps.config(num_hidden_layers=8), hardware(context_bytes=1000)
     estimator = Estimator(config, SETTINGS, LOAD, here)
     alone = estimator(steps.plan())
-    assert alone.device_process_bytes == ()
+    assert alone.device_peak_bytes == ()
     even, top_heavy = (
         estimator(steps.plan(layers_per_device=counts)) for counts in ((4, 4), (2, 6))
     )
     for found in (even, top_heavy):
-        assert found.process_bytes == max(found.device_process_bytes) < alone.process_bytes
-        assert found.components.total == found.peak_allocated_bytes
+        assert found.peak_allocated_bytes == max(found.device_peak_bytes)
+        assert found.peak_allocated_bytes == found.device_peak_bytes[found.heaviest_device]
+        assert found.components.total == found.peak_allocated_bytes < alone.peak_allocated_bytes
         # weights, adapters and their states are shared out; only a few things are there twice
-        assert sum(found.device_process_bytes) < 1.2 * alone.process_bytes
-    assert top_heavy.device_process_bytes[1] > even.device_process_bytes[1]
-    assert top_heavy.device_process_bytes[0] < even.device_process_bytes[0]
+        assert sum(found.device_peak_bytes) < 1.2 * alone.peak_allocated_bytes
+    assert top_heavy.device_peak_bytes[1] > even.device_peak_bytes[1]
+    assert top_heavy.device_peak_bytes[0] < even.device_peak_bytes[0]
     assert trace_step(config, even.plan, SETTINGS, LOAD).peak_bytes == even.peak_allocated_bytes

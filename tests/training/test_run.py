@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from fitlora.adapter import CONFIG, WEIGHTS, load_adapter
-from fitlora.artifacts import Hardware, Rates
+from fitlora.artifacts import Hardware, PlanArtifact, Rates
+from fitlora.errors import UserError
 from fitlora.params import Params, check_params
+from fitlora.pipeline.train_adapters import _train
 from fitlora.plan import Plan
 from fitlora.step.training_step import TrainingStep
 from fitlora.training.data import TokenizedSplit
 from fitlora.training.loop import Run
+from fitlora.training.parallel import Ranks
 from fitlora.training.run import Places, _numbers, train
 from tests.rows import tokenized
 from tests.step import steps
@@ -125,6 +128,27 @@ def test_the_log_tells_the_run(done: tuple[Places, dict[str, Any], Params]) -> N
     assert end["best_validation_loss"] == min(r["validation_loss"] for r in validations)
     assert steps_[-1]["loss"] < steps_[0]["loss"]
     assert {r["learning_rate"] for r in steps_} == {3e-2}
+
+
+def test_layers_spread_over_devices_learn_what_they_do_on_one(
+    done: tuple[Places, dict[str, Any], Params], tmp_path: Path, checkpoint: Path
+) -> None:
+    places, end, _ = train_in(tmp_path, checkpoint, layers_per_device=(1, 1))
+    alone = load_adapter(done[0].adapter)
+    spread = load_adapter(places.adapter)
+    assert alone.keys() == spread.keys()
+    assert all(torch.equal(alone[name], spread[name]) for name in alone)
+    assert end["best_validation_loss"] == done[1]["best_validation_loss"]
+    assert end["predicted_peak_bytes"] < done[1]["predicted_peak_bytes"]
+    assert [(p["rank"], p["device"]) for p in end["processes"]] == [(0, "cpu"), (0, "cpu")]
+
+
+def test_one_of_several_processes_spreads_nothing(tmp_path: Path) -> None:
+    spread = PlanArtifact(plan=steps.plan(layers_per_device=(1, 1)), reasons={})
+    ranks = Ranks()
+    ranks.devices = 2
+    with pytest.raises(UserError, match="start the training without a launcher"):
+        _train(check_params({}), spread, HARDWARE, tmp_path, ranks)
 
 
 def test_memory_is_about_as_predicted(done: tuple[Places, dict[str, Any], Params]) -> None:

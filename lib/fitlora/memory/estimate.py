@@ -381,8 +381,8 @@ class Estimator:
         heaviest = max(by_device, key=lambda estimate: estimate.process_bytes)
         if len(by_device) == 1:
             return heaviest
-        each = tuple(estimate.process_bytes for estimate in by_device)
-        return heaviest.model_copy(update={"device_process_bytes": each})
+        each = tuple(estimate.peak_allocated_bytes for estimate in by_device)
+        return heaviest.model_copy(update={"device_peak_bytes": each})
 
     def _on_device(self, plan: Plan, traced: Traced, number: int, reserved: int | None) -> Estimate:
         found = _result(traced.levels[number], self.workspace_bytes)

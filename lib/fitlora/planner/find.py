@@ -1,6 +1,8 @@
 """From a model and a machine to a proven Plan: search by estimates, then probe what was found."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fitlora.artifacts import Estimate, Hardware
@@ -10,6 +12,7 @@ from fitlora.params import Params
 from fitlora.planner.model import model_size
 from fitlora.planner.probe import ProbeResult, probe
 from fitlora.planner.search import Choice, Search, default_plan
+from fitlora.planner.several import can_spread, spread_forecast, spread_layers, ways
 from fitlora.planner.speed import Shape
 from fitlora.step.settings import StepSettings
 from fitlora.units import format_bytes
@@ -61,7 +64,7 @@ def find_plan(
         ),
     )
     probes: list[ProbeResult] = []
-    for choice in search.fitting():
+    for choice in _either_way(search) if can_spread(params, hardware, model) else search.fitting():
         if hardware.target is not None:
             return choice, probes
         probes.append(probe(config, choice.plan, settings, load, hardware))
@@ -74,3 +77,86 @@ def find_plan(
         "they were tried; another process may hold the memory, or the device has less than its budget. "
         "A lower hardware.memory_budget makes room"
     )
+
+
+def _either_way(parallel: Search) -> Iterator[Choice]:
+    """Plans that fit: a part of the batch for each GPU, or a range of the layers, which is faster.
+
+    By forecast; where one way has no plan, the other. parallel: the search of the first. Raises
+    UserError as it does, where neither has a plan.
+    """
+    shared = parallel.fitting()
+    mine = _next(shared)
+    found = None
+    if isinstance(mine, Choice):
+        tokens = parallel.tokens(mine.plan.micro_batch_size)
+        found = ways(mine.plan, parallel.shape, parallel.hardware.rates, tokens)
+        if found is None or found.spread <= found.in_parallel:
+            yield from itertools.chain([mine], shared)
+            return
+    spread = _spread(parallel)
+    other = _next(spread)
+    together = None if found is None else found.in_parallel
+    over_all = _speed(other)
+    if isinstance(other, Choice) and (together is None or (over_all or 0.0) > together):
+        name, first, rest = "layers_per_device", other, spread
+    elif isinstance(mine, Choice):
+        name, first, rest = "devices", mine, shared
+    else:
+        raise mine
+    told = {
+        "devices": f"a part of the batch for each GPU {_told(mine, together)}",
+        "layers_per_device": f"a range of the layers for each GPU {_told(other, over_all)}",
+    }
+    why = f"{told.pop(name)}; {told.popitem()[1]}"
+    for choice in itertools.chain([first], rest):
+        yield replace(choice, reasons={**choice.reasons, name: why})
+
+
+def _speed(found: Choice | UserError) -> float | None:
+    forecast = found.forecast if isinstance(found, Choice) else None
+    return None if forecast is None else forecast.tokens_per_second
+
+
+def _told(found: Choice | UserError, tokens_per_second: float | None) -> str:
+    if isinstance(found, UserError):
+        return "does not fit"
+    if tokens_per_second is None:
+        return "fits"
+    return f"reaches {tokens_per_second:,.0f} tokens/s by forecast"
+
+
+def _next(choices: Iterator[Choice]) -> Choice | UserError:
+    """The next choice, or why there is none."""
+    try:
+        return next(choices)
+    except UserError as error:
+        return error
+
+
+def _spread(parallel: Search) -> Iterator[Choice]:
+    """Plans with layers spread over all GPUs that fit, the preferred one first, with their forecast."""
+    params, hardware, shape = parallel.params, parallel.hardware, parallel.shape
+    assert shape is not None, "what is done by hand has one"
+    start = default_plan(
+        params,
+        hardware,
+        parallel.model,
+        parallel.tokens,
+        sequence_length=parallel.start.sequence_length,
+        devices=1,
+    )
+    counts = spread_layers(shape, len(hardware.gpus), tied=parallel.model.tied)
+    search = Search(
+        params=params,
+        hardware=hardware,
+        model=parallel.model,
+        start=start.replace(layers_per_device=counts),
+        estimator=parallel.estimator,
+        replay=parallel.replay,
+        tokens=parallel.tokens,
+    )
+    for choice in search.fitting():
+        tokens = parallel.tokens(choice.plan.micro_batch_size)
+        told = spread_forecast(choice.plan, shape, hardware.rates, tokens)
+        yield replace(choice, forecast=told, limit=None if told is None else told.bound)

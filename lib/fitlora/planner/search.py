@@ -158,11 +158,12 @@ def default_plan(
     tokens: Callable[[int], int],
     *,
     sequence_length: int,
+    devices: int | None = None,
 ) -> Plan:
     """The plan to start from: what the user fixed, and else the fastest that memory might allow.
 
     That is a micro-batch just large enough to keep the device busy, and nothing recomputed. tokens:
-    tokens of the heaviest micro-batch, by its size.
+    tokens of the heaviest micro-batch, by its size. devices: None for as many as `device_count` says.
     """
     asked = params.plan
     if hardware.device == "cpu" and params.train.optimizer in PAGED_OPTIMIZERS:
@@ -171,7 +172,7 @@ def default_plan(
             "CPU; use adamw or adamw_8bit"
         )
     dtype, _ = compute_dtype(params, hardware, by_hand=model.by_hand)
-    devices = device_count(params, hardware)
+    devices = devices or device_count(params, hardware)
     share = -(-params.train.effective_batch_size // devices)
     micro = asked.micro_batch_size
     if micro == "auto":
