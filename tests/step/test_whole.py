@@ -12,6 +12,7 @@ from fitlora.artifacts import SequenceSize
 from fitlora.errors import UserError
 from fitlora.memory.estimate import Load, trace_step
 from fitlora.memory.trace import rounded
+from fitlora.model import load_config
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
 from fitlora.planner.chain import Freedom
 from fitlora.planner.model import model_size
@@ -30,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all biases": {"bias": "all", "target_modules": ("v_proj", "down_proj")},
     "biases of adapted layers": {"bias": "lora_only", "target_modules": ("v_proj", "down_proj")},
     "modules": {"modules_to_save": ENDS},
+    "biases of norms and head": {"bias": "all"},
     "both, with DoRA": {"bias": "lora_only", "modules_to_save": ("lm_head",), "dora": True},
 }
 
@@ -76,15 +78,17 @@ EVERYTHING = lora(bias="all", modules_to_save=ENDS, dropout=0.1)
 # --- stock peft ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    return make_checkpoint(folder, "qwen2", dtype=torch.float32, tokenizer=False)
+@pytest.fixture
+def checkpoint(case: str, tmp_path: Path) -> Path:
+    phi = {"model_type": "phi", "num_key_value_heads": 4}  # has biases everywhere
+    changes = phi if case == "biases of norms and head" else {}
+    folder = tmp_path / "model"
+    return make_checkpoint(folder, "qwen2", dtype=torch.float32, tokenizer=False, **changes)
 
 
 def on_checkpoint(folder: Path, of: LoraParams, **given: Any) -> TrainingStep:
     weights = CheckpointWeights(folder, torch.device("cpu"), **given)
-    return build_step(make_config("qwen2"), steps.plan(), settings(of, bits=16), weights)
+    return build_step(load_config(folder), steps.plan(), settings(of, bits=16), weights)
 
 
 def peft_loss(model: Any, rows: list[Any]) -> Tensor:
@@ -111,12 +115,13 @@ def test_stock_peft_has_the_same_outputs_and_gradients(
     for index in range(3):
         step.run(rows, step=index, learning_rate=1e-2)
     described = adapter_config(options, lora_targets(step.model), base_model="a", revision=None)
-    save_adapter(tmp_path, step.adapter_state(), described)
+    folder = tmp_path / "adapter"
+    save_adapter(folder, step.adapter_state(), described)
     whole = whole_parameters(step.model)
     assert all(not torch.equal(p, start[n]) for n, p in whole.items()), "all of them learned"
 
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    theirs: Any = PeftModel.from_pretrained(base, str(tmp_path), is_trainable=True)
+    theirs: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     loss = peft_loss(theirs, rows)
     loss.backward()
     gradients: dict[str, Tensor] = {}
@@ -157,14 +162,15 @@ def test_it_goes_on_from_what_stock_peft_saved(case: str, checkpoint: Path, tmp_
         for parameter in theirs.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    theirs.save_pretrained(tmp_path)
-    state = read_start(tmp_path, options)
-    check_start(tmp_path, state, step.adapters)
+    folder = tmp_path / "adapter"
+    theirs.save_pretrained(folder)
+    state = read_start(folder, options)
+    check_start(folder, state, step.adapters)
     rows = steps.sequences(7)
     loss, count = on_checkpoint(checkpoint, options, adapter=state).evaluate(rows)
     assert float(loss) / count == pytest.approx(peft_loss(theirs, rows).item(), rel=1e-5)
     with pytest.raises(UserError, match=r"its (bias|modules_to_save) is .* set lora\."):
-        read_start(tmp_path, lora(dora=options.dora))
+        read_start(folder, lora(dora=options.dora))
 
 
 # --- the step ------------------------------------------------------------------------------------
