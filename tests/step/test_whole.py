@@ -290,7 +290,7 @@ def test_biases_of_frozen_layers_are_frozen() -> None:
         assert torch.equal(tensor, before[name]) == (".layers.0." in name), name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["all biases", "modules"])
 def test_its_estimate_is_what_it_takes(case: str) -> None:
     load = Load([SequenceSize(tokens=t, target_tokens=t // 2) for t in (90, 71, 40)], [])
     plan = steps.plan(micro_batch_size=2, recompute_layers=(0,), compute_dtype="bfloat16")
