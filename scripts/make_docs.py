@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fitlora.gpu_facts import CARDS
 from fitlora.params import Params, TargetParams
 from fitlora.presets import yaml_value
 
@@ -48,7 +49,10 @@ def _sections() -> Iterator[str]:
         assert issubclass(section, BaseModel)
         yield from _table(name, section)
     yield from _table("hardware.target", TargetParams)
-    yield "Where `hardware.target` is null, there is no such section; where it is given, all are needed."
+    yield (
+        "Where `hardware.target` is null, there is no such section. Memory and compute capability are "
+        f"known of: {', '.join(CARDS)}."
+    )
     yield ""
 
 

@@ -136,6 +136,35 @@ def test_estimate_says_what_is_wrong_with_a_question(arguments: tuple[str, ...],
     assert said in done.stderr
 
 
+def test_a_plan_for_a_card_that_is_not_here() -> None:
+    asked = ("plan", MODEL, "--gpu", "RTX 3070", "--seq-length", "64")
+    done = fitlora(*asked, "--set", "train.effective_batch_size=4", "--set", "lora.r=4")
+    assert done.exit_code == 0, done.output
+    for words in (
+        r"target +RTX 3070, 8.00 GiB",
+        r"by its maker's figures",
+        r"micro_batch_size +4 +the whole effective batch fits at once",
+        r"predicted +[\d,]+ tokens/s, held up by the host, which launches that work",
+        r"not probed: the plan is for a GPU that is not here",
+    ):
+        assert re.search(words, done.stdout), words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("plan", MODEL), 'takes both: fitlora plan ./model --gpu "RTX 3070"'),
+        (("plan", "--gpu", "RTX 3070"), "set hardware.target"),
+        (("plan", MODEL, "--gpu", "RTX 9999"), "is not among the GPUs that are known"),
+        (("plan", MODEL, "--gpu", "T4", "--set", "lora.r=auto"), "give numbers"),
+    ],
+)
+def test_plan_says_what_is_wrong_with_a_card(arguments: tuple[str, ...], said: str) -> None:
+    done = fitlora(*arguments)
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr
+
+
 def test_probe_compares_the_estimate_with_the_device(project: Path) -> None:
     done = fitlora("probe", MODEL, "--seq-length", "32", "--json")
     assert done.exit_code == 0, done.output

@@ -665,23 +665,48 @@ def test_profile_of_a_described_gpu_is_the_same_everywhere_but_for_the_host(
     assert made.context_bytes == 620 * MIB
     assert made.workspace_bytes == 2 * 8_519_680
     assert made.host_memory_bytes == host
-    assert (
-        set(
-            made.rates.model_dump().values(),
-        )
-        == {None}
-        if False
-        else True
-    )
     assert not (tmp_path / "scratch").exists()
 
 
-def test_a_described_gpu_has_no_rates(host: int, tmp_path: Path) -> None:
+def test_of_a_described_gpu_its_maker_tells_the_rates(host: int, tmp_path: Path) -> None:
     rates = hardware.profile(HardwareParams(target=TARGET), tmp_path).rates
+    assert 0.5 * 448e9 < (rates.device_copy_bytes_per_second or 0) < 448e9
+    assert rates.host_to_device_bytes_per_second == rates.device_to_host_bytes_per_second
+    assert set(rates.product_flops_per_second) == {"bfloat16", "float16"}
+    unknown = TARGET.model_copy(update={"name": "a friend's"})
+    rates = hardware.profile(HardwareParams(target=unknown), tmp_path).rates
     assert rates.product_flops_per_second == {}
     links = rates.model_dump(exclude={"product_flops_per_second"})
     assert links
     assert set(links.values()) == {None}
+
+
+@pytest.mark.parametrize("name", ["RTX 3070", "rtx3070", "NVIDIA GeForce RTX 3070"])
+def test_a_known_gpu_needs_no_more_than_its_name(host: int, tmp_path: Path, name: str) -> None:
+    made = hardware.profile(HardwareParams(target=TargetParams(name=name)), tmp_path)
+    assert made.gpus == (RTX_3070.model_copy(update={"name": name}),)
+    assert "by its maker's figures" in "\n".join(hardware.describe(made))
+    smaller = TargetParams(name=name, memory="6GiB")
+    assert hardware.profile(HardwareParams(target=smaller), tmp_path).budget_bytes == 6 * GIB
+
+
+def test_an_unknown_gpu_is_refused_with_those_like_it(host: int, tmp_path: Path) -> None:
+    asked = HardwareParams(target=TargetParams(name="RTX 3075"))
+    with pytest.raises(UserError, match=r"like it: .*RTX 3070.*memory: 8GiB, compute_capability"):
+        hardware.profile(asked, tmp_path)
+
+
+def test_the_known_gpus_are_what_they_may_be() -> None:
+    for name, card in gpu_facts.CARDS.items():
+        assert gpu_facts.find_card(name) is card
+        major, minor = gpu_facts.parse_capability(card.capability)
+        assert (7, 0) <= (major, minor) <= (12, 1)
+        # what a byte from memory, and one from the link, has to be worth in operations
+        assert 50 < card.tflops * 1000 / card.gb_per_second < 450
+        assert 5 < card.gb_per_second / card.link_gb_per_second < 100
+        rates = gpu_facts.documented_rates(card)
+        assert ("bfloat16" in rates.product_flops_per_second) is (major >= 8)
+    assert len({gpu_facts._plain(name) for name in gpu_facts.CARDS}) == len(gpu_facts.CARDS)
 
 
 @pytest.mark.parametrize(

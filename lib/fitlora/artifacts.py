@@ -147,7 +147,7 @@ class Gpu(Record):
 
 
 class Rates(Record):
-    """Measured speeds, rounded coarsely; None where it was not measured or does not apply."""
+    """Speeds, measured and rounded coarsely, or documented; None where not known, or not there."""
 
     host_to_device_bytes_per_second: int | None
     device_to_host_bytes_per_second: int | None

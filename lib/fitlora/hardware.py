@@ -43,15 +43,9 @@ def profile(params: HardwareParams, disk: Path) -> Hardware:
 
     context_bytes = workspace_bytes = 0
     if params.target is not None:
-        context_bytes = gpu_facts.documented_context_bytes(params.target.compute_capability)
-        workspace_bytes = gpu_facts.documented_workspace_bytes(params.target.compute_capability)
-        speeds = Rates(
-            host_to_device_bytes_per_second=None,
-            device_to_host_bytes_per_second=None,
-            device_copy_bytes_per_second=None,
-            disk_read_bytes_per_second=None,
-            product_flops_per_second={},
-        )
+        context_bytes = gpu_facts.documented_context_bytes(gpus[0].compute_capability)
+        workspace_bytes = gpu_facts.documented_workspace_bytes(gpus[0].compute_capability)
+        speeds = gpu_facts.documented_rates(gpu_facts.find_card(params.target.name))
     else:
         disk.mkdir(parents=True, exist_ok=True)
         if device == "cuda":
@@ -104,10 +98,11 @@ def _find_gpus(params: HardwareParams) -> tuple[tuple[Gpu, ...], machine.Device]
                 f"hardware.target describes a GPU ({target.name}), but hardware.device is cpu; "
                 "set one of them to null or auto"
             )
-        gpu = gpu_facts.describe_gpu(
-            target.name, target.compute_capability, parse_bytes(target.memory)
-        )
-        return (gpu,), "cuda"
+        memory, capability = target.memory, target.compute_capability
+        if memory is None or capability is None:
+            card = gpu_facts.known_card(target.name)
+            memory, capability = memory or card.memory, capability or card.capability
+        return (gpu_facts.describe_gpu(target.name, capability, parse_bytes(memory)),), "cuda"
     device, reason = machine.choose_device(params.device)
     if device == "cpu":
         say(f"the CPU is the device: {reason}")
@@ -218,5 +213,6 @@ def describe(hardware: Hardware) -> list[str]:
         f"{dtype} {rate / 10**12:g} TFLOP/s"
         for dtype, rate in found.product_flops_per_second.items()
     ]
-    lines.append(f"speed   {', '.join(speeds) or 'not measured: the GPU is not here'}")
+    told = ", by its maker's figures" if hardware.target is not None and speeds else ""
+    lines.append(f"speed   {', '.join(speeds) or 'not known: the GPU is not here'}{told}")
     return lines

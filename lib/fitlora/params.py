@@ -138,10 +138,14 @@ class DataParams(Section):
 class TargetParams(Section):
     """A GPU that is not in this machine, to plan for it."""
 
-    name: str = Field(description="for messages only")
-    memory: Size = Field(description="its memory, like 8GiB")
-    compute_capability: str = Field(
-        pattern=r"^\d+\.\d$", description="as NVIDIA lists it: 8.6 for RTX 30, 8.9 for RTX 40"
+    name: str = Field(
+        description="like RTX 3070; where it is among the known ones, its rates are known as well"
+    )
+    memory: Size | None = Field(None, description="like 8GiB; null: what a known one has")
+    compute_capability: str | None = Field(
+        None,
+        pattern=r"^\d+\.\d$",
+        description="as NVIDIA lists it: 8.6 for RTX 30, 8.9 for RTX 40; null: what a known one has",
     )
 
 

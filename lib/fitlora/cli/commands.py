@@ -23,6 +23,7 @@ from fitlora.cli.frame import (
     root_option,
     set_option,
 )
+from fitlora.cli.plan import plan
 from fitlora.errors import UserError
 from fitlora.presets import PRESETS
 
@@ -110,17 +111,7 @@ def profile(project: Project) -> Any:
 main.add_command(estimate)
 
 
-@main.command(epilog=_examples("fitlora plan", "fitlora plan --set hardware.memory_budget=6GiB"))
-@answers()
-@project_options
-def plan(project: Project) -> Any:
-    """Find how a training step is split up to fit, and prove it.
-
-    The step that is found runs once on the device, with noise for weights. Needs estimate.
-    """
-    from fitlora.pipeline.find_batch_size import find_batch_size
-
-    return find_batch_size(project.params, project.root)
+main.add_command(plan)
 
 
 @main.command(epilog=_examples("fitlora quantize", "fitlora quantize --set quantization.type=fp4"))

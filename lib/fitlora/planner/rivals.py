@@ -27,6 +27,9 @@ _KEEPS: tuple[tuple[Kept, ...], ...] = (
     ("qkv", "attention", "middle"),
     ("attention", "middle", "mlp"),
 )
+# A plan is worth another trace, or to have more on the host, only where it promises to be this much
+# faster: about what the speed model is off by between two plans that are alike.
+WORTH = 0.01
 _ALIKE = (
     "micro_batch_size", "micro_batches_per_pass", "recompute_keeps", "checkpoints", "embedding", "head"
 )  # fmt: skip
@@ -45,27 +48,32 @@ class Rivals:
     bases: Sequence[Plan]
     tokens: Callable[[int], int]
 
+    def rate(self, plan: Plan) -> float | None:
+        """The plan's tokens per second as it is ranked; None where the machine's rates are not known.
+
+        A head or an optimizer on the host, which a forecast knows least of, has to be worth it.
+        """
+        found = self.forecast(plan)
+        moved = (plan.head == "host") + (plan.optimizer_device == "host")
+        return None if found is None else found.tokens_per_second * (1 - WORTH) ** moved
+
     def forecast(self, plan: Plan) -> Forecast | None:
         """The plan's speed; None where the machine's rates are not known."""
         return forecast(plan, self.shape, self.hardware.rates, self.tokens(plan.micro_batch_size))
 
     def fastest(self, seen: Sequence[Estimate], limit: int, above: float) -> Plan | None:
-        """The fastest plan beyond `above` tokens/s that is not in `seen` and may fit `limit` bytes."""
+        """The best by `rate`, beyond `above`, that is not in `seen` and may fit `limit` bytes."""
         found = None
         known = {estimate.plan for estimate in seen}
         for slower_and_slower in self._families():
             for plan in slower_and_slower:
-                if self._speed(plan) <= above:
+                if (self.rate(plan) or 0.0) <= above:
                     break  # as are all behind it, and what streams is no faster
                 for layout in self._layouts(plan, seen, limit):
-                    speed = self._speed(layout)
-                    if speed > above and layout not in known and self._may_fit(layout, seen, limit):
-                        found, above = layout, speed
+                    rate = self.rate(layout) or 0.0
+                    if rate > above and layout not in known and self._may_fit(layout, seen, limit):
+                        found, above = layout, rate
         return None if found is None else Plan.model_validate(found.model_dump())
-
-    def _speed(self, plan: Plan) -> float:
-        found = self.forecast(plan)
-        return 0.0 if found is None else found.tokens_per_second
 
     def _families(self) -> Iterator[Iterator[Plan]]:
         """Every plan, but for streamed layers, by what else they have in common; unchecked copies.
@@ -77,17 +85,20 @@ class Rivals:
         keeps = _KEEPS if self.free.by_hand else _KEEPS[:1]
         for base, sides, kept in itertools.product(self.bases, self._sides, keeps):
             yield (
-                base.model_copy(
-                    update={
-                        **sides,
-                        "recompute_layers": tuple(range(count)),
-                        "recompute_keeps": kept,
-                        "micro_batches_per_pass": base.accumulation if self.free.by_hand else 1,
-                    }
-                )
+                self._recomputing(base.model_copy(update=sides), count, kept)
                 for count in counts
                 if count or not kept
             )
+
+    def _recomputing(self, plan: Plan, count: int, kept: tuple[Kept, ...]) -> Plan:
+        layout: dict[str, Any] = {
+            "recompute_layers": tuple(range(count)),
+            "recompute_keeps": kept,
+            "micro_batches_per_pass": plan.accumulation if self.free.by_hand else 1,
+        }
+        if count == 0 and self.free.checkpoints:
+            layout["checkpoints"] = "device"  # there are none
+        return plan.model_copy(update=layout)
 
     @cached_property
     def _sides(self) -> list[dict[str, Any]]:

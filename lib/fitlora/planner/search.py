@@ -33,7 +33,7 @@ from fitlora.params import Params
 from fitlora.plan import PAGED_OPTIMIZERS, ComputeDtype, Plan
 from fitlora.planner.chain import Freedom, less, segments, smallest
 from fitlora.planner.freezing import planned
-from fitlora.planner.rivals import Rivals
+from fitlora.planner.rivals import WORTH, Rivals
 from fitlora.planner.several import why_in_parallel
 from fitlora.planner.size import ModelSize
 from fitlora.planner.speed import Forecast, Shape
@@ -52,9 +52,6 @@ MLP_CHUNK_TOKENS = 8192
 # estimate is off by at most, so that a few probes get out of any error that is still to be expected.
 STEP_BACK = 0.03
 
-# A plan is worth another trace only where it promises to be this much faster: about what the speed
-# model is off by between two plans.
-WORTH = 0.01
 MOST_RIVALS = 5
 MOST_REPLAYS = 3
 RUNNERS_UP = 3
@@ -63,7 +60,7 @@ NEAR = 1.25  # times the budget: what takes more is no runner-up
 Estimator = Callable[[Plan], Estimate]
 
 
-_BY_SPEED = "part of the fastest plan within the budget, by the rates measured"
+_BY_SPEED = "part of the fastest plan within the budget, by forecast"
 
 
 @dataclass(frozen=True)
@@ -405,7 +402,6 @@ class Search:
         mine = self._forecast(found.plan)
         speed = None if mine is None else mine.tokens_per_second
         others = [self._considered(e, speed) for e in self.seen if e.plan != found.plan]
-        others.sort(key=_rank(self.hardware.budget_bytes))
         worth = (speed or 0.0) * (1 + WORTH)
         held_up = any(not o.fits and (o.tokens_per_second or 0.0) > worth for o in others)
         all_learn = self._all_learn(found.plan)
@@ -419,7 +415,7 @@ class Search:
             reasons,
             mine,
             ("memory" if held_up else mine.bound) if mine else None,
-            tuple(others),
+            _ranked(others, found.plan, self.hardware.budget_bytes),
             all_learn,
         )
 
@@ -447,7 +443,9 @@ class Search:
         elif speed <= mine:
             why = f"{1 - speed / mine:.1%} slower"
         else:
-            why = f"only {speed / mine - 1:.1%} faster by a forecast, which is off by as much"
+            why = (
+                f"only {speed / mine - 1:.1%} faster by a forecast, which tells no such difference"
+            )
         fits = found.process_bytes <= self.hardware.budget_bytes and self._host_has_room(found)
         return Considered(found.plan, found.process_bytes, speed, fits, why)
 
@@ -457,11 +455,10 @@ class Search:
         if rivals is None:
             return best
         for _ in range(MOST_RIVALS):
-            speed = rivals.forecast(best.plan)
-            if speed is None:
+            rate = rivals.rate(best.plan)
+            if rate is None:
                 break
-            above = speed.tokens_per_second * (1 + WORTH)
-            plan = rivals.fastest(self.seen, limit, above)
+            plan = rivals.fastest(self.seen, limit, rate * (1 + WORTH))
             if plan is None:
                 break
             found = self._estimate(plan)
@@ -721,14 +718,29 @@ def _first(plans: Sequence[Plan], enough: Callable[[Plan], bool]) -> Plan | None
     return plans[at]
 
 
-def _rank(budget_bytes: int) -> Callable[[Considered], tuple[bool, float, int]]:
-    """What is near enough to have been chosen first, the fastest first, then the largest."""
+def _ranked(others: list[Considered], chosen: Plan, budget_bytes: int) -> tuple[Considered, ...]:
+    """First what is near enough to have been chosen and of another kind, the fastest first.
 
-    def key(other: Considered) -> tuple[bool, float, int]:
-        far = other.process_bytes > NEAR * budget_bytes
-        return far, -(other.tokens_per_second or 0.0), -other.process_bytes
+    Of a kind are plans that differ by a number of layers alone: one of each says what they all do.
+    """
 
-    return key
+    def kind(plan: Plan) -> Plan:
+        one = {
+            "recompute_layers": plan.recompute_layers[:1],
+            "streamed_layers": plan.streamed_layers[:1],
+        }
+        return plan.model_copy(update=one)
+
+    def is_far(other: Considered) -> bool:
+        return other.process_bytes > NEAR * budget_bytes
+
+    by_speed = sorted(
+        others, key=lambda o: (is_far(o), -(o.tokens_per_second or 0.0), -o.process_bytes)
+    )
+    first = {kind(chosen): chosen}
+    for other in by_speed:
+        first.setdefault(kind(other.plan), other.plan)
+    return tuple(sorted(by_speed, key=lambda o: (is_far(o), first[kind(o.plan)] != o.plan)))
 
 
 def neighbours(plan: Plan, layers: int) -> dict[str, Plan]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fitlora.artifacts import Dataset, MemoryEstimate, Padding, Split
+from fitlora.plan import Plan
 from fitlora.planner.probe import ProbeResult
 from fitlora.planner.search import RUNNERS_UP, AllLearn, Choice
 from fitlora.units import format_bytes
@@ -67,6 +68,7 @@ def plan_lines(choice: Choice, budget_bytes: int, probes: Sequence[ProbeResult])
     decisions = plan.model_dump()
     for name in ("recompute_layers", "streamed_layers", "frozen_layers"):
         decisions[name] = f"{len(getattr(plan, name))} layers"
+    decisions["recompute_keeps"] = _kept(plan)
     for name, reason in reasons.items():
         yield f"{name:<22}{decisions[name]!s:<10} {reason}"
     yield f"{'accumulation':<22}{plan.accumulation!s:<10} makes the effective batch"
@@ -78,14 +80,14 @@ def plan_lines(choice: Choice, budget_bytes: int, probes: Sequence[ProbeResult])
     if choice.forecast is not None:
         yield (
             f"predicted      {choice.forecast.tokens_per_second:,.0f} tokens/s, held up by "
-            f"{choice.limit}"
+            f"{_LIMITS[choice.limit or choice.forecast.bound]}"
         )
     if choice.all_learn is not None:
         yield _bought(choice, choice.all_learn)
     for other in choice.considered[:RUNNERS_UP]:
         rate = other.tokens_per_second
         told = "" if rate is None else f", {rate:,.0f} tokens/s"
-        yield f"instead        {other.plan.describe()}{told}: {other.why}"
+        yield f"instead        {_otherwise(other.plan, plan)}{told}: {other.why}"
     if not probes:
         yield "not probed: the plan is for a GPU that is not here"
     for probe in probes:
@@ -96,6 +98,39 @@ def plan_lines(choice: Choice, budget_bytes: int, probes: Sequence[ProbeResult])
             "" if probe.tokens_per_second is None else f", {probe.tokens_per_second:,.0f} tokens/s"
         )
         yield f"probed peak    {format_bytes(probe.peak_allocated_bytes)}{speed}"
+
+
+# What holds a plan up, in words.
+_LIMITS = {
+    "memory": "memory: what is faster does not fit",
+    "compute": "the device's work",
+    "launches": "the host, which launches that work",
+    "link": "the link to the host",
+    "disk": "the disk",
+    "host": "the optimizer on the host",
+}
+
+
+def _kept(plan: Plan) -> str:
+    return ", ".join(plan.recompute_keeps) or "nothing"
+
+
+def _otherwise(plan: Plan, chosen: Plan) -> str:
+    """What a plan has otherwise than the chosen one."""
+    words = {
+        "micro_batch_size": f"micro-batch {plan.micro_batch_size}",
+        "micro_batches_per_pass": f"{plan.micro_batches_per_pass} of them to a pass",
+        "recompute_layers": f"{len(plan.recompute_layers)} layers recomputed",
+        "recompute_keeps": f"of those kept: {_kept(plan)}",
+        "streamed_layers": f"{len(plan.streamed_layers)} layers streamed",
+        "disk_layers": f"{plan.disk_layers} layers on disk",
+        "checkpoints": f"checkpoints on the {plan.checkpoints}",
+        "embedding": f"embedding on the {plan.embedding}",
+        "head": f"head on the {plan.head}",
+        "optimizer_device": f"optimizer on the {plan.optimizer_device}",
+    }
+    found = [text for name, text in words.items() if getattr(plan, name) != getattr(chosen, name)]
+    return ", ".join(found) or plan.describe()
 
 
 def _bought(choice: Choice, all_learn: AllLearn) -> str:
