@@ -86,6 +86,16 @@ def test_answers_are_those_of_each_prompt_alone(tiny: Tiny, name: str) -> None:
     assert answer(step, questions_of(tiny), tiny, ends=ends, rows=3)[1] == [0, 3, 3, 2]
 
 
+def test_answers_of_weights_on_the_host(tiny: Tiny) -> None:
+    layers = {"streamed_layers": (0, 1), "recompute_layers": (0, 1)}
+    away = tiny.plan.replace(**layers, embedding="host", head="host", checkpoints="host")
+    found, expected = (
+        answer(load(tiny.models()["adapter"], plan, HERE), questions_of(tiny), tiny)
+        for plan in (away, tiny.plan)
+    )
+    assert found == expected
+
+
 def test_generation_settings_of_the_model_are_ignored_and_put_back(tiny: Tiny) -> None:
     step = load(tiny.models()["base"], tiny.plan, HERE)
     model: Any = step.model

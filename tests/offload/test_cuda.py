@@ -245,6 +245,24 @@ def test_twenty_steps_are_the_resident_ones_bit_for_bit(
         assert_same(found, resident_steps)
 
 
+@pytest.mark.parametrize("optimizer", ["device", "host"])
+def test_a_shared_pass_is_the_resident_one_bit_for_bit(
+    optimizer: str, deterministic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the optimizer on the device it is that of one micro-batch after the other as well.
+
+    On the host it is not: gradients are rounded on their way down, once for a pass.
+    """
+    shared = {"optimizer_device": optimizer, "micro_batches_per_pass": 2}
+    expected = run(build(**shared), 10)
+    if optimizer == "device":
+        assert_same(run(build(), 10), expected)
+    late_layers(monkeypatch)
+    for seed, layout in enumerate(({"streaming_slots": 1, **HOST}, {"streaming_slots": 3})):
+        step = build(LateCopies(seed), streamed_layers=ALL, **layout, **shared)
+        assert_same(run(step, 10), expected)
+
+
 def test_a_step_that_was_broken_off_may_be_run_again(
     deterministic: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

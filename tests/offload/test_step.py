@@ -128,11 +128,13 @@ def test_a_head_on_the_host_is_near_the_resident_one() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_the_peak_is_flat_from_the_second_step_on() -> None:
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_peak_is_flat_from_the_second_step_on(together: int) -> None:
     peaks = []
     transport = HostTransport(CPU)
     with MemoryTrace() as trace:
-        step = build(plan(streamed_layers=ALL, head="host", **HOST), transport)
+        layout = plan(streamed_layers=ALL, head="host", micro_batches_per_pass=together, **HOST)
+        step = build(layout, transport)
         trace.watch([*step.model.parameters(), *step.model.buffers()])
         pinned = []
         for index in range(4):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fitlora.data.packing import pack
 from fitlora.errors import UserError
 from fitlora.offload.optimizer import CPUOffloadOptimizer
 from fitlora.offload.transport import HostTransport
@@ -94,6 +95,27 @@ def test_everything_on_the_host(bits: int) -> None:
     plan = {"recompute_layers": LAYERS, "streamed_layers": LAYERS}
     sides = {"checkpoints": "host", "optimizer_device": "host", "embedding": "host"}
     assert_same({"recompute_layers": LAYERS}, {**plan, **sides}, bits=bits, config=UNTIED)
+
+
+def test_packed_rows() -> None:
+    rows = pack(steps.sequences(20), 40)[:7]
+    assert max(len(row.parts) for row in rows) > 1
+    sides: dict[str, Any] = {
+        "streamed_layers": LAYERS, "recompute_layers": LAYERS, "checkpoints": "host",
+        "embedding": "host", "micro_batches_per_pass": 2,
+    }  # fmt: skip
+    here, there = (
+        make("llama", dropout=0.1, micro_batch_size=2, config=UNTIED, **plan)
+        for plan in ({}, sides)
+    )
+    for index in range(3):
+        losses = [made.run(rows, step=index, learning_rate=1e-2).loss for made in (here, there)]
+        assert torch.equal(*losses)
+
+
+def test_an_8_bit_optimizer_beside_streamed_layers() -> None:
+    plan = {"optimizer": "adamw_8bit", "recompute_layers": LAYERS}
+    assert_same(plan, {**plan, "streamed_layers": LAYERS, "checkpoints": "host"})
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -514,5 +514,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             if isinstance(value, Tensor)
         )
         if size > self._state_bytes:
-            self.transport.memory.take(size - self._state_bytes, STATE_PURPOSE)
+            memory, more = self.transport.memory, size - self._state_bytes
+            memory.take(more, STATE_PURPOSE)
+            weakref.finalize(self, memory.give, more, STATE_PURPOSE).atexit = False
             self._state_bytes = size

@@ -3,7 +3,7 @@
 What costs nothing comes first. The embedding on the host costs a look-up there. Recomputation costs up
 to a third of the time; its checkpoints on the host cost nothing, as they travel while layers compute.
 Streamed layers cost nothing as long as a layer computes for longer than it travels, and then the link's
-time. The head passes the link once for each micro-batch, with little to hide behind; an optimizer on the
+time. The head passes the link once in each pass, with little to hide behind; an optimizer on the
 host computes there, at the speed of the host's memory.
 
 A chain has one micro-batch size. Its segments each move one thing step by step; within one, memory falls
