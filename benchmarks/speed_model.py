@@ -7,6 +7,9 @@ what the hardware profile measured on it (`three_ways`). `error` is the forecast
 measured, less one. Rows of an earlier step, which launched more (`measured_commit` is null or an older
 one), are held against what the step does today. The time of a launch was taken from one row,
 micro-batch 1 of step_speed with nothing recomputed, whose error therefore tells nothing.
+
+What the planner asks of the model is an order: `regret` is what it loses at each budget by taking the
+plan of step_speed's that is forecast to be the fastest, of those whose process stays within the budget.
 """
 
 import argparse
@@ -17,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, shape_config, write_result
+from benchmarks.step_speed import BUDGETS_GIB
 from fitlora.artifacts import Hardware
 from fitlora.offload.residency import spread
 from fitlora.plan import Plan
 from fitlora.planner.search import MLP_CHUNK_TOKENS, loss_chunk
 from fitlora.planner.speed import Shape, forecast
+from fitlora.units import GIB
 
 RESULTS = ROOT / "benchmarks" / "results"
 GOAL = 0.15
@@ -150,6 +155,31 @@ def held_against(name: str, content: Content, hardware: Hardware) -> Iterator[Ro
             "predicted_tokens_per_second": found.tokens_per_second,
             "error": found.tokens_per_second / measured - 1,
             "bound": found.bound,
+            "process_bytes": row.get("process_bytes"),
+        }
+
+
+def regrets(rows: Sequence[Row]) -> Iterator[Row]:
+    """For each budget, what is forecast to be the fastest beside what was."""
+    todays = [
+        row
+        for row in rows
+        if row["measured_by"] == "step_speed"
+        and row["measured_commit"] is not None
+        and "bfloat16" in row["described"]
+    ]
+    for budget in BUDGETS_GIB:
+        within = [row for row in todays if row["process_bytes"] <= budget * GIB]
+        chosen = max(within, key=lambda row: row["predicted_tokens_per_second"])
+        best = max(within, key=lambda row: row["measured_tokens_per_second"])
+        reached = [row["measured_tokens_per_second"] for row in (chosen, best)]
+        yield {
+            "budget_gib": budget,
+            "plans": len(within),
+            "chosen": chosen["described"],
+            "chosen_tokens_per_second": reached[0],
+            "best_tokens_per_second": reached[1],
+            "regret": 1 - reached[0] / reached[1],
         }
 
 
@@ -192,8 +222,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{summary['within_goal']} of {len(rows)} within {GOAL:.0%}, mean error "
         f"{summary['mean_error']:.1%}, worst {summary['worst_error']:.1%}"
     )
+    regret = list(regrets(rows))
+    for row in regret:
+        print(f"{row['budget_gib']:>3} GiB: {row['regret']:.1%} lost by {row['chosen']}")
     path = args.json or args.results / f"speed_model.{args.device}.json"
-    write_result(path, "speed_model", rows, device=facts["device"], summary=summary)
+    device = facts["device"]
+    write_result(path, "speed_model", rows, device=device, summary=summary, regret=regret)
 
 
 if __name__ == "__main__":

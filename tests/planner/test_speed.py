@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, LlamaConfig
 
 from benchmarks.common import shape_config
-from benchmarks.speed_model import GOAL, RESULTS, SOURCES, hardware_of, held_against
+from benchmarks.speed_model import GOAL, RESULTS, SOURCES, hardware_of, held_against, regrets
 from fitlora.artifacts import Rates
 from fitlora.memory.estimate import Load, sequences_of
 from fitlora.params import check_params
@@ -102,6 +102,7 @@ def test_what_was_measured_of_todays_step_is_forecast() -> None:
     assert {row["bound"] for row in rows} >= {"compute", "launches"}
     far = [row for row in rows if abs(row["error"]) > GOAL]
     assert not far
+    assert max(row["regret"] for row in regrets(rows)) < 0.05
 
 
 class _Launches(TorchDispatchMode):
