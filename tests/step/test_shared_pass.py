@@ -71,6 +71,7 @@ def test_losses_and_adapters_are_the_same_to_the_bit(together: int, tmp_path: Pa
         {"frozen_layers": (0,), "recompute_layers": LAYERS, "checkpoints": "host"},
         {"frozen_layers": (1,), "mlp_chunk_tokens": 7, "recompute_layers": (0, 1)},
         {**STREAMED, "head": "host"},
+        {"layers_per_device": (1, 2), "config": UNTIED},
     ],
     ids=str,
 )
