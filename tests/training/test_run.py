@@ -14,7 +14,9 @@ from fitlora.errors import UserError
 from fitlora.params import Params, check_params
 from fitlora.pipeline.train_adapters import _train
 from fitlora.plan import Plan
+from fitlora.step import build
 from fitlora.step.training_step import TrainingStep
+from fitlora.training import recovery
 from fitlora.training.data import TokenizedSplit
 from fitlora.training.loop import Run
 from fitlora.training.parallel import Ranks
@@ -265,6 +267,43 @@ def test_a_run_stopped_when_all_was_done_still_tells_its_memory(
     records = [json.loads(line) for line in places.log.read_text().splitlines()]
     peaks = [r["allocated_bytes"] for r in records if r.get("allocated_bytes")]
     assert end["measured_peak_bytes"] == max(peaks)
+
+
+@pytest.mark.parametrize("from_adapter", [False, True])
+def test_the_model_is_built_once_for_its_step(
+    from_adapter: bool,
+    done: tuple[Places, dict[str, Any], Params],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, made = build.skeleton, []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        made.append(arguments)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(build, "skeleton", counted)
+    start = {"from_adapter": str(done[0].adapter)} if from_adapter else {}
+    train_in(tmp_path / "run", checkpoint, {"max_steps": 1, **start})
+    assert len(made) == 2, "and once for the estimate, which takes fewer layers of a larger model"
+
+
+def test_where_nothing_fits_the_way_out_is_told_in_figures(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = TrainingStep.run
+
+    def short(self: TrainingStep, sequences: Any, **options: Any) -> Any:
+        if self.device.type == "meta":  # an estimate
+            return plain(self, sequences, **options)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TrainingStep, "run", short)
+    monkeypatch.setattr(recovery, "WAITS", ())
+    half = plan(rows(tmp_path, 13, 0)).sequence_length // 2
+    with pytest.raises(UserError, match=rf"data.max_length \({half} would take [\d.]+ KiB\)"):
+        train_in(tmp_path, checkpoint)
 
 
 def test_curves_have_every_step_and_the_same_keys(

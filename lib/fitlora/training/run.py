@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fitlora.adapter import adapter_config, save_adapter
-from fitlora.artifacts import Hardware, write_text_atomically
+from fitlora.artifacts import Hardware, read_json, write_text_atomically
 from fitlora.console import say
 from fitlora.data.packing import padding_share
 from fitlora.device import limit_memory, torch_device
@@ -25,8 +25,8 @@ from fitlora.params import Params
 from fitlora.plan import Plan
 from fitlora.planner.chain import Freedom
 from fitlora.planner.ladder import Ladder, faster
-from fitlora.planner.model import model_size
-from fitlora.step.build import lora_targets, step_skeleton
+from fitlora.planner.size import ModelSize
+from fitlora.step.build import StepSkeleton, lora_targets, step_skeleton
 from fitlora.step.devices import next_devices
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
@@ -40,7 +40,7 @@ from fitlora.training.log import RunLog
 from fitlora.training.loop import Outcome, Run
 from fitlora.training.parallel import Ranks
 from fitlora.training.progress import Expected, TrainingProgress
-from fitlora.training.recovery import Recovery, predictor, room_on
+from fitlora.training.recovery import Recovery, predictor, room_on, shorter_rows
 from fitlora.training.start import check_start, read_start
 from fitlora.training.trackers import start_accelerator
 
@@ -95,23 +95,26 @@ def train(
     limit_memory(hardware, devices)
     accelerator = start_accelerator(params, device, places.scratch)
     agreement = Agreement(ranks)
-    model = model_size(config, settings)
-    if params.train.precision == "dynamic" and not model.by_hand:
-        raise UserError(
-            "train.precision is dynamic, which needs a family of models that FitLoRA does by hand; set "
-            "it to fixed"
-        )
-    weights = _weights(config, plan, settings, params, checkpoint, device)
+    # of the first step, and gone with it: what is filled holds the step's memory
+    skeletons = [step_skeleton(config, plan, settings)]
+    model = ModelSize.of(config, by_hand=bool(skeletons[0].layers))
+    if not model.by_hand:
+        if params.train.precision == "dynamic":
+            raise UserError(
+                "train.precision is dynamic, which needs a family of models that FitLoRA does by hand; "
+                "set it to fixed"
+            )
+        if ranks.is_first:
+            say(f"taking the general step, which is slower: {skeletons[0].reason}")
+    weights = _weights(skeletons[0], params, checkpoint, device)
 
     def build(plan: Plan) -> TrainingStep:
         host = HostMemory(hardware.host_budget_bytes // ranks.host_devices)
         shared = ranks.shared_memory(agreement.meet) if plan.uses_host else None
         transport = make_transport(device, host, shared)
         transport.folder = places.scratch
-        skeleton = step_skeleton(config, plan, settings)
-        if not skeleton.layers and ranks.is_first:
-            say(f"taking the general step, which is slower: {skeleton.reason}")
-        return skeleton.fill(weights, transport)
+        skeleton = skeletons.pop() if skeletons else step_skeleton(config, plan, settings)
+        return replace(skeleton, plan=plan).fill(weights, transport)
 
     identity = identity_of(params, plan, checkpoint, rows, validation)
     _check_alike(identity, ranks)
@@ -150,7 +153,9 @@ def train(
         log=log,
         record=record,
         checkpoints=checkpoints,
-        recovery=Recovery(build, ladder, record, devices, agreement=agreement),
+        recovery=Recovery(
+            build, ladder, record, devices, agreement=agreement, suggest=shorter_rows(estimator)
+        ),
         ranks=ranks,
     )
     with log, run.stop:
@@ -202,26 +207,20 @@ def train(
 
 
 def _weights(
-    config: Any,
-    plan: Plan,
-    settings: StepSettings,
-    params: Params,
-    checkpoint: Path,
-    device: torch.device,
+    skeleton: StepSkeleton, params: Params, checkpoint: Path, device: torch.device
 ) -> CheckpointWeights:
     """What a step is filled with; raises UserError where it is stored otherwise than params say."""
     start_from = None
     if params.train.from_adapter is not None:
         folder = Path(params.train.from_adapter)
         start_from = read_start(folder, params.lora)
-        model = step_skeleton(config, plan, settings).model
-        check_start(
-            folder, start_from, {n: p for n, p in model.named_parameters() if p.requires_grad}
-        )
+        wanted = {n: p for n, p in skeleton.model.named_parameters() if p.requires_grad}
+        check_start(folder, start_from, wanted)
         say(f"going on from the adapter in {folder}")
     weights = CheckpointWeights(checkpoint, device, adapter=start_from, seed=params.train.seed)
-    if settings.spec is not None:
-        weights.check(settings.spec)
+    spec = skeleton.settings.spec
+    if spec is not None:
+        weights.check(spec)
     return weights
 
 
@@ -342,11 +341,11 @@ def _probed_speed(probe_log: Path | None, plan: Plan) -> float | None:
     if probe_log is None or not probe_log.is_file():
         return None
     try:
-        probes = json.loads(probe_log.read_text(encoding="utf-8"))["probes"]
+        probes = read_json(probe_log)["probes"]
         for found in probes:
             if found["plan"] == plan.model_dump(mode="json") and found["tokens_per_second"]:
                 return float(found["tokens_per_second"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError):
         pass  # a log for people, which nothing depends on
     return None
 
