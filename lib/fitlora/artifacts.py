@@ -59,6 +59,33 @@ def write_text_atomically(path: Path, text: str) -> None:
         raise
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says; raises ValueError, in words, for all that keeps it from being read.
+
+    Python's own reader also ends in a RecursionError, where lists lie in lists without end.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path, way_out: str = "") -> Any:
+    """What a JSON file says; raises FileNotFoundError, and ArtifactError for what cannot be read.
+
+    way_out: ends the message.
+    """
+    end = f"; {way_out}" if way_out else ""
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror or error}){end}") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged ({error}){end}") from None
+
+
 _MAKERS = {
     QUANTIZED_MODEL: "quantize_model",
     ADAPTER: "train_adapters",
@@ -110,13 +137,9 @@ class Artifact(Record):
         """Reads and checks the artifact; raises ArtifactError that names the way out."""
         again = f"make it again with: dvc repro --force {cls.STAGE}"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, again)
         except FileNotFoundError:
             raise ArtifactError(f"{path} is missing; make it with: dvc repro {cls.STAGE}") from None
-        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, depth without end
-            raise ArtifactError(f"{path} is damaged ({error}); {again}") from None
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be read ({error.strerror}); {again}") from None
         if not isinstance(content, Mapping) or content.get("kind") != cls.KIND:
             found = content.get("kind") if isinstance(content, Mapping) else type(content).__name__
             raise ArtifactError(f"{path} is not a FitLoRA {cls.KIND} (it says {found!r}); {again}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fitlora.artifacts import read_json
 from fitlora.errors import ArtifactError, UserError
 
 # The dtypes of the safetensors format that FitLoRA reads; float8 and the like are refused by name.
@@ -40,9 +41,10 @@ class Checkpoint:
         self._starts: dict[str, dict[str, int]] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
+            content = read_json(index)
             try:
-                self.shards: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                self.shards: dict[str, str] = dict(content["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
                 raise ArtifactError(f"{index} is damaged: {error!r}") from None
             for file in self.shards.values():
                 self._check(file)

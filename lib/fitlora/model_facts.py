@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from fitlora.artifacts import ModelFacts, write_text_atomically
-from fitlora.errors import UserError
+from fitlora.artifacts import ModelFacts, read_json, write_text_atomically
+from fitlora.errors import ArtifactError, UserError
 from fitlora.model import DEFINITION_FILES, WEIGHT_FILES, resolve_model
 
 # As `fitlora.adapter` has them, which reads adapters, and of which a profile needs no more.
@@ -26,8 +26,10 @@ def fingerprint(files: Iterable[Path], cache: Path) -> str | None:
     16 GB of weights are read once and not at every run.
     """
     try:
-        known = json.loads(cache.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        known = read_json(cache)
+    except (FileNotFoundError, ArtifactError):
+        known = {}
+    if not isinstance(known, dict):
         known = {}
     total = hashlib.sha256()
     found = False

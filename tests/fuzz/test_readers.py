@@ -12,38 +12,40 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save as serialized
 from safetensors.torch import save_file
 
 from fitlora.adapter import CONFIG, WEIGHTS, load_adapter
-from fitlora.artifacts import Artifact, Hardware, PlanArtifact, Rates
+from fitlora.artifacts import Artifact
 from fitlora.checkpoint import Checkpoint
 from fitlora.data.formats import format_of, make_row
 from fitlora.data.readers import read_records
 from fitlora.data.sources import Source
 from fitlora.errors import ArtifactError, UserError
+from fitlora.evaluation.merge import read_adapter
+from fitlora.evaluation.models import check_adapter
 from fitlora.params import LoraParams, Params, check_params, read_params
 from fitlora.planner.ladder import Rung
+from fitlora.quantization.layout import QuantSpec, state_key
+from fitlora.quantization.weight import quantize_weight
+from fitlora.report.log import TrainingLog
+from fitlora.report.summary import _read_end
+from fitlora.step.weights import CheckpointWeights
 from fitlora.training.checkpoint import MANIFEST, Checkpoints, Progress, Snapshot, read_manifest
 from fitlora.training.identity import Identity
 from fitlora.training.start import read_start
 from tests.fuzz.inputs import JSON, changed, dumped, fails_only_with, spoiled
 from tests.step import steps
+from tests.test_artifacts import EXAMPLES
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMS = (ROOT / "params.yaml").read_bytes()
-HARDWARE = Hardware(
-    device="cpu", gpus=(), cpu_name="", cpu_cores=1, host_memory_bytes=1, host_budget_bytes=1,
-    budget_bytes=2**30, context_bytes=0, workspace_bytes=0, target=None,
-    rates=Rates(
-        host_to_device_bytes_per_second=None, device_to_host_bytes_per_second=None,
-        device_copy_bytes_per_second=None, disk_read_bytes_per_second=1,
-        product_flops_per_second={"float32": 1},
-    ),
-)  # fmt: skip
-PLAN = PlanArtifact(plan=steps.plan(), reasons={"optimizer": "as params say"})
 ARTIFACTS: list[tuple[Artifact, dict[str, Any]]] = [
-    (artifact, {"kind": artifact.KIND, "version": 1, **artifact.model_dump(mode="json")})
-    for artifact in (HARDWARE, PLAN)
+    (
+        artifact,
+        {"kind": artifact.KIND, "version": artifact.VERSION, **artifact.model_dump(mode="json")},
+    )
+    for artifact in EXAMPLES
 ]
 
 
@@ -78,6 +80,37 @@ def test_artifacts(data: st.DataObject, which: int, whole: bool, tmp_path: Path)
     fails_only_with(ArtifactError, lambda: type(artifact).read(path))
 
 
+LOG: list[dict[str, Any]] = [
+    {
+        "event": "step", "step": 1, "loss": 2.0, "learning_rate": 0.1, "tokens_per_second": 9.0,
+        "allocated_bytes": 5, "reserved_bytes": None, "phase_bytes": {"forward": 5},
+    },
+    {"event": "evaluation", "step": 1, "validation_loss": 2.0},
+    {"event": "plan", "step": 2, "cause": "x", "before": {}, "after": {}},
+    {"event": "freeze", "step": 1, "cause": "x", "frozen_layers": [0]},
+    {
+        "event": "precision", "step": 2, "cause": "x", "before": "a", "after": "b", "loss_scale": 1.0,
+    },
+    {
+        "event": "end", "steps": 1, "seconds": 1.0, "predicted_peak_bytes": 5,
+        "measured_peak_bytes": 5, "measured_reserved_bytes": None,
+    },
+]  # fmt: skip
+
+
+def lines_of(records: Any) -> bytes:
+    every = records if isinstance(records, list) else [records]
+    return b"".join(dumped(record) + b"\n" for record in every)
+
+
+@given(content=spoiled(lines_of(LOG)) | changed(LOG).map(lines_of))
+def test_training_log(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "training.jsonl"
+    path.write_bytes(content)
+    fails_only_with(ArtifactError, lambda: _read_end(path))
+    fails_only_with(ArtifactError, lambda: TrainingLog.read(path).figures())
+
+
 # --- data --------------------------------------------------------------------------------------------
 
 ROWS = [
@@ -87,10 +120,18 @@ ROWS = [
     {"text": "a"},
 ]
 FILES = {
-    "rows.jsonl": b"".join(dumped(row) + b"\n" for row in ROWS),
+    "rows.jsonl": lines_of(ROWS),
     "rows.json": dumped(ROWS),
     "rows.csv": b'prompt,completion\na,b\n"c\nd",e\n',
 }
+
+
+def parquet() -> bytes:
+    from pyarrow import BufferOutputStream, Table, parquet
+
+    file = BufferOutputStream()
+    parquet.write_table(Table.from_pylist([{"prompt": "a", "completion": "b"}] * 3), file)
+    return bytes(file.getvalue())
 
 
 @given(
@@ -99,21 +140,29 @@ FILES = {
 def test_rows(data: st.DataObject, name: str, row: Any, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(data.draw(spoiled(FILES[name]) | st.just(dumped(row))))
+    fails_only_with(UserError, lambda: read_rows(path))
 
-    def read() -> None:
-        for record in read_records(Source(str(path), (path,))):
-            assert record.line >= 1
-            if record.problem is not None:
-                assert record.problem.strip()
-                continue
-            content, line = record.content, record.line
 
-            def row(content: Any = content, line: int = line) -> None:
-                make_row(content, format_of(content), place="x", line=line)
+@given(content=spoiled(parquet()))
+def test_parquet(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(content)
+    fails_only_with(UserError, lambda: read_rows(path))
 
-            fails_only_with(ValueError, row)  # of a bad row, whose reason is shown with its place
 
-    fails_only_with(UserError, read)
+def read_rows(path: Path) -> None:
+    """All rows; a bad one has its reason."""
+    for record in read_records(Source(str(path), (path,))):
+        assert record.line >= 1
+        if record.problem is not None:
+            assert record.problem.strip()
+            continue
+        content, line = record.content, record.line
+
+        def row(content: Any = content, line: int = line) -> None:
+            make_row(content, format_of(content), place="x", line=line)
+
+        fails_only_with(ValueError, row)  # of a bad row, whose reason is shown with its place
 
 
 # --- safetensors -------------------------------------------------------------------------------------
@@ -149,6 +198,24 @@ def read_all(folder: Path) -> None:
 def test_safetensors(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     fails_only_with(UserError, lambda: read_all(tmp_path))
+
+
+STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [4, 32]}
+WEIGHT = quantize_weight("w.weight", torch.ones(4, 32), QuantSpec(), torch.device("cpu"))
+_KINDS = st.sampled_from([torch.uint8, torch.int8, torch.float32])
+
+
+@given(
+    state=spoiled(dumped(STATE)) | changed(STATE | {"nested_offset": 0.5}).map(dumped),
+    kind=_KINDS,
+    dimensions=st.integers(0, 2),
+)
+def test_4_bit_weights(state: bytes, kind: torch.dtype, dimensions: int, tmp_path: Path) -> None:
+    part = torch.tensor(list(state[:2000]), dtype=torch.uint8).to(kind)
+    part = part[:1].squeeze() if dimensions == 0 else part.view(-1, *[1] * (dimensions - 1))
+    save_file({**WEIGHT, state_key("w.weight", "nf4"): part}, tmp_path / "model.safetensors")
+    weights = CheckpointWeights(tmp_path, torch.device("cpu"))
+    fails_only_with(ArtifactError, lambda: weights.check(QuantSpec()))
 
 
 @given(
@@ -203,6 +270,9 @@ def test_checkpoints(data: st.DataObject, name: str, tmp_path: Path) -> None:
     assert list(store.others()) == []
 
 
+ADAPTER = serialized({f"base_model.model.q.lora_{side}.weight": torch.ones(4, 4) for side in "AB"})
+
+
 def _as_json(content: bytes) -> Any:
     try:
         return json.loads(content)
@@ -213,10 +283,12 @@ def _as_json(content: bytes) -> Any:
 @given(
     config=changed({"r": 4, "lora_alpha": 8, "peft_type": "LORA", "bias": "none"}).map(dumped)
     | spoiled(b'{"r": 4, "lora_alpha": 8, "peft_type": "LORA"}'),
-    weights=safetensors_files(),
+    weights=safetensors_files() | st.just(ADAPTER),
 )
 def test_adapters(config: bytes, weights: bytes, tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_bytes(config)
     (tmp_path / WEIGHTS).write_bytes(weights)
     fails_only_with(UserError, lambda: read_start(tmp_path, LoraParams(r=4, alpha=8.0)))
     fails_only_with(UserError, lambda: load_adapter(tmp_path))
+    fails_only_with(UserError, lambda: check_adapter(tmp_path, LoraParams(r=4, alpha=8.0)))
+    fails_only_with(UserError, lambda: read_adapter(tmp_path))

@@ -216,8 +216,10 @@ def _read_plan(file: Path) -> Plan:
     """A Plan, or the one in a plan.json; raises UserError where there is none."""
     from pydantic import ValidationError
 
+    from fitlora.artifacts import read_json
+
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         return Plan.model_validate_json(json.dumps(content.get("plan", content)))
     except (OSError, ValueError, AttributeError, ValidationError) as error:
         raise UserError(f"--plan {file} has no Plan: {str(error).splitlines()[0]}") from None

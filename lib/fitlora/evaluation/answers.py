@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 
+from fitlora.artifacts import read_json
 from fitlora.data.formats import Messages, Row
 from fitlora.data.templates import render
 from fitlora.errors import UserError
@@ -89,10 +90,10 @@ def end_tokens(folder: Path, config: Any, tokenizer: Any, rows: Sequence[Row]) -
     found.update(_listed(config.get_text_config().eos_token_id))
     path = folder / "generation_config.json"
     if path.is_file():
-        try:
-            found.update(_listed(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")))
-        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is damaged (it holds no object)")
+        found.update(_listed(content.get("eos_token_id")))
     return tuple(sorted(token for token in found if token is not None))
 
 

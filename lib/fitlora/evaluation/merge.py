@@ -8,7 +8,6 @@ to. How far a merge is from what was trained is measured (`gate`), not assumed.
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 import fitlora.step.ops  # noqa: F401  (registers the operators)
+from fitlora.artifacts import read_json
 from fitlora.checkpoint import DTYPES, Checkpoint, TensorInfo
 from fitlora.console import say
 from fitlora.errors import ArtifactError, UserError
 from fitlora.progress import progress
 from fitlora.quantization.layout import (
-    decode_state,
     find_state,
     nested_code,
     part_names,
+    read_state,
     spec_of,
 )
 from fitlora.quantization.weight import CHUNK_ELEMENTS, quantize_weight, require_finite
@@ -81,7 +81,7 @@ class _Stored:
         checkpoint = Checkpoint(folder)
         infos = {name: checkpoint.info(name) for name in sorted(checkpoint.shards)}
         keys = {name: find_state(checkpoint.shards, name) for name in infos}
-        states = {n: decode_state(checkpoint.tensor(key)) for n, key in keys.items() if key}
+        states = {n: read_state(checkpoint, key) for n, key in keys.items() if key}
         return cls(checkpoint, infos, states)
 
     def parts(self, names: Iterable[str]) -> set[str]:
@@ -235,11 +235,9 @@ def read_adapter(folder: Path) -> dict[str, Update | Tensor]:
 def _adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing; {folder} is not an adapter's folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{path} is no LoRA adapter's; FitLoRA merges LoRA only")
     for key in ("r", "lora_alpha"):

@@ -10,7 +10,6 @@ then mapped from their files, and a machine that cannot hold them all reads them
 rather than fail.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fitlora.adapter import CONFIG, load_adapter
+from fitlora.artifacts import read_json
 from fitlora.errors import ArtifactError
 from fitlora.model import decoder_layers, load_config
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
@@ -120,11 +120,9 @@ def check_adapter(folder: Path, lora: LoraParams) -> None:
     again = "train it again with: dvc repro --force train_adapters"
     path = folder / CONFIG
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, again)
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing; make it with: dvc repro train_adapters") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); {again}") from None
     unsaid = {"use_rslora": False, "use_dora": False, "bias": "none", "modules_to_save": None}
     described = {**unsaid, **content} if isinstance(content, dict) else {}
     agreed = (

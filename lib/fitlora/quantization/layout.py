@@ -23,7 +23,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from fitlora.artifacts import parse_json
+from fitlora.checkpoint import Checkpoint
+from fitlora.errors import ArtifactError
 from fitlora.params import QuantizationParams
 
 QuantType = Literal["nf4", "fp4"]
@@ -56,6 +60,17 @@ class QuantSpec:
         return -(-numel // self.block_size)
 
 
+class _State(BaseModel):
+    """What is used of a weight's JSON part, which has more."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    quant_type: QuantType
+    blocksize: PositiveInt
+    shape: tuple[PositiveInt, PositiveInt] = Field(strict=False)
+    nested_offset: float = 0.0
+
+
 def state_key(name: str, quant_type: QuantType) -> str:
     """The name of the JSON part of the weight called `name`."""
     return f"{name}.{STATE_PREFIX}{quant_type}"
@@ -84,10 +99,26 @@ def encode_state(content: dict[str, Any]) -> torch.Tensor:
 
 
 def decode_state(tensor: torch.Tensor) -> dict[str, Any]:
-    """The inverse of `encode_state`."""
-    content = json.loads(bytes(tensor.tolist()).decode())
-    assert isinstance(content, dict)
-    return content
+    """The inverse of `encode_state`; raises ValueError where that has not made it."""
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise ValueError(f"it is {tensor.dtype} {tuple(tensor.shape)}, and should be bytes")
+    content = parse_json(bytes(tensor.tolist()).decode())
+    try:
+        _State.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    found: dict[str, Any] = content
+    return found
+
+
+def read_state(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
+    """The JSON part of a stored weight, by its own name; raises ArtifactError where it is damaged."""
+    tensor = checkpoint.tensor(key)
+    try:
+        return decode_state(tensor)
+    except ValueError as error:
+        raise ArtifactError(f"{checkpoint.folder}: {key} is damaged ({error})") from None
 
 
 def to_float32(number: float) -> float:

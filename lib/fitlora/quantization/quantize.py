@@ -26,10 +26,10 @@ from fitlora.model import empty_model, linear_names, load_config
 from fitlora.progress import progress
 from fitlora.quantization.layout import (
     QuantSpec,
-    decode_state,
     find_state,
     nested_code,
     part_names,
+    read_state,
     spec_of,
 )
 from fitlora.quantization.reading import read_ahead
@@ -328,7 +328,7 @@ def _check_stored(
     for name, layer in weights.items():
         key = find_state(checkpoint.shards, name)
         assert key is not None
-        state = decode_state(checkpoint.tensor(key))
+        state = read_state(checkpoint, key)
         found, shape = spec_of(state), (layer.out_features, layer.in_features)
         if tuple(state["shape"]) != shape:
             raise UserError(

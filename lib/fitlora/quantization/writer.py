@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fitlora.artifacts import read_json
 from fitlora.checkpoint import DTYPES, TensorInfo
-from fitlora.errors import UserError
+from fitlora.errors import ArtifactError, UserError
 
 INDEX = "model.safetensors.index.json"
 # Weights in any format, and pickles, which are weights or worse.
@@ -166,12 +167,12 @@ class ModelWriter:
     def has(self, file: str) -> bool:
         """Whether a former run completed this shard; it then counts as written."""
         try:
-            content = json.loads((self._partial / f"{file}{_DONE}").read_text(encoding="utf-8"))
+            content = read_json(self._partial / f"{file}{_DONE}")
             checksum = 0
             with (self._partial / file).open("rb") as shard:
                 while data := shard.read(1 << 24):
                     checksum = zlib.crc32(data, checksum)
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ArtifactError):
             return False
         if checksum != content["checksum"]:
             return False
@@ -250,13 +251,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands, keys in their order; raises UserError where it cannot be read."""
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {folder} is not a model's folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
+        raise UserError(f"{path} is damaged (it holds no object)")
     return content
 
 

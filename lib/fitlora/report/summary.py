@@ -4,13 +4,12 @@ Everything is read from the artifacts, so the table can be shown again at any ti
 that a file does not. It is plain text, as readable in a log as in a terminal.
 """
 
-import json
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TextIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from fitlora import artifacts
 from fitlora.artifacts import (
@@ -24,8 +23,10 @@ from fitlora.artifacts import (
     Fidelity,
     Metrics,
     PlanArtifact,
+    parse_json,
 )
 from fitlora.errors import ArtifactError
+from fitlora.report.log import TrainingEnd
 from fitlora.units import format_bytes
 
 MODELS = {
@@ -43,18 +44,6 @@ PLACES = {
     "evaluation": EVALUATION,
     "training log": TRAINING_LOG,
 }
-
-
-class TrainingEnd(BaseModel):
-    """The last line of the training log. Further keys are the log's own business."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    event: Literal["end"]
-    steps: int
-    seconds: float
-    predicted_peak_bytes: int
-    measured_peak_bytes: int = Field(gt=0)
 
 
 class Summary(BaseModel):
@@ -107,8 +96,8 @@ def _read_end(path: Path) -> TrainingEnd:
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path} is damaged ({error}); {again}") from None
     try:
-        return TrainingEnd.model_validate(json.loads(last[0]))
-    except (IndexError, json.JSONDecodeError, ValidationError):
+        return TrainingEnd.model_validate(parse_json(last[0]))
+    except (IndexError, ValueError):  # pydantic's own errors are ValueErrors
         raise ArtifactError(
             f"{path} does not end with a training run's last line, so the run was cut short; {again}"
         ) from None

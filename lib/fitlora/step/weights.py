@@ -19,9 +19,9 @@ from fitlora.errors import ArtifactError
 from fitlora.quantization.layout import (
     STATE_PREFIX,
     QuantSpec,
-    decode_state,
     find_state,
     nested_code,
+    read_state,
 )
 
 
@@ -160,7 +160,7 @@ class CheckpointWeights:
         key = find_state(self.checkpoint.shards, weight)
         if key is None:
             raise ArtifactError(f"{self.checkpoint.folder} has no quantization state for {weight}")
-        return decode_state(self.checkpoint.tensor(key))
+        return read_state(self.checkpoint, key)
 
     def check(self, spec: QuantSpec) -> None:
         """Raises ArtifactError where the checkpoint's 4-bit weights are not stored as `spec` says."""

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fitlora.artifacts import read_json
 from fitlora.errors import ArtifactError, UserError
 from fitlora.planner.ladder import Rung
 from fitlora.training.identity import Identity
@@ -219,11 +220,9 @@ def read_manifest(folder: Path) -> _Manifest:
     """checkpoint.json, checked against its own sum; raises ArtifactError where it is damaged."""
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged ({error})") from None
+        content = read_json(path)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror})") from None
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ArtifactError(f"{path} is not a FitLoRA checkpoint")
     if content.get("version") != VERSION:

@@ -5,7 +5,6 @@ data start afresh. So whatever shapes the product (rank, alpha, layers) must agr
 refused by its name where it does not; dropout may differ, as it belongs to the run.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fitlora.adapter import CONFIG, WEIGHTS, load_adapter
+from fitlora.artifacts import read_json
 from fitlora.errors import UserError
 from fitlora.params import LoraParams
 
@@ -69,13 +69,11 @@ def read_start(folder: Path, lora: LoraParams) -> dict[str, Tensor]:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise UserError(
             f"train.from_adapter {folder} has no {CONFIG}; name the folder of an adapter, or null"
         ) from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers or depth without end
-        raise UserError(f"train.from_adapter: {path} is damaged ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"train.from_adapter: {path} is damaged (it holds no object)")
     return content
