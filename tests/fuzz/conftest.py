@@ -1,17 +1,8 @@
-"""How many inputs: 60 for each reader as a rule, and 10,000 in the documented run:
+"""How many inputs: 60 for each reader, always the same; python -m benchmarks.fuzz takes 10,000."""
 
-python -m benchmarks.fuzz --json benchmarks/results/fuzz.cpu.json
-"""
+from hypothesis import settings
 
-from datetime import timedelta
+from tests.fuzz.inputs import SETTINGS
 
-from hypothesis import HealthCheck, settings
-
-settings.register_profile(
-    "quick",
-    max_examples=60,
-    derandomize=True,
-    deadline=timedelta(seconds=5),  # an input that takes longer hangs
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+settings.register_profile("quick", max_examples=60, derandomize=True, **SETTINGS)
 settings.load_profile("quick")
