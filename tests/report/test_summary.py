@@ -27,6 +27,7 @@ END = {
     "seconds": 61.4,
     "predicted_peak_bytes": 209715200,
     "measured_peak_bytes": 207618048,
+    "measured_reserved_bytes": None,
     "best_step": 100,
 }
 

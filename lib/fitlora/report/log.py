@@ -69,7 +69,7 @@ class TrainingEnd(_Line):
     seconds: float
     predicted_peak_bytes: int
     measured_peak_bytes: int = Field(gt=0)
-    measured_reserved_bytes: int | None = None
+    measured_reserved_bytes: int | None
     forecast_tokens_per_second: float | None = None
     warnings: list[str] = []
     recommendations: list[str] = []
