@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from fitlora.plan import Plan
 from fitlora.planner.size import ModelSize
-from fitlora.step.build import step_skeleton
+from fitlora.step.build import StepSkeleton, step_skeleton
 from fitlora.step.settings import StepSettings
 from fitlora.step.whole import whole_parameters
 
@@ -25,7 +25,12 @@ def model_size(config: Any, settings: StepSettings) -> ModelSize:
         optimizer="adamw",
         loss_chunk_tokens=1,
     )
-    skeleton, size = step_skeleton(config, any_plan, settings), ModelSize.of(config)
+    return size_of(config, step_skeleton(config, any_plan, settings))
+
+
+def size_of(config: Any, skeleton: StepSkeleton) -> ModelSize:
+    """The same of a step that is there, whatever its Plan."""
+    size = ModelSize.of(config)
     model = cast(Any, skeleton.model)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return replace(
