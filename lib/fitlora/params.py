@@ -334,7 +334,9 @@ class TrainParams(Section):
         None, ge=1, description="stop after this many validations without a better loss"
     )
     trackers: Annotated[tuple[Tracker, ...], Field(strict=False)] = Field(
-        (), description="where accelerate logs to, beside artifacts/training.jsonl"
+        (),
+        description="where accelerate logs to, beside artifacts/training.jsonl: below "
+        ".fitlora/trackers; pip install what is named",
     )
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ from fitlora.params import Params
 from fitlora.plan import Plan
 from fitlora.planner.chain import Freedom
 from fitlora.planner.ladder import Ladder, faster
-from fitlora.planner.size import ModelSize
+from fitlora.planner.model import size_of
 from fitlora.step.build import StepSkeleton, lora_targets, step_skeleton
 from fitlora.step.devices import next_devices
 from fitlora.step.settings import StepSettings
@@ -42,6 +42,7 @@ from fitlora.training.parallel import Ranks
 from fitlora.training.progress import Expected, TrainingProgress
 from fitlora.training.recovery import Recovery, predictor, room_on, shorter_rows
 from fitlora.training.start import check_start, read_start
+from fitlora.training.trackers import FOLDER as TRACKERS
 from fitlora.training.trackers import start_accelerator
 
 
@@ -93,11 +94,10 @@ def train(
     device = torch_device(hardware)
     devices = next_devices(device, plan.devices_of_process)
     limit_memory(hardware, devices)
-    accelerator = start_accelerator(params, device, places.scratch)
     agreement = Agreement(ranks)
     # of the first step, and gone with it: what is filled holds the step's memory
     skeletons = [step_skeleton(config, plan, settings)]
-    model = ModelSize.of(config, by_hand=bool(skeletons[0].layers))
+    model = size_of(config, skeletons[0])
     if not model.by_hand:
         if params.train.precision == "dynamic":
             raise UserError(
@@ -118,6 +118,8 @@ def train(
 
     identity = identity_of(params, plan, checkpoint, rows, validation)
     _check_alike(identity, ranks)
+    tracked = places.scratch / TRACKERS / identity.fingerprint
+    accelerator = start_accelerator(params, device, tracked)
     checkpoints = Checkpoints(places.scratch, identity, say)
     first = ranks.is_first  # the others would write over its files
     memory = places.scratch / "memory"
@@ -143,6 +145,9 @@ def train(
         log.write(content)
         if progress is not None:
             progress.show(content)
+        track(content)
+
+    def track(content: dict[str, Any]) -> None:
         accelerator.log(_numbers(content), step=content["step"])
 
     run = Run(
@@ -161,6 +166,8 @@ def train(
     with log, run.stop:
         if run.begin():
             say(f"going on after step {run.progress.done} of {run.total_steps}, which was saved")
+            for content in log.records:  # trackers begin anew, and want it whole
+                track(content)
         elif first:
             for other in checkpoints.others():
                 say(f"not going on from {other}")

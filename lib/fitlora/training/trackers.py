@@ -12,11 +12,15 @@ from fitlora.params import Params
 PROJECT = "fitlora"
 
 
+FOLDER = "trackers"
+
+
 def start_accelerator(params: Params, device: torch.device, folder: Path) -> Any:
     """accelerate's view of the processes, with the trackers that params name started.
 
-    folder: where trackers that write files do so. The model is never handed to accelerate, which
-    would wrap its forward; gradients are ours. Raises UserError for a tracker that is not installed.
+    folder: where trackers that write files do so; what an earlier run left there is replaced. The model
+    is never handed to accelerate, which would wrap its forward; gradients are ours. Raises UserError for
+    a tracker that is not installed, or does not start.
     """
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
@@ -26,15 +30,32 @@ def start_accelerator(params: Params, device: torch.device, folder: Path) -> Any
     missing = [tracker for tracker in wanted if tracker not in available]
     if missing:
         raise UserError(
-            f"train.trackers has {', '.join(missing)}, not installed here; pip install it, "
-            "or take it out"
+            f"train.trackers has {', '.join(missing)}, not installed here; "
+            f"pip install {' '.join(missing)}, or take it out"
         )
+    folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
         cpu=device.type == "cpu", log_with=wanted or None, project_dir=str(folder)
     )
     if wanted:
-        accelerator.init_trackers(PROJECT, config=_flat(params.model_dump(mode="json")))
+        config = _flat(params.model_dump(mode="json"))
+        try:
+            accelerator.init_trackers(PROJECT, config=config, init_kwargs=_options(folder))
+        except Exception as error:  # of its own kind in each of them
+            raise UserError(
+                f"train.trackers: {', '.join(wanted)} cannot be started ({error}); mend that, take it "
+                "out, or for W&B without an account set WANDB_MODE=offline"
+            ) from error
     return accelerator
+
+
+def _options(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of each tracker: to write below the folder, and to begin anew there.
+
+    DVCLive would otherwise add itself to dvc.yaml, which is the pipeline's, and save an experiment.
+    """
+    live = {"dir": str(folder / "dvclive"), "dvcyaml": None, "save_dvc_exp": False, "report": None}
+    return {"tensorboard": {"purge_step": 0}, "wandb": {"dir": str(folder)}, "dvclive": live}
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
