@@ -191,7 +191,7 @@ def test_the_device_is_the_one_that_is_here(tmp_path: Path) -> None:
 
 def test_of_many_times_some_are_counted(tmp_path: Path) -> None:
     """The first ones, and one now and then, for each kind of work by itself."""
-    tracker = MemoryTracker(tmp_path, "cpu")
+    tracker = MemoryTracker(tmp_path, "cpu", clock=lambda: 0.0)
     counted: dict[str, list[int]] = {"step": [], "evaluation": []}
     for kind, times in (("step", 2 * COUNTED_EVERY + 1), ("evaluation", 4)):
         for time in range(times):
@@ -202,6 +202,25 @@ def test_of_many_times_some_are_counted(tmp_path: Path) -> None:
     assert counted == {"step": [0, 1, COUNTED_EVERY, 2 * COUNTED_EVERY], "evaluation": [0, 1]}
     assert tracker.phase_peaks == {"forward": (2 * COUNTED_EVERY + 1) * MB}
     assert COUNTED_FIRST == 2
+
+
+@pytest.mark.parametrize(("more", "every"), [(0.02, COUNTED_EVERY), (0.4, 80)])
+def test_what_is_dear_to_count_is_counted_less(more: float, every: int, tmp_path: Path) -> None:
+    now = [0]
+    tracker = MemoryTracker(tmp_path, "cpu", clock=lambda: now[0])
+    counted = []
+    for time in range(200):
+        with tracker.measuring("step", dict), tracker.phase("forward"):
+            mb(1)
+            is_counted = tracker._trace is not None
+            now[0] += 1000 + round(1000 * more) * is_counted
+        if is_counted:
+            counted.append(time)
+    first = [0, 1, COUNTED_EVERY]
+    assert counted[:3] == first
+    assert counted[3:] == list(range(COUNTED_EVERY + every, 200, every))
+    slower = more * len(counted[3:]) / (200 - COUNTED_EVERY)
+    assert slower <= 0.005
 
 
 def test_warnings_are_said_kept_and_in_the_lines(tmp_path: Path) -> None:

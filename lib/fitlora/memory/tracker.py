@@ -3,19 +3,21 @@
 On a GPU the caching allocator is asked. On the CPU there is none, so live tensor storage is counted by
 the same trace that makes an estimate; the size of the process stands apart, as most of it is Python
 and libraries. That trace looks at every operator, so a run has only some of its steps counted: the
-first, which are the heaviest, and one now and then. What is dear to ask (the driver, the host) is
-asked every half minute. Together that keeps a step within 0.5% of its speed.
+first, which are the heaviest, and one now and then, as seldom as its cost asks for. What is dear to ask
+(the driver, the host) is asked every half minute. Together that keeps a run within 0.5% of its speed.
 
 What a counted step's peak is made of is measured as well, in the estimate's terms: what the step holds
 as the phase of the peak begins is asked of the step; activations are what a forward leaves behind; and
 temporary buffers are the rest, with what libraries keep.
 """
 
+import math
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,38 @@ from fitlora.memory.advice import Edge
 from fitlora.memory.trace import MemoryTrace, rounded
 
 FILE = "memory.jsonl"
-COUNTED_FIRST, COUNTED_EVERY = 2, 25  # of each kind of work, on the CPU
+COUNTED_FIRST, COUNTED_EVERY = 2, 25  # of each kind of work; the latter at the most
+MOST_SLOWER = 0.005  # by counting, in the long run
 SECONDS_BETWEEN_QUESTIONS = 30.0
 
 Parts = Callable[[], Mapping[str, Iterable[torch.Tensor]]]
+
+
+def counted_every(more: float) -> int:
+    """Of how many times one may be counted. more: what that adds to one, as a share of it."""
+    return max(COUNTED_EVERY, math.ceil(more / MOST_SLOWER))
+
+
+@dataclass
+class _Pace:
+    """When work of one kind is counted, by how long it takes with and without."""
+
+    done: int = 0
+    due: int = COUNTED_EVERY
+    plain_seconds: float = 0.0  # of the last one that was not counted
+
+    @property
+    def is_due(self) -> bool:
+        return self.done < COUNTED_FIRST or self.done >= self.due
+
+    def take(self, seconds: float, *, counted: bool) -> None:
+        """Takes in how long one has taken."""
+        if not counted:
+            self.plain_seconds = seconds
+        elif self.done >= COUNTED_FIRST:
+            more = seconds / self.plain_seconds - 1 if self.plain_seconds else 0.0
+            self.due = self.done + counted_every(more)
+        self.done += 1
 
 
 class MemoryTracker:
@@ -47,7 +77,8 @@ class MemoryTracker:
     one's peak, and `watch` (or `measuring`, for some of many times) around work on the CPU, where
     peaks are counted only inside it.
 
-    edge: what the run is expected to take and may take; `warn` is told when it comes near.
+    edge: what the run is expected to take and may take; `warn` is told when it comes near. clock: in
+    seconds, for what counting costs; CPU time, as other processes have their share of any other.
     """
 
     def __init__(
@@ -57,6 +88,7 @@ class MemoryTracker:
         *,
         edge: Edge | None = None,
         warn: Callable[[str], None] = say,
+        clock: Callable[[], float] = time.process_time,
     ) -> None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,8 +102,8 @@ class MemoryTracker:
         self._parts: Parts | None = None  # asked in steps that are counted
         self._floor = 0  # alive when the last forward began
         self._components: dict[str, int] = {}  # of the highest phase since the last update
-        self._edge, self._warn = edge or Edge(), warn
-        self._times: Counter[str] = Counter()
+        self._edge, self._warn, self._clock = edge or Edge(), warn, clock
+        self._paces: defaultdict[str, _Pace] = defaultdict(_Pace)
         self._since = time.perf_counter()
         self._asked = -SECONDS_BETWEEN_QUESTIONS
         self.phase_peaks: dict[str, int] = {}
@@ -106,11 +138,17 @@ class MemoryTracker:
         parts: gives the tensors that are held, by what they are for. What the peak is made of is then
         measured too, on a GPU as well.
         """
-        times = self._times[kind]
-        self._times[kind] += 1
-        if times >= COUNTED_FIRST and times % COUNTED_EVERY:
+        pace, start = self._paces[kind], self._clock()
+        counted = pace.is_due
+        if counted:
+            with self._counting(parts):
+                yield
+        else:
             yield
-            return
+        pace.take(self._clock() - start, counted=counted)
+
+    @contextmanager
+    def _counting(self, parts: Parts) -> Iterator[None]:
         self._parts = parts
         try:
             with self.watch(tensor for held in parts().values() for tensor in held):
