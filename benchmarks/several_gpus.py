@@ -1,11 +1,14 @@
 """Several GPUs of one host: what they reach together, and what the host and each GPU hold for it.
 
     python -m benchmarks.several_gpus --json benchmarks/results/several_gpus.h200x2.json   # 1 and 2 GPUs
+    python -m benchmarks.several_gpus --spread-only --json benchmarks/results/spread.h200x2.json
     python -m benchmarks.several_gpus --tiny --json benchmarks/results/several_gpus.cpu.json
 
 Each number of devices is one launch, as training launches; the processes go through all cases. The
 plan of a device is the same however many there are, so the effective batch grows with them. The last
 case has one batch for all, and tells how far losses are from those of one device. Weights are noise.
+Layers that are spread over the devices have a launch of one process: its rows are to be held against
+data parallel's of the same model, and the last of them against one device's losses.
 
 A row is written as soon as its case is done. What NCCL takes is the GPU's free memory before the
 processes joined, less that after their first sum. On the CPU the processes share the cores, so that
@@ -35,7 +38,10 @@ from fitlora.offload.transport import make_transport
 from fitlora.params import check_params
 from fitlora.plan import Plan
 from fitlora.planner.search import loss_chunk
+from fitlora.planner.several import spread_layers
+from fitlora.planner.speed import Shape
 from fitlora.step.build import build_step
+from fitlora.step.devices import next_devices
 from fitlora.step.settings import StepSettings
 from fitlora.step.weights import RandomWeights
 from fitlora.training.agreement import Agreement
@@ -43,6 +49,12 @@ from fitlora.training.batches import share_of
 from fitlora.training.launch import launch
 from fitlora.training.parallel import Ranks, joined
 
+RANK = 16
+# What a strategy of several devices is held against where it has none of its own on one.
+ON_ONE = {
+    "layers spread": "data parallel, resident",
+    "one batch, layers spread": "one batch for all",
+}
 ON_HOST = {"checkpoints": "host", "embedding": "host"}
 ALL_ON_HOST = {**ON_HOST, "head": "host"}
 
@@ -62,9 +74,15 @@ class Case:
     placed: dict[str, str] = field(default_factory=dict)
     same_batch: bool = False  # an effective batch that does not grow with the devices
 
-    def plan(self, devices: int, device: str) -> Plan:
+    def plan(self, devices: int, device: str, *, spread_over: int = 1) -> Plan:
+        """For so many processes, or for one that spreads the layers over so many devices."""
         config = shape_config(self.model)
         layers = tuple(range(config.num_hidden_layers))
+        counts: tuple[int, ...] = ()
+        if spread_over > 1:
+            shape = Shape.of(config, bits=4, rank=RANK)
+            assert shape is not None
+            counts = spread_layers(shape, spread_over, tied=config.tie_word_embeddings)
         each = self.micro_batch * self.accumulation
         return Plan.model_validate(
             {
@@ -79,6 +97,7 @@ class Case:
                 "compute_dtype": "bfloat16" if device == "cuda" else "float32",
                 "optimizer": "adamw",
                 "loss_chunk_tokens": loss_chunk(config.vocab_size),
+                "layers_per_device": counts,
                 **self.placed,
             }
         )
@@ -90,6 +109,15 @@ CASES = (
     Case("llama-3-70b", "data parallel, streamed", 4, 2048, 1, 2, True, True, ALL_ON_HOST),
     Case("llama-3.2-1b", "one batch for all", 3, 512, 3, 5, same_batch=True),
 )  # fmt: skip
+SPREAD = (
+    Case("llama-3-8b", "layers spread", 4, 2048, 4, 4),
+    Case("llama-3-70b", "layers spread", 4, 2048, 1, 2, recompute=True),
+    Case("llama-3.2-1b", "one batch, layers spread", 3, 512, 3, 5, same_batch=True),
+)  # fmt: skip
+TINY_SPREAD = (
+    Case("tiny", "layers spread", 2, 64, 2, 3),
+    Case("tiny", "one batch, layers spread", 3, 64, 3, 5, same_batch=True),
+)
 TINY = (
     Case("tiny", "data parallel, resident", 2, 64, 2, 3),
     Case("tiny", "data parallel, streamed", 2, 64, 2, 3, True, True, ALL_ON_HOST),
@@ -99,17 +127,23 @@ TINY = (
 
 def settings() -> StepSettings:
     """LoRA on all linear layers, rank 16, with dropout; NF4 with double quantization."""
-    return StepSettings.of(check_params({"lora": {"r": 16, "alpha": 32, "dropout": 0.05}}))
+    return StepSettings.of(check_params({"lora": {"r": RANK, "alpha": 32, "dropout": 0.05}}))
 
 
-def measure(case: Case, ranks: Ranks, hardware: Hardware) -> dict[str, Any]:
+def measure(
+    case: Case, ranks: Ranks, hardware: Hardware, *, spread_over: int = 1
+) -> dict[str, Any]:
     """One case in this process, and what all of them found; alike on every process."""
     device = torch.device(hardware.device)
     cuda = device.type == "cuda"
-    config, plan = shape_config(case.model), case.plan(ranks.devices, hardware.device)
+    config = shape_config(case.model)
+    plan = case.plan(ranks.devices, hardware.device, spread_over=spread_over)
+    first = torch.device("cuda", torch.cuda.current_device()) if cuda else device
+    devices = next_devices(first, spread_over)
     give_back_memory()
     if cuda:
-        torch.cuda.reset_peak_memory_stats()
+        for each in devices:
+            torch.cuda.reset_peak_memory_stats(each)
     shared = ranks.shared_memory(Agreement(ranks).meet) if plan.uses_host else None
     transport = make_transport(device, HostMemory(), shared)
     start = time.perf_counter()
@@ -136,18 +170,21 @@ def measure(case: Case, ranks: Ranks, hardware: Hardware) -> dict[str, Any]:
     start = time.perf_counter()
     ranks.reduce(gradients)
     if cuda:
-        torch.cuda.synchronize()
+        for each in devices:
+            torch.cuda.synchronize(each)
     summing = time.perf_counter() - start
     predicted = ranks.from_first(
         lambda: Estimator(
             config, settings(), Load.uniform(case.micro_batch, case.tokens), hardware
         )(plan)
     )
+    peaks = [torch.cuda.max_memory_allocated(each) for each in devices] if cuda else None
     own = transport.pinned_bytes - transport.shared_bytes
     return {
         "model": case.model,
         "strategy": case.strategy,
-        "devices": ranks.devices,
+        "devices": max(ranks.devices, spread_over),
+        "layers_per_device": list(plan.layers_per_device) or None,
         "micro_batch": case.micro_batch,
         "sequence_length": case.tokens,
         "effective_batch": plan.effective_batch_size,
@@ -160,14 +197,21 @@ def measure(case: Case, ranks: Ranks, hardware: Hardware) -> dict[str, Any]:
         "host_pinned_bytes": transport.shared_bytes + sum(ranks.gather(own)),
         "predicted_host_pinned_bytes": predicted.host_pinned_bytes,
         "predicted_allocated_bytes": predicted.peak_allocated_bytes,
+        "predicted_device_bytes": list(predicted.device_peak_bytes) or None,
         "measured_allocated_bytes": (
-            ranks.gather(torch.cuda.max_memory_allocated()) if cuda else None
+            None if peaks is None else [peak for each in ranks.gather(peaks) for peak in each]
         ),
     }
 
 
-def work(folder: Path, *, tiny: bool) -> None:
-    """One process of a launch: all cases; the first one writes a line for each."""
+def work(folder: Path, *, tiny: bool, spread_over: int = 1) -> None:
+    """One process of a launch: all cases; the first one writes a line for each.
+
+    spread_over: devices over which this process, which is then alone, spreads layers.
+    """
+    cases = TINY if tiny else CASES
+    if spread_over > 1:
+        cases = TINY_SPREAD if tiny else SPREAD
     hardware = Hardware.read(folder / "hardware.json")
     before = None
     if hardware.device == "cuda":
@@ -176,13 +220,14 @@ def work(folder: Path, *, tiny: bool) -> None:
         before = torch.cuda.mem_get_info()[0]
     with joined(hardware.device) as ranks:
         taken = None
-        if before is not None:
+        if before is not None and ranks.devices > 1:
             ranks.reduce([torch.zeros(2**24, device="cuda")])
             give_back_memory()
             torch.cuda.synchronize()
             taken = max(ranks.gather(before - torch.cuda.mem_get_info()[0]))
-        for case in TINY if tiny else CASES:
-            row = {**measure(case, ranks, hardware), "nccl_bytes": taken}
+        for case in cases:
+            found = measure(case, ranks, hardware, spread_over=spread_over)
+            row = {**found, "nccl_bytes": taken}
             if ranks.is_first:
                 with (folder / "rows.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -195,7 +240,7 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     alone = {(r["model"], r["strategy"]): r for r in rows if r["devices"] == 1}
     found = []
     for row in rows:
-        one = alone.get((row["model"], row["strategy"]))
+        one = alone.get((row["model"], ON_ONE.get(row["strategy"], row["strategy"])))
         more: dict[str, Any] = {"one_device_tokens_per_second": None}
         if one is not None:
             more = {
@@ -207,7 +252,7 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     else None
                 ),
             }
-            if row["strategy"] == "one batch for all":
+            if row["strategy"].startswith("one batch"):
                 pairs = zip(row["losses"], one["losses"], strict=True)
                 more["losses_differ_by"] = max(abs(a / b - 1) for a, b in pairs)
         found.append({**row, **more})
@@ -218,21 +263,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU")
+    parser.add_argument(
+        "--spread-only", action="store_true", help="no data parallel on more than one device"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--spread-over", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker is not None:
-        work(args.worker, tiny=args.tiny)
+        work(args.worker, tiny=args.tiny, spread_over=args.spread_over)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         asked = {"hardware": {"device": "cpu" if args.tiny else "cuda"}}
         profile(check_params(asked).hardware, folder).write(folder / "hardware.json")
         rows: list[dict[str, Any]] = []
-        for devices in args.devices:
-            options = ["--worker", name, *["--tiny"] * args.tiny]
+        # processes, and devices over which each spreads layers
+        launches = [(n, 1) for n in args.devices if n == 1 or not args.spread_only]
+        launches += [(1, n) for n in args.devices if n > 1]
+        for processes, devices in launches:
+            options = ["--worker", name, "--spread-over", str(devices), *["--tiny"] * args.tiny]
             try:
-                launch(devices, "benchmarks.several_gpus", options)
+                launch(processes, "benchmarks.several_gpus", options)
             finally:
                 lines = folder / "rows.jsonl"
                 if lines.is_file():

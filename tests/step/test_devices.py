@@ -187,3 +187,23 @@ def test_a_plan_of_another_model_or_machine_is_refused() -> None:
         Devices.of(steps.plan(layers_per_device=(1, 1)), 2, torch.device("cuda"))
     with pytest.raises(UserError, match="layers spread over devices"):
         make("granite", layers_per_device=(1, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_compute_what_one_does() -> None:
+    """But for attention's backward, which adds up with atomics."""
+    gpu = {"device": "cuda", "compute_dtype": "bfloat16", "micro_batch_size": 3}
+    untied = {"num_hidden_layers": 4, "tie_word_embeddings": False}
+    one = steps.step(steps.plan(**gpu), device="cuda", **untied)
+    several = steps.step(steps.plan(layers_per_device=(3, 1), **gpu), device="cuda", **untied)
+    assert {p.device.index for p in several.adapters.values()} == {0, 1}
+    held_out = steps.sequences(5, seed=9)
+    assert one.evaluate(held_out) == several.evaluate(held_out), "noise goes on from GPU to GPU"
+    batch = steps.sequences(7)
+    assert steps.distance(steps.gradients(several, batch), steps.gradients(one, batch)) < 1e-2
+    for (loss, norm), (other, other_norm) in zip(
+        learn(one, 0, 4), learn(several, 0, 4), strict=True
+    ):
+        assert loss == pytest.approx(other, rel=1e-3)
+        assert norm == pytest.approx(other_norm, rel=1e-2)

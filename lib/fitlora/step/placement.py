@@ -49,8 +49,9 @@ class Placement:
         self.transport = transport
         if not plan.uses_host:
             for number, modules in enumerate(devices.modules(model)):
+                weights = weights.on(devices.all[number])
                 with devices.at(number):
-                    fill(modules, weights.on(devices.all[number]))
+                    fill(modules, weights)
             return
         self.transport = move = transport or make_transport(weights.device)
         places: dict[int, Tensor] = {}

@@ -75,11 +75,16 @@ class RandomWeights:
     fresh = True
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
-        self.device, self._seed = device, seed
+        self.device = device
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def on(self, device: torch.device) -> "RandomWeights":
-        return self if device == self.device else RandomWeights(device, self._seed)
+        """It goes on where this one has come to: a model's parts, in order, get what one device has."""
+        if device == self.device:
+            return self
+        other = RandomWeights(device)
+        other._generator.set_state(self._generator.get_state())
+        return other
 
     def frozen(self, name: str, like: Tensor) -> Tensor:
         out = torch.empty(like.shape, dtype=like.dtype, device=self.device)
