@@ -89,7 +89,8 @@ def plan_lines(choice: Choice, budget_bytes: int, probes: Sequence[ProbeResult])
         told = "" if rate is None else f", {rate:,.0f} tokens/s"
         yield f"instead        {_otherwise(other.plan, plan)}{told}: {other.why}"
     if not probes:
-        yield "not probed: the plan is for a GPU that is not here"
+        unknown = "" if choice.forecast else "; a rate that its speed depends on is not known"
+        yield f"not probed: the plan is for a GPU that is not here{unknown}"
     for probe in probes:
         if not probe.fits:
             yield f"probe      {probe.plan.describe()}: overflowed"
