@@ -36,6 +36,7 @@ def test_a_timeline_of_one_device() -> None:
     assert [part.peaks()[second][0] for part in alone] == [7, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", PLANS, ids=str)
 def test_few_layers_of_each_device_tell_the_peak_of_many(changes: dict[str, Any]) -> None:
     config, plan = steps.config(num_hidden_layers=9), steps.plan(**changes)
@@ -69,6 +70,7 @@ def test_each_device_takes_what_it_is_said_to(changes: dict[str, Any]) -> None:
             assert level.components == found, segment
 
 
+@pytest.mark.slow
 def test_the_heaviest_device_decides() -> None:
     config, here = steps.config(num_hidden_layers=8), hardware(context_bytes=1000)
     estimator = Estimator(config, SETTINGS, LOAD, here)

@@ -101,6 +101,7 @@ class EachInItsPlace(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_each_computes_with_its_own(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On fake tensors, which tell devices apart that this machine does not have."""
