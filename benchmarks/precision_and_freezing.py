@@ -70,7 +70,7 @@ SMALL, SMALL_SHAPE = "small", {
 }  # fmt: skip
 SHARES = (0.25, 0.5, 0.75)
 RANK = 16
-ROUNDS = 6  # of timed steps
+ROUNDS = 4  # of timed steps
 RUN_STEPS = 3  # of a run whose memory alone is asked for
 MICRO_BATCHES = 2  # of a step of the shipped task
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -179,11 +179,12 @@ def no_number_at(step: int) -> Iterator[None]:
     plain = HandNetwork.train
     passes = itertools.count(MICRO_BATCHES)
 
-    def trains(self: HandNetwork, *arguments: Any, **options: Any) -> torch.Tensor:
-        loss = plain(self, *arguments, **options)
-        if loss.is_meta:  # the estimate's, of shapes alone
-            return loss
-        return loss * math.nan if next(passes) // MICRO_BATCHES == step else loss
+    def trains(self: HandNetwork, *arguments: Any, **options: Any) -> list[torch.Tensor]:
+        return [
+            # those on meta are the estimate's, of shapes alone
+            loss if loss.is_meta or next(passes) // MICRO_BATCHES != step else loss * math.nan
+            for loss in plain(self, *arguments, **options)
+        ]
 
     HandNetwork.train = trains  # type: ignore[method-assign]
     try:
@@ -486,7 +487,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--models", nargs="+", choices=(SAMPLE, SMALL, *SHAPES), help="of steps' costs"
     )
     parser.add_argument("--tokens", type=int, help="of their sequences")
-    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--micro-batch", type=int, help="of so many")
     parser.add_argument("--steps", type=int, default=60, help="of a run of the shipped task")
     parser.add_argument("--batch", type=int, default=16, help="its effective batch")
     parser.add_argument("--seeds", type=int, default=2)
@@ -497,6 +498,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_gpu = torch.cuda.is_available()
     args.models = args.models or (["llama-3-8b"] if on_gpu else [SAMPLE, SMALL])
     args.tokens = args.tokens or (2048 if on_gpu else 256)
+    args.micro_batch = args.micro_batch or (4 if on_gpu else 2)
     default = ROOT / "benchmarks" / "results" / f"precision_and_freezing.{device_label()}.json"
     path = args.json or default
     also = {"frozen_loss": "frozen_choice", "frozen": "frozen_run"}

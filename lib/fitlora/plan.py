@@ -26,6 +26,12 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Kept = Literal["qkv", "attention", "middle", "mlp"]
 KEPT: tuple[Kept, ...] = get_args(Kept)
 
+# What layers compute in next, where their numbers overflow.
+WIDER: dict[ComputeDtype, ComputeDtype] = {
+    "float8": "bfloat16",
+    "bfloat16": "float32",
+    "float16": "float32",
+}
 PAGED_OPTIMIZERS: tuple[Optimizer, ...] = ("paged_adamw", "paged_adamw_8bit")
 
 
@@ -147,6 +153,15 @@ class Plan(BaseModel):
         return self.recompute_keeps if layer in self.recompute_layers else KEPT
 
     @property
+    def layers_compute_in(self) -> ComputeDtype:
+        """What decoder layers compute in."""
+        return self.layer_dtype or self.compute_dtype
+
+    def in_precision(self, dtype: ComputeDtype) -> "Plan":
+        """The same with decoder layers that compute in `dtype`."""
+        return self.replace(layer_dtype=None if dtype == self.compute_dtype else dtype)
+
+    @property
     def lowest_learning(self) -> int:
         """The lowest decoder layer whose adapters are trained: there the backward pass ends."""
         return next(i for i in itertools.count() if i not in self.frozen_layers)
@@ -159,13 +174,13 @@ class Plan(BaseModel):
     @property
     def activation_dtype(self) -> Dtype:
         """What decoder layers' activations are in."""
-        dtype = self.layer_dtype or self.compute_dtype
+        dtype = self.layers_compute_in
         return "bfloat16" if dtype == "float8" else dtype
 
     @property
     def float8_products(self) -> bool:
         """Whether decoder layers take the products of frozen weights in fp8."""
-        return (self.layer_dtype or self.compute_dtype) == "float8"
+        return self.layers_compute_in == "float8"
 
     @property
     def uses_host(self) -> bool:

@@ -140,11 +140,16 @@ def test_what_freezing_buys_is_said_before_the_run(tmp_path: Path) -> None:
     assert logged["tokens_per_second"] < choice.forecast.tokens_per_second
 
 
-def test_estimates_of_other_frozen_layers_are_no_plans_to_choose() -> None:
+def test_estimates_of_what_params_do_not_ask_for_are_no_plans_to_choose() -> None:
     frozen = check_params({**params().model_dump(), "train": {"freeze": "speed"}})
     whole = run(cpu())[0].estimate
-    choice, _ = run(cpu(), frozen, known=[whole])
-    assert whole.plan not in [other.plan for other in choice.considered]
+    mine = run(cpu(), frozen)[0].estimate
+    wide = mine.model_copy(update={"plan": mine.plan.in_precision("bfloat16")})
+    choice, _ = run(cpu(), frozen, known=[whole, wide])
+    others = [other.plan for other in choice.considered]
+    assert choice.plan == mine.plan
+    assert whole.plan not in others
+    assert wide.plan not in others
 
 
 def test_a_gpu_that_is_not_here_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:

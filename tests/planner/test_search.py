@@ -485,6 +485,16 @@ def test_neighbours_differ_in_one_thing() -> None:
     assert set(neighbours(edge, LAYERS)) == {"every layer recomputed"}
     frozen = neighbours(edge.replace(frozen_layers=(0, 1)), LAYERS)
     assert frozen["nothing frozen"] == edge
+    eighths = edge.replace(compute_dtype="float8")
+    assert neighbours(eighths, LAYERS).keys() == neighbours(edge, LAYERS).keys()
+    switched = neighbours(eighths, LAYERS, dynamic=True)
+    assert [switched[f"layers in {dtype}"].layer_dtype for dtype in ("bfloat16", "float32")] == [
+        "bfloat16",
+        "float32",
+    ]
+    assert "layers in float32" not in neighbours(
+        edge.replace(compute_dtype="float32"), LAYERS, dynamic=True
+    )
 
 
 def replaying(bytes_of: Bytes, budget: int, truth: float) -> Search:

@@ -211,6 +211,14 @@ def test_layers_on_disk_wait_for_it() -> None:
     assert found.step_seconds > 2 * 8 * shape().layer_bytes / 10**9
 
 
+def test_frozen_layers_spare_their_gradients_and_below_all_others_the_backward() -> None:
+    whole, between, below = (
+        told(frozen_layers=frozen).step_seconds for frozen in ((), range(1, 17), range(16))
+    )
+    assert 0.97 * whole < between < 0.995 * whole
+    assert 0.6 * whole < below < 0.75 * whole
+
+
 def test_unknown_rates_give_none() -> None:
     assert forecast(plan(), shape(), NOT_MEASURED, 8192) is None
     linkless = H200.model_copy(update={"host_to_device_bytes_per_second": None})

@@ -83,6 +83,21 @@ def test_merges_and_evaluates(project: Path, capsys: pytest.CaptureFixture[str])
     assert lines == ["adapter   ", "merged    ", "base      ", "4-bit base", "on 16-bit "]
 
 
+@pytest.mark.parametrize("after", ["float16", "float32"])
+def test_what_float16_could_not_hold_is_not_evaluated_in_it(
+    after: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A switch to the same is of the loss scale alone."""
+    plan = PlanArtifact.read(artifacts.PLAN).plan.replace(compute_dtype="float16")
+    PlanArtifact(plan=plan, reasons={}).write(artifacts.PLAN)
+    switch = {"before": "float16", "after": after, "cause": "the loss is nan", "loss_scale": 1.0}
+    write_log(Path(), {"event": "precision", "step": 2, **switch})
+    merge_and_evaluate.main()
+    found = Evaluation.read(artifacts.EVALUATION)
+    assert found.devices["adapter"] == f"cpu, {after}"
+    assert ("evaluated in float32" in capsys.readouterr().out) is (after == "float32")
+
+
 def test_a_merge_that_fails_the_gate_leaves_the_adapter_alone(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Runs that freeze: which layers, what becomes of them, and that a run goes on with them to the bit."""
 
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,12 @@ def steps_of(
     devices: int,
     where: str = "resident",
     frozen: tuple[int, ...] = (1, 2),
+    dtype: str = "float32",
     **changes: Any,
 ) -> TrainingStep:
     plan = steps.plan(
-        devices=devices, effective_batch_size=5, evaluation_batch_size=2, frozen_layers=frozen,
-        **PLANS[where],
+        devices=devices, compute_dtype=dtype, effective_batch_size=5, evaluation_batch_size=2,
+        frozen_layers=frozen, **PLANS[where],
     )  # fmt: skip
     settings = steps.settings(dropout=0.2, bits=16, **{**TRAIN, **changes})
     return steps.step(plan, settings, num_hidden_layers=LAYERS)
@@ -66,9 +68,10 @@ def make(
     where: str = "resident",
     frozen: tuple[int, ...] = (1, 2),
     predict: Any = None,
+    dtype: str = "float32",
     **changes: Any,
 ) -> Run:
-    step = steps_of(1, where, frozen, **changes)
+    step = steps_of(1, where, frozen, dtype, **changes)
     return around(folder, step, predict=predict, **changes)
 
 
@@ -142,7 +145,7 @@ def test_a_run_that_is_stopped_while_it_chooses_begins_anew(
     plain = run.step.survey
     surveys = []
 
-    def survey(*arguments: Any, **options: Any) -> list[float]:
+    def survey(*arguments: Any, **options: Any) -> tuple[float, list[float]]:
         surveys.append(options["step"])
         if len(surveys) == 2:
             run.stop.asked = signal.SIGTERM
@@ -160,6 +163,23 @@ def test_a_run_that_is_stopped_while_it_chooses_begins_anew(
     assert len(choices(again)) == 1
     for name, tensor in expected.last.items():
         assert torch.equal(found.last[name], tensor)
+
+
+def test_where_gradients_are_no_numbers_it_chooses_in_a_wider_precision(tmp_path: Path) -> None:
+    run = make(tmp_path, precision="dynamic", dtype="float16")
+    plain = run.step.survey
+
+    def survey(*arguments: Any, **options: Any) -> tuple[float, list[float]]:
+        loss, found = plain(*arguments, **options)
+        narrow = run.step.plan.layers_compute_in == "float16"
+        return (math.nan, [math.nan] * LAYERS) if narrow else (loss, found)
+
+    run.step.survey = survey  # type: ignore[method-assign]
+    run()
+    (switch,) = [r for r in run.log.records if r["event"] == "precision"]
+    assert switch["cause"] == "the loss is nan", "so no scale of it is to blame"
+    assert (switch["step"], switch["before"], switch["after"]) == (1, "float16", "float32")
+    assert len(choices(run)) == 1
 
 
 def test_processes_choose_together_even_where_one_finds_no_memory(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A whole run on a tiny checkpoint: its files, and that memory was as predicted."""
 
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fitlora.training import recovery
 from fitlora.training.data import TokenizedSplit
 from fitlora.training.loop import Run
 from fitlora.training.parallel import Ranks
+from fitlora.training.precision import Precision
 from fitlora.training.run import Places, _numbers, train
 from tests.rows import tokenized
 from tests.step import steps
@@ -351,14 +353,40 @@ def test_keeping_the_last(
             torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=2e-3)
 
 
+def test_what_a_switch_of_precision_takes_is_predicted_as_well(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_steps": 3, "evaluate_every": None, "precision": "dynamic"}
+    bf16 = {"compute_dtype": "bfloat16"}
+    _, narrow, _ = train_in(tmp_path / "narrow", checkpoint, settings, alike=True, **bf16)
+    _, wide, _ = train_in(
+        tmp_path / "wide", checkpoint, settings, alike=True, layer_dtype="float32", **bf16
+    )
+    accept, left = Precision.accept, [True]
+
+    def refuses(self: Precision, done: int, loss: float, norm: float) -> bool:
+        spoiled = done == 1 and bool(left) and bool(left.pop())
+        return accept(self, done, math.nan if spoiled else loss, norm)
+
+    monkeypatch.setattr(Precision, "accept", refuses)
+    _, end, _ = train_in(tmp_path / "run", checkpoint, settings, alike=True, **bf16)
+    assert narrow["predicted_peak_bytes"] < end["predicted_peak_bytes"]
+    assert end["predicted_peak_bytes"] == wide["predicted_peak_bytes"]
+    assert not end["warnings"]
+
+
 @pytest.mark.parametrize(
-    ("changes", "unwatched"),
+    ("changes", "freeze", "unwatched"),
     # the code books of the 8-bit states were there before the tracker watched
-    [({"micro_batch_size": 1}, 0), ({"optimizer": "adamw_8bit"}, 2 * 256 * 4)],
+    [
+        ({"micro_batch_size": 1}, "off", 0),
+        ({"optimizer": "adamw_8bit"}, "off", 2 * 256 * 4),
+        ({"frozen_layers": (0,)}, "speed", 0),
+    ],
 )
 def test_memory_is_exactly_as_predicted_where_rows_are_alike(
-    changes: dict[str, Any], unwatched: int, checkpoint: Path, tmp_path: Path
+    changes: dict[str, Any], freeze: str, unwatched: int, checkpoint: Path, tmp_path: Path
 ) -> None:
-    settings = {"max_steps": 2, "evaluate_every": None}
+    settings = {"max_steps": 2, "evaluate_every": None, "freeze": freeze}
     _, end, _ = train_in(tmp_path, checkpoint, settings, alike=True, **changes)
     assert end["measured_peak_bytes"] == end["predicted_peak_bytes"] - unwatched

@@ -68,7 +68,9 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
     estimator = Estimator(config, settings, load, hardware)
     parameters, trainable = count_parameters(config, start, settings)
     default = estimator(start)
-    others = {name: estimator(plan) for name, plan in neighbours(start, model.layers).items()}
+    dynamic = params.train.precision == "dynamic"
+    near = neighbours(start, model.layers, dynamic=dynamic)
+    others = {name: estimator(plan) for name, plan in near.items()}
     result = MemoryEstimate(
         model=params.model.id,
         parameters=parameters,

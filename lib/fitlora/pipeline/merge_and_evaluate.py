@@ -42,6 +42,9 @@ def merge_and_evaluate(params: Params, root: Path = Path()) -> Evaluation:
     original = resolve_model(params.model.id, params.model.revision, weights=True)
     # All that can be wrong with the inputs is found before the first byte is written.
     trained = Trained.read(params, root)
+    if plan.storage_dtype == "float16" and trained.log.layers_left(plan.compute_dtype):
+        say("evaluated in float32, as the run had to leave float16")
+        plan = plan.replace(compute_dtype="float32")
     check_folder(root / QUANTIZED_MODEL, "quantize_model")
     check_adapter(root / ADAPTER, params.lora)
     held_out = read_held_out(

@@ -9,6 +9,7 @@ from fitlora.artifacts import Estimate, Hardware
 from fitlora.errors import UserError
 from fitlora.memory.estimate import Estimator, Load
 from fitlora.params import Params
+from fitlora.plan import Plan
 from fitlora.planner.model import model_size
 from fitlora.planner.probe import ProbeResult, probe
 from fitlora.planner.search import Choice, Search, default_plan
@@ -54,7 +55,7 @@ def find_plan(
         estimator=estimator,
         replay=estimator.replayed,
         tokens=load.tokens,
-        seen=[estimate for estimate in known if estimate.plan.frozen_layers == start.frozen_layers],
+        seen=[estimate for estimate in known if _may_be_chosen(estimate.plan, start)],
         shape=Shape.of(
             config,
             bits=params.quantization.bits,
@@ -160,3 +161,8 @@ def _spread(parallel: Search) -> Iterator[Choice]:
         tokens = parallel.tokens(choice.plan.micro_batch_size)
         told = spread_forecast(choice.plan, shape, hardware.rates, tokens)
         yield replace(choice, forecast=told, limit=None if told is None else told.bound)
+
+
+def _may_be_chosen(plan: Plan, start: Plan) -> bool:
+    """Whether a plan is of the precision and the frozen layers that params ask for."""
+    return plan.layer_dtype is None and plan.frozen_layers == start.frozen_layers

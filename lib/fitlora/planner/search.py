@@ -30,7 +30,7 @@ from typing import Any
 from fitlora.artifacts import Estimate, Hardware
 from fitlora.errors import UserError
 from fitlora.params import Params
-from fitlora.plan import PAGED_OPTIMIZERS, ComputeDtype, Plan
+from fitlora.plan import PAGED_OPTIMIZERS, WIDER, ComputeDtype, Plan
 from fitlora.planner.chain import Freedom, less, segments, smallest
 from fitlora.planner.freezing import planned
 from fitlora.planner.rivals import WORTH, Rivals
@@ -743,9 +743,16 @@ def _ranked(others: list[Considered], chosen: Plan, budget_bytes: int) -> tuple[
     return tuple(sorted(by_speed, key=lambda o: (is_far(o), first[kind(o.plan)] != o.plan)))
 
 
-def neighbours(plan: Plan, layers: int) -> dict[str, Plan]:
-    """Plans that differ in one thing, by the name of the change: what else it would cost."""
-    found = {}
+def neighbours(plan: Plan, layers: int, *, dynamic: bool = False) -> dict[str, Plan]:
+    """Plans that differ in one thing, by the name of the change: what else it would cost.
+
+    dynamic: whether its layers' precision may change.
+    """
+    found: dict[str, Plan] = {}
+    dtype = plan.compute_dtype
+    while dynamic and dtype in WIDER:
+        dtype = WIDER[dtype]
+        found[f"layers in {dtype}"] = plan.in_precision(dtype)
     if plan.frozen_layers:
         found["nothing frozen"] = plan.replace(frozen_layers=())
     if plan.micro_batch_size > 1:

@@ -248,11 +248,18 @@ class _Clock:
     def backward(self) -> float:
         shape, seconds = self.shape, self.attention(backward=True)
         for part, (inputs, outputs) in shape.products.items():
-            # the adapter's three products and the sum of the input's gradient
-            dropped = 4 * inputs if shape.dropout else 0
-            seconds += self.product(part) + self.moved(3 * inputs + dropped + 2 * outputs)
+            # the adapter's part of the input's gradient, and the sum of both
+            dropped = 2 * inputs if shape.dropout else 0
+            seconds += self.product(part) + self.moved(2 * inputs + dropped + outputs)
         norms, rotation = 12 * shape.hidden, 2 * shape.rotated + 2 * shape.qkv
         return seconds + self.moved(norms + 6 * shape.intermediate + rotation)
+
+    @cached_property
+    def gradients(self) -> float:
+        """What of a layer's backward makes its adapters' own gradients."""
+        sizes = self.shape.products.values()
+        read = 3 if self.shape.dropout else 1  # of each input, with what drops of it
+        return sum(self.moved(read * inputs + outputs) for inputs, outputs in sizes)
 
     def head(self, *, sliced: bool) -> float:
         """Loss and gradient of all tokens: logits, what is made of them, and their way back."""
@@ -331,7 +338,12 @@ def _pass(plan: Plan, shape: Shape, rates: Rates, count: int, tokens: int) -> _P
     # of forward, backward and loss
     compute = [
         slower * layers * clock.forward,
-        slower * ((layers - end) * clock.backward + again),
+        slower
+        * (
+            (layers - end) * clock.backward
+            + _learning_layers(plan, shape) * clock.gradients
+            + again
+        ),
         clock.head(sliced=plan.head == "host"),
     ]
     waits = {
@@ -388,7 +400,11 @@ def _recomputed(plan: Plan) -> int:
 
 def _learning(plan: Plan, shape: Shape) -> int:
     """Parameters of adapters that are trained."""
-    return shape.adapters * (shape.layers - len(plan.frozen_layers)) // shape.layers
+    return shape.adapters * _learning_layers(plan, shape) // shape.layers
+
+
+def _learning_layers(plan: Plan, shape: Shape) -> int:
+    return shape.layers - len(plan.frozen_layers)
 
 
 def guess_bytes(plan: Plan, shape: Shape, tokens: int) -> int:

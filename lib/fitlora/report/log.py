@@ -140,6 +140,10 @@ class TrainingLog:
         found: float | None = self.end.get("forecast_tokens_per_second")
         return found
 
+    def layers_left(self, dtype: str) -> bool:
+        """Whether decoder layers computed in another precision than `dtype` at the run's end."""
+        return bool(self.switches) and self.switches[-1]["after"] != dtype
+
     def figures(self) -> RunFigures:
         """The run in few numbers."""
         return RunFigures(

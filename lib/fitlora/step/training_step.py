@@ -218,20 +218,22 @@ class TrainingStep:
         total_target_tokens: int | None = None,
         reduce_gradients: Reduce | None = None,
         loss_scale: float = 1.0,
-    ) -> list[float]:
-        """The squared norm of each layer's adapters' gradients on an effective batch; changes nothing.
+    ) -> tuple[float, list[float]]:
+        """The loss of an effective batch, and the squared norm of each layer's adapters' gradients.
 
-        0 for a layer that is frozen. Arguments as of `run`.
+        Nothing changes. 0 for a layer that is frozen, and a loss of 0 for shapes alone. Arguments as of
+        `run`.
         """
-        self._gradients(sequences, step, total_target_tokens, loss_scale)
+        loss = self._gradients(sequences, step, total_target_tokens, loss_scale)
         with self.phase("optimizer"):
-            self._norm([], reduce_gradients)
+            self._norm([loss], reduce_gradients)
             found = [
                 sum(self._squared_norm(p) for p in parameters if p.requires_grad)
                 for parameters in self._by_layer
             ]
             self.abandon()
-        return [value / loss_scale**2 for value in found]
+        told = 0.0 if loss.is_meta else float(loss) / loss_scale
+        return told, [value / loss_scale**2 for value in found]
 
     def _squared_norm(self, parameter: Tensor) -> float:
         gradient = parameter.grad

@@ -277,7 +277,7 @@ class Run:
         batch = self.batches.batch(index)
         mine = share_of(batch, self.ranks.rank, self.ranks.devices)
 
-        def work() -> list[float]:
+        def work() -> tuple[float, list[float]]:
             return self.step.survey(
                 mine,
                 step=index,
@@ -288,9 +288,9 @@ class Run:
 
         while True:
             with self.tracker.measuring("survey", lambda: self.step.parts()):
-                found = self.recovery.carry_out(work, step=1)
+                loss, found = self.recovery.carry_out(work, step=1)
             norm = math.sqrt(sum(found))
-            if self.precision.accept(0, 0.0, norm):
+            if self.precision.accept(0, loss, norm):
                 return found
             if not self.precision.refused(0):
                 raise UserError(self._diverged(f"batch {index + 1} has no finite gradients", norm))

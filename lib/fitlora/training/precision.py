@@ -24,15 +24,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fitlora.plan import ComputeDtype, Plan
+from fitlora.plan import WIDER, ComputeDtype, Plan
 from fitlora.step.training_step import is_finite
 from fitlora.training.recovery import Recovery
 
-WIDER: dict[ComputeDtype, ComputeDtype] = {
-    "float8": "bfloat16",
-    "bfloat16": "float32",
-    "float16": "float32",
-}
 # PyTorch's GradScaler has the same numbers, but for the ends.
 FIRST_SCALE, LEAST_SCALE, MOST_SCALE, GROWTH_STEPS = 2.0**16, 1.0, 2.0**24, 2000
 CALM_STEPS, MOST_DOUBLINGS = 50, 5
@@ -78,7 +73,7 @@ class Precision:
     @property
     def wider(self) -> ComputeDtype | None:
         """What the layers would compute in after the next switch up; None where nothing is wider."""
-        return WIDER.get(_dtype(self._plan))
+        return WIDER.get(self._plan.layers_compute_in)
 
     def accept(self, done: int, loss: float, norm: float) -> bool:
         """Whether the weights may be updated. done: optimizer steps before this one."""
@@ -100,7 +95,7 @@ class Precision:
         """Changes what made `accept` say no, so that the step can be done again; False at the end."""
         if self._scale_is_to_blame:
             self._change(loss_scale=self.state.loss_scale / 2, scaled_at=done)
-            self._tell(done + 1, self._cause, _dtype(self._plan))
+            self._tell(done + 1, self._cause, self._plan.layers_compute_in)
             return True
         wider = self.wider
         if not self.dynamic or wider is None:
@@ -116,7 +111,9 @@ class Precision:
         if state.spike_at == done - 1 and limit is not None and loss > limit:
             narrower = self._narrower()
             if narrower is not None:
-                self._turn(done, narrower, f"the loss is a spike in {_dtype(self._plan)}, too")
+                self._turn(
+                    done, narrower, f"the loss is a spike in {self._plan.layers_compute_in}, too"
+                )
         self._change(losses=(*state.losses, loss)[-WINDOW:])
         if done - state.scaled_at >= GROWTH_STEPS and state.loss_scale < MOST_SCALE:
             self._change(loss_scale=state.loss_scale * 2, scaled_at=done)
@@ -132,7 +129,7 @@ class Precision:
     def _narrower(self) -> ComputeDtype | None:
         """What the layers computed in before the last switch up."""
         found, dtype = None, self._plan.compute_dtype
-        while dtype != _dtype(self._plan):
+        while dtype != self._plan.layers_compute_in:
             found, dtype = dtype, WIDER[dtype]
         return found
 
@@ -145,9 +142,8 @@ class Precision:
         return mean + SPIKE * max(statistics.pstdev(losses), LEAST_DEVIATION * abs(mean))
 
     def _turn(self, done: int, dtype: ComputeDtype, cause: str) -> None:
-        before = _dtype(self._plan)
-        turned = None if dtype == self._plan.compute_dtype else dtype
-        self._recovery.turn(layer_dtype=turned)
+        before = self._plan.layers_compute_in
+        self._recovery.turn(layer_dtype=self._plan.in_precision(dtype).layer_dtype)
         self._change(switched_at=done)
         self._tell(done + 1, cause, before)
 
@@ -158,14 +154,10 @@ class Precision:
                 "step": step,
                 "cause": cause,
                 "before": before,
-                "after": _dtype(self._plan),
+                "after": self._plan.layers_compute_in,
                 "loss_scale": self.loss_scale,
             }
         )
 
     def _change(self, **changes: Any) -> None:
         self.state = self.state.model_copy(update=changes)
-
-
-def _dtype(plan: Plan) -> ComputeDtype:
-    return plan.layer_dtype or plan.compute_dtype

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fitlora.adapter import adapter_config, save_adapter
 from fitlora.artifacts import Hardware, read_json, write_text_atomically
@@ -123,13 +124,14 @@ def train(
     checkpoints = Checkpoints(places.scratch, identity, say)
     first = ranks.is_first  # the others would write over its files
     memory = places.scratch / "memory"
+    edge = Edge(
+        predicted.peak_allocated_bytes,
+        hardware.allocator_bytes if device.type == "cuda" else None,
+    )
     tracker = MemoryTracker(
         memory if first else memory / f"rank{ranks.rank}",
         devices[predicted.heaviest_device],
-        edge=Edge(
-            predicted.peak_allocated_bytes,
-            hardware.allocator_bytes if device.type == "cuda" else None,
-        ),
+        edge=edge,
     )
     log = RunLog(places.log if first else None)
     room = room_on(devices, hardware)
@@ -141,8 +143,17 @@ def train(
     )
     progress: TrainingProgress | None = None
 
+    def predict_switched() -> None:
+        """Takes in the precisions that the run has switched to, which may take more."""
+        switched = {plan.in_precision(r["after"]) for r in log.records if r["event"] == "precision"}
+        with _disable_current_modes():  # a tracker counts the run's tensors, and not the estimate's
+            found = [estimator(other).peak_allocated_bytes for other in switched]
+        edge.predicted_bytes = max([predicted.peak_allocated_bytes, *found])
+
     def record(content: dict[str, Any]) -> None:
         log.write(content)
+        if content["event"] == "precision":
+            predict_switched()
         if progress is not None:
             progress.show(content)
         track(content)
@@ -165,6 +176,7 @@ def train(
     )
     with log, run.stop:
         if run.begin():
+            predict_switched()
             say(f"going on after step {run.progress.done} of {run.total_steps}, which was saved")
             for content in log.records:  # trackers begin anew, and want it whole
                 track(content)
@@ -189,7 +201,7 @@ def train(
             "best_validation_loss": outcome.best_loss,
             "stopped_early": outcome.stopped_early,
             "forecast_tokens_per_second": forecast,
-            "predicted_peak_bytes": predicted.peak_allocated_bytes,
+            "predicted_peak_bytes": edge.predicted_bytes,
             "measured_peak_bytes": tracker.peak_allocated_bytes,
             "measured_reserved_bytes": tracker.peak_reserved_bytes,
         }
