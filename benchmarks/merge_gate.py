@@ -6,17 +6,18 @@
 
 The second makes the run first, on the shipped model and data, stage by stage and without DVC. Each merge
 is measured where the Plan computes, and in its dtype: in bfloat16 base + adapter and the merged model
-round differently even where the merge is right. `--compute-dtype` asks for another one.
+round differently even where the merge is right. `--compute-dtypes` asks for others.
 
 A row has the distance from base + adapter, and whether the gate's default limits let it pass (answers,
-which the gate holds to a limit as well, are not generated here). `adapter on original` is no merge but
-what merge.base: original comes to without any rounding. adapter_strength: how much of the trained
+which the gate holds to a limit as well, are not generated here). `none` is no merge but the adapter on
+the other base: what merge.base changes, without any rounding. adapter_strength: how much of the trained
 adapter is merged, as an adapter that changes little is told from a wrong one with more difficulty.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import shutil
 import tempfile
@@ -30,9 +31,9 @@ from safetensors.torch import load_file, save_file
 from benchmarks.common import ROOT, device_label, write_result
 from benchmarks.pipeline import STAGES, run_stage
 from fitlora.adapter import WEIGHTS
-from fitlora.artifacts import ADAPTER, PLAN, QUANTIZED_MODEL, PlanArtifact
+from fitlora.artifacts import ADAPTER, PLAN, QUANTIZED_MODEL, Gate, PlanArtifact
 from fitlora.evaluation.compare import HeldOut, read_held_out
-from fitlora.evaluation.gate import distance_problems, fidelity
+from fitlora.evaluation.gate import distance_problems, fidelity, gate_of
 from fitlora.evaluation.merge import merge_checkpoint
 from fitlora.evaluation.models import (
     MAXIMUM_ROWS,
@@ -74,10 +75,11 @@ def times(factor: float) -> Edit:
     return edit
 
 
-RIGHT: list[tuple[Base, Bits]] = [
-    ("dequantized", 16), ("dequantized", 4), ("original", 16), ("original", 4),
-]  # fmt: skip
-WRONG = {
+# By the base that is merged into: the adapter beside it.
+AGAINST: dict[Base, str] = {"dequantized": "adapter", "original": ON_ORIGINAL}
+STORED: tuple[Bits, ...] = (16, 4)
+MERGES = {
+    "right": times(1.0),
     "twice the scale": times(2.0),
     "half the scale": times(0.5),
     "one layer left out": without("layers.2."),
@@ -143,18 +145,18 @@ class FinishedRun:
         self.reference = Reference()
         self._score(model, record=self.reference)
 
-    def distance(self, model: Contender) -> dict[str, Any]:
-        """The model's loss, how far it is from the reference, and what the default limits say."""
+    def distance(self, model: Contender, gate: Gate) -> dict[str, Any]:
+        """The model's loss, how far it is from the reference, and what the limits say."""
         scores = self._score(model, against=self.reference)
-        limits, found = MergeParams(), fidelity(scores)
+        found = fidelity(scores)
         return {
             "device": self.place.device.type,
             "compute_dtype": self.place.compute_dtype,
             "loss": mean_loss(scores),
             **found.model_dump(),
-            "max_kl_divergence": limits.max_kl_divergence,
-            "min_top1_agreement": limits.min_top1_agreement,
-            "passes": not distance_problems(found, limits),
+            "max_kl_divergence": gate.max_kl_divergence,
+            "min_top1_agreement": gate.min_top1_agreement,
+            "passes": not distance_problems(found, gate),
         }
 
     def _score(self, model: Contender, **reference: Reference) -> list[RowScore]:
@@ -162,21 +164,21 @@ class FinishedRun:
         return score(step, self.held_out.sequences, lambda count: None, **reference)
 
 
-def rows(run: FinishedRun, strengths: Sequence[float]) -> Iterator[dict[str, Any]]:
+def rows(run: FinishedRun, strength: float) -> Iterator[dict[str, Any]]:
     """A row for every merge, right and wrong, and for what lies between the two bases."""
-    for strength in strengths:
-        weaker = times(strength)
-        adapter = run.adapter([weaker])
-        run.measure_from(run.models(adapter)["adapter"])
-        same = {"adapter_strength": strength}
-        for base, bits in RIGHT:
-            merged = run.merge(adapter, base, bits)
-            yield {"merge": "right", "base": base, "bits": bits, **same, **run.distance(merged)}
-        other = run.models(adapter)[ON_ORIGINAL]
-        yield {"merge": "adapter on original", "base": "original", **same, **run.distance(other)}
-        for what, wrong in WRONG.items():
-            merged = run.merge(run.adapter([weaker, wrong]), "dequantized", 16)
-            yield {"merge": what, "base": "dequantized", "bits": 16, **same, **run.distance(merged)}
+    weaker = times(strength)
+    for base, against in AGAINST.items():
+        models = run.models(run.adapter([weaker]))
+        run.measure_from(models[against])
+        same = {"base": base, "adapter_strength": strength}
+        (other,) = (models[name] for name in AGAINST.values() if name != against)
+        strictest = gate_of(MergeParams(base=base), against)
+        yield {"merge": "none", "bits": 16, **same, **run.distance(other, strictest)}
+        for bits in STORED:
+            gate = gate_of(MergeParams(base=base, bits=bits), against)
+            for what, edit in MERGES.items():
+                merged = run.merge(run.adapter([weaker, edit]), base, bits)
+                yield {"merge": what, "bits": bits, **same, **run.distance(merged, gate)}
 
 
 def make_run(root: Path) -> None:
@@ -192,7 +194,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=Path(), help="where the run's artifacts are")
     parser.add_argument("--stages", action="store_true", help="make the run there first")
-    parser.add_argument("--compute-dtype", choices=["bfloat16", "float32"], help="the Plan's")
+    parser.add_argument(
+        "--compute-dtypes", nargs="+", choices=["bfloat16", "float32"], help="by default the Plan's"
+    )
     parser.add_argument(
         "--strengths", type=float, nargs="+", default=[1.0, 0.3], help="of the adapter"
     )
@@ -202,13 +206,15 @@ def main() -> None:
     if args.stages:
         make_run(args.root)
     os.chdir(args.root)  # params.yaml names the model and the data from there
-    changes = {} if args.compute_dtype is None else {"compute_dtype": args.compute_dtype}
+    asked = [{"compute_dtype": dtype} for dtype in args.compute_dtypes or ()] or [{}]
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for row in rows(FinishedRun(Path(scratch), **changes), args.strengths):
-            found.append(row)
-            print(row, flush=True)
-            write_result(result, "merge_gate", found, label=device_label())
+        for changes in asked:
+            run = FinishedRun(Path(scratch), **changes)
+            for row in itertools.chain(*(rows(run, strength) for strength in args.strengths)):
+                found.append(row)
+                print(row, flush=True)
+                write_result(result, "merge_gate", found, label=device_label())
 
 
 if __name__ == "__main__":

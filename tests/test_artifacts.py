@@ -109,8 +109,8 @@ EXAMPLES: list[Artifact] = [
     Evaluation(
         rows=3, base=METRICS, quantized_base=METRICS, adapter=METRICS, merged=METRICS,
         gate=Gate(
-            base="dequantized", bits=16, max_kl_divergence=0.01, min_top1_agreement=0.95,
-            max_exact_match_drop=0.01,
+            base="dequantized", bits=16, against="adapter", max_kl_divergence=0.01,
+            min_top1_agreement=0.95, max_exact_match_drop=0.01,
         ),
         fidelity={"merged": Fidelity(tokens=9, kl_divergence=1e-9, top1_agreement=1.0)},
         groups=(Group(by="length", name="3 tokens", rows=3, models={"base": METRICS}),),

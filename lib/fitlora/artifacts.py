@@ -448,12 +448,10 @@ class Group(Record):
 
 
 class Fidelity(Record):
-    """How far a model's next-token distributions are from the adapter's, along held-out rows."""
+    """How far next-token distributions are from those of `Gate.against`, along held-out rows."""
 
     tokens: int = Field(description="at which both were compared")
-    kl_divergence: float = Field(
-        description="mean nats a token, from the adapter on the 4-bit base"
-    )
+    kl_divergence: float = Field(description="mean nats a token")
     top1_agreement: float = Field(description="share of tokens where both rank the same first")
 
 
@@ -462,9 +460,18 @@ class Gate(Record):
 
     base: Literal["dequantized", "original"] = Field(description="what was merged into")
     bits: Literal[16, 4] = Field(description="how the merged model is stored")
+    against: str = Field(
+        description="whose predictions it was held against: `adapter`, on the weights that it was "
+        "trained on, or `adapter_on_original`, on the 16-bit ones that it was merged into"
+    )
     max_kl_divergence: float
     min_top1_agreement: float
     max_exact_match_drop: float
+
+    @property
+    def reference(self) -> str:
+        """`against` as people read it."""
+        return "the adapter" + " on the original weights" * (self.against != "adapter")
 
 
 class Sample(Record):
@@ -480,7 +487,7 @@ class Evaluation(Artifact):
 
     KIND: ClassVar[str] = "evaluation"
     STAGE: ClassVar[str] = "merge_and_evaluate"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     rows: int
     base: Metrics
@@ -489,7 +496,7 @@ class Evaluation(Artifact):
     merged: Metrics
     gate: Gate
     fidelity: dict[str, Fidelity] = Field(
-        description="by model; `adapter_on_original` is the adapter on the 16-bit weights"
+        description="by model, but for that which they are held against"
     )
     groups: tuple[Group, ...] = Field(strict=False)
     devices: dict[str, str] = Field(description="where each model was evaluated")

@@ -8,7 +8,7 @@ and the nearest key for a misspelling. The file is YAML 1.2, the version that DV
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -346,6 +346,19 @@ class TrainParams(Section):
         return self
 
 
+class _Near(NamedTuple):
+    """How near a merged model has to be by default."""
+
+    max_kl_divergence: float
+    min_top1_agreement: float
+
+
+# By the bits that it is stored in. Of Llama 3 8B, on text, 8 bits with a scale for 32 weights are 0.0014
+# nats and 97.7% away, and 4 such bits, by kind, 0.03 to 0.07 nats and 92% or less (llama.cpp, README of
+# its perplexity tool); right and wrong merges of the shipped model: benchmarks/merge_gate.py.
+AUTO_LIMITS = {16: _Near(0.003, 0.95), 4: _Near(0.1, 0.85)}
+
+
 class MergeParams(Section):
     """The merged model, and what it must be measured by to be kept."""
 
@@ -358,16 +371,23 @@ class MergeParams(Section):
         description="how the merged model is stored; 4 quantizes it again, which loses small updates "
         "unless base is original",
     )
-    max_kl_divergence: float = Field(
-        0.01,
-        ge=0,
-        description="mean nats a token from 4-bit base and adapter, along held-out rows",
+    max_kl_divergence: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        "auto",
+        description="mean nats a token from the adapter beside the base that it is merged into, along "
+        f"held-out rows; auto: {AUTO_LIMITS[16].max_kl_divergence:g} with 16 bits, "
+        f"{AUTO_LIMITS[4].max_kl_divergence:g} with 4",
     )
-    min_top1_agreement: float = Field(
-        0.9, ge=0, le=1, description="share of their tokens whose likeliest next one is the same"
+    min_top1_agreement: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "auto",
+        description="share of their tokens whose likeliest next one is the same; auto: "
+        f"{AUTO_LIMITS[16].min_top1_agreement:g} with 16 bits, "
+        f"{AUTO_LIMITS[4].min_top1_agreement:g} with 4",
     )
     max_exact_match_drop: float = Field(
-        0.01, ge=0, le=1, description="share of rows, rounded up, that it may answer less"
+        0.01,
+        ge=0,
+        le=1,
+        description="share of rows, rounded up, that it may answer less than the trained adapter",
     )
 
 

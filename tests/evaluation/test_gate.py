@@ -1,19 +1,46 @@
 """What passes the gate, what does not, and what is said of it."""
 
+from typing import Any
+
 import pytest
 
-from fitlora.artifacts import Fidelity
+from fitlora.artifacts import Fidelity, Gate
 from fitlora.evaluation.gate import (
     MergeRejected,
     answer_problems,
     distance_problems,
     fidelity,
+    gate_of,
     reject,
 )
 from fitlora.evaluation.scores import Distance, RowScore
 from fitlora.params import MergeParams
 
-LIMITS = MergeParams()
+LIMITS = Gate(
+    base="dequantized",
+    bits=16,
+    against="adapter",
+    max_kl_divergence=0.01,
+    min_top1_agreement=0.9,
+    max_exact_match_drop=0.01,
+)
+
+
+@pytest.mark.parametrize(
+    ("params", "divergence", "agreement"),
+    [
+        ({}, 0.003, 0.95),
+        ({"bits": 4}, 0.1, 0.85),
+        ({"max_kl_divergence": 0.0}, 0.0, 0.95),
+        ({"bits": 4, "min_top1_agreement": 0.0}, 0.1, 0.0),
+    ],
+)
+def test_limits_go_by_the_bits_where_none_is_given(
+    params: dict[str, Any], divergence: float, agreement: float
+) -> None:
+    gate = gate_of(MergeParams.model_validate(params), "adapter")
+    assert (gate.max_kl_divergence, gate.min_top1_agreement) == (divergence, agreement)
+    assert (gate.bits, gate.against) == (params.get("bits", 16), "adapter")
 
 
 def test_fidelity_is_a_mean_over_tokens() -> None:
@@ -73,21 +100,25 @@ def test_answers_won_make_up_for_answers_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "bits", "way"),
+    ("base", "bits", "ways"),
     [
-        ("dequantized", 16, "as before"),
-        ("original", 16, "merge.base: dequantized"),
-        ("dequantized", 4, "merge.base: original more of them"),
-        ("original", 4, "merge.bits: 16 with merge.base: dequantized"),
+        ("dequantized", 16, []),
+        ("original", 16, ["merge.base: dequantized"]),
+        ("dequantized", 4, ["merge.bits: 16", "merge.base: original"]),
+        ("original", 4, ["merge.bits: 16", "merge.base: dequantized"]),
     ],
 )
-def test_a_rejection_lists_the_figures_and_a_way_out(base: str, bits: int, way: str) -> None:
-    limits = MergeParams.model_validate({"base": base, "bits": bits})
+def test_a_rejection_lists_the_figures_and_ways_out(base: str, bits: int, ways: list[str]) -> None:
+    limits = gate_of(MergeParams.model_validate({"base": base, "bits": bits}), "adapter")
     reject([], limits)
     with pytest.raises(MergeRejected) as caught:
         reject(["too far", "too wrong"], limits)
-    first, *problems, last = str(caught.value).splitlines()
+    first, *problems, kept = str(caught.value).splitlines()[:4]
     assert "not kept" in first
     assert problems == ["  too far", "  too wrong"]
-    assert "the adapter is as it was" in last
-    assert last.endswith(way)
+    assert "the adapter is as it was" in kept
+    *closer, last = str(caught.value).splitlines()[4:]
+    assert [words.startswith(f"  {way}") for words, way in zip(closer, ways, strict=True)] == [
+        True
+    ] * len(ways)
+    assert "limit" in last

@@ -15,7 +15,6 @@ from fitlora.artifacts import (
     Estimate,
     Evaluation,
     Fidelity,
-    Gate,
     Group,
     Hardware,
     MemoryEstimate,
@@ -30,6 +29,7 @@ from fitlora.artifacts import (
     Split,
     dump_line,
 )
+from fitlora.evaluation.gate import gate_of
 from fitlora.params import MergeParams
 from fitlora.plan import Plan
 from fitlora.units import MIB
@@ -72,7 +72,7 @@ def make_evaluation(**changes: Any) -> Evaluation:
     content: dict[str, Any] = {
         "rows": 200,
         **models,
-        "gate": Gate(**MergeParams().model_dump()),
+        "gate": gate_of(MergeParams(), "adapter"),
         "fidelity": {
             "base": Fidelity(tokens=900, kl_divergence=2.0, top1_agreement=0.2),
             "quantized_base": Fidelity(tokens=900, kl_divergence=2.1, top1_agreement=0.21),

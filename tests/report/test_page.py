@@ -19,7 +19,8 @@ from fitlora.artifacts import (
     Sample,
 )
 from fitlora.errors import ArtifactError
-from fitlora.params import Params, check_params
+from fitlora.evaluation.gate import gate_of
+from fitlora.params import MergeParams, Params, check_params
 from fitlora.report.memory import outcome_lines
 from fitlora.report.page import write_report
 from fitlora.report.sections import Trained
@@ -81,8 +82,8 @@ def test_figures_are_those_of_the_artifacts(root: Path) -> None:
         "adapter 97.5% 96.5% – 98.0% 0.0300 0.0270 – 0.0330 2.000 cpu, float32",
         "By length held-out rows",
         "9 to 30 tokens 120",
-        "mean KL divergence (nats a token) 2.5e-08 at most 0.01",
-        "same likeliest next token 99.95% at least 90%",
+        "mean KL divergence (nats a token) 2.5e-08 at most 0.003",
+        "same likeliest next token 99.95% at least 95.00%",
         "exact answers lost 0.5%",
         "9e-05 nats a token away, and ranks the same token first at 99.80%",
         "micro batch size 8 the largest that fits",
@@ -283,6 +284,17 @@ def test_a_run_without_samples_or_groups(root: Path) -> None:
     assert "Before and after" not in page.text
     assert "By length" not in page.text
     assert "What the other base" not in page.text
+
+
+def test_a_merge_into_the_original_names_what_it_was_held_against(root: Path) -> None:
+    found = make_evaluation()
+    fidelity = {**found.fidelity, "adapter": found.fidelity["adapter_on_original"]}
+    del fidelity["adapter_on_original"]
+    gate = gate_of(MergeParams(base="original"), "adapter_on_original")
+    text = Page(report(root, gate=gate, fidelity=fidelity)).text
+    assert "merged into the original weights and stored in 16 bits" in text
+    assert "with what the adapter on the original weights predicts, unmerged" in text
+    assert "the adapter on the weights it was trained on is 9e-05 nats a token away" in text
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from fitlora.artifacts import (
     TRAINING_LOG,
     Evaluation,
     Fidelity,
-    Gate,
     Metrics,
     PlanArtifact,
     dump_line,
 )
 from fitlora.cli import main
+from fitlora.evaluation.gate import gate_of
 from fitlora.params import MergeParams
 from fitlora.plan import Plan
 
@@ -54,7 +54,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         quantized_base=metrics(2.53125, 0.005),
         adapter=metrics(0.03, 0.975),
         merged=metrics(0.03, 0.97),
-        gate=Gate(**MergeParams().model_dump()),
+        gate=gate_of(MergeParams(), "adapter"),
         fidelity={"merged": Fidelity(tokens=9, kl_divergence=2.5e-8, top1_agreement=0.99951)},
         groups=(),
         devices={"base": "cpu"},

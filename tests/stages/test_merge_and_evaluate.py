@@ -116,14 +116,12 @@ def test_a_merge_that_fails_the_gate_leaves_the_adapter_alone(
 
 
 def test_merges_into_4_bits(project: Path) -> None:
-    changes = (
-        "\nmerge: {bits: 4, base: original, max_kl_divergence: 1.0, min_top1_agreement: 0.0}\n"
-    )
+    changes = "\nmerge: {bits: 4, base: original, min_top1_agreement: 0.0}\n"
     Path("params.yaml").write_text(PARAMS + changes)
     merge_and_evaluate.main()
     found = Evaluation.read(artifacts.EVALUATION)
-    assert found.gate.bits == 4
-    assert 0 < found.fidelity["merged"].kl_divergence < found.fidelity["base"].kl_divergence
+    assert (found.gate.bits, found.gate.against) == (4, "adapter_on_original")
+    assert found.fidelity["merged"].kl_divergence > 1e-5  # of rounding to 4 bits
     config = json.loads((artifacts.MERGED_MODEL / "config.json").read_text())
     assert config["quantization_config"]["load_in_4bit"]
 

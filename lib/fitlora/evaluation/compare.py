@@ -2,7 +2,8 @@
 
 The adapter comes first, as the others are compared with what it predicts; then the merged model, which
 has to pass the gate; then the bases. The adapter on the original weights is measured too, by its
-predictions alone: what a merge into those would change.
+predictions alone: what a merge into those changes. Where it was merged into those they come before all
+else, as a merge is compared with the adapter on the weights that it went into.
 
 One model is in memory at a time, and what it took is given back before the next one. A model that
 overflows the device even row by row is evaluated on the CPU; where each was evaluated is recorded.
@@ -25,7 +26,13 @@ from fitlora.evaluation.answers import (
     make_questions,
     prompt_limit,
 )
-from fitlora.evaluation.gate import answer_problems, distance_problems, fidelity, reject
+from fitlora.evaluation.gate import (
+    answer_problems,
+    distance_problems,
+    fidelity,
+    gate_of,
+    reject,
+)
 from fitlora.evaluation.groups import by_length, by_source, sources_of
 from fitlora.evaluation.metrics import exact_matches, metrics_of, perplexity
 from fitlora.evaluation.models import (
@@ -47,7 +54,8 @@ from fitlora.training.data import load_validation, rows_of
 
 GroupKind = Literal["length", "source"]
 MODELS = ("base", "quantized_base", "adapter", "merged")  # as they are shown
-_ORDER = ("adapter", "merged", "base", "quantized_base", ON_ORIGINAL)  # as they are measured
+# As they are measured, behind the one that the others are held against.
+_ORDER = ("adapter", "merged", "base", "quantized_base", ON_ORIGINAL)
 
 
 @dataclass(frozen=True)
@@ -129,10 +137,11 @@ def compare(
     ArtifactError for a model whose files are damaged; UserError for one without a finite loss.
     """
     reference = Reference()
+    gate = gate_of(limits, _against(models, limits))
     results: dict[str, Result] = {}
     devices: dict[str, str] = {}
-    for model in sorted(models, key=lambda model: _ORDER.index(model.name)):
-        is_reference = model.name == "adapter"
+    for model in sorted(models, key=lambda m: (m.name != gate.against, _ORDER.index(m.name))):
+        is_reference = model.name == gate.against
 
         def measured(
             place: Place, model: Contender = model, is_reference: bool = is_reference
@@ -143,16 +152,17 @@ def compare(
         start = time.monotonic()
         results[model.name], place = _somewhere(model, held_out, plan, memory, measured)
         devices[model.name] = str(place)
-        say(f"{_line(model, results[model.name])} ({place}, {time.monotonic() - start:.1f} s)")
+        line = _line(model, results[model.name], gate)
+        say(f"{line} ({place}, {time.monotonic() - start:.1f} s)")
         if model.name == "merged":
-            _check_merged(results, limits)
+            _check_merged(results, gate)
     answered = {name: results[name] for name in MODELS}
     everything = range(len(held_out.questions))
     return Evaluation(
         rows=len(held_out.questions),
         **{name: result.metrics(everything) for name, result in answered.items()},
-        gate=Gate(**limits.model_dump()),
-        fidelity={n: fidelity(r.scores) for n, r in results.items() if n != "adapter"},
+        gate=gate,
+        fidelity={n: fidelity(r.scores) for n, r in results.items() if n != gate.against},
         groups=tuple(
             Group(
                 by=kind,
@@ -168,22 +178,28 @@ def compare(
     )
 
 
-def _check_merged(results: Mapping[str, Result], limits: MergeParams) -> None:
+def _against(models: Sequence[Contender], limits: MergeParams) -> str:
+    """The adapter on the weights that it was merged into, where those are not what it was trained on."""
+    into_original = limits.base == "original" and any(m.name == ON_ORIGINAL for m in models)
+    return ON_ORIGINAL if into_original else "adapter"
+
+
+def _check_merged(results: Mapping[str, Result], gate: Gate) -> None:
     adapter, merged = results["adapter"], results["merged"]
-    problems = distance_problems(fidelity(merged.scores), limits)
-    problems += answer_problems(adapter.matches, merged.matches, limits)
-    reject(problems, limits)
+    problems = distance_problems(fidelity(merged.scores), gate)
+    problems += answer_problems(adapter.matches, merged.matches, gate)
+    reject(problems, gate)
 
 
-def _line(model: Contender, result: Result) -> str:
+def _line(model: Contender, result: Result, gate: Gate) -> str:
     loss = mean_loss(result.scores)
     found = f"{model.title:<15} loss {loss:.4f}, perplexity {perplexity(loss):.3f}"
     if result.answers:
         found += f", exact match {sum(result.matches) / len(result.matches):.1%}"
-    if model.name not in ("adapter", "base", "quantized_base"):
+    if model.name not in ("base", "quantized_base", gate.against):
         distance = fidelity(result.scores)
         found += (
-            f"; from the adapter: KL {distance.kl_divergence:.2g} nats, "
+            f"; from {gate.reference}: KL {distance.kl_divergence:.2g} nats, "
             f"top-1 agreement {distance.top1_agreement:.2%}"
         )
     return found

@@ -215,8 +215,8 @@ def _gate(found: Evaluation) -> Iterator[Html]:
     yield tag(
         "p",
         f"It was merged into the {gate.base} weights and stored in {gate.bits} bits. What it predicts "
-        f"was compared with what the adapter on the 4-bit base predicts, at {merged.tokens:,} tokens "
-        "of the held-out rows, and was within every limit.",
+        f"was compared with what {gate.reference} predicts, unmerged, at {merged.tokens:,} tokens of "
+        "the held-out rows, and was within every limit.",
     )
     rows: list[tuple[Content, ...]] = [
         (
@@ -227,24 +227,28 @@ def _gate(found: Evaluation) -> Iterator[Html]:
         (
             "same likeliest next token",
             f"{merged.top1_agreement:.2%}",
-            f"at least {gate.min_top1_agreement:.0%}",
+            f"at least {gate.min_top1_agreement:.2%}",
         ),
         (
             "exact answers lost",
             f"{lost:.1%}",
-            f"at most {gate.max_exact_match_drop:.0%}, rounded up to a row",
+            f"at most {gate.max_exact_match_drop:.2%}, rounded up to a row",
         ),
     ]
     yield table(("measure", "merged", "limit"), rows, numbers=(1,))
-    other = found.fidelity.get(_ON_ORIGINAL)
-    if other is not None:
-        yield tag(
-            "p",
-            "What the other base would change: the adapter on the original 16-bit weights is "
-            f"{other.kl_divergence:.2g} nats a token away, and ranks the same token first at "
-            f"{other.top1_agreement:.2%}.",
-            class_="note",
-        )
+    for name, base in (
+        ("adapter", "weights it was trained on"),
+        (_ON_ORIGINAL, "original weights"),
+    ):
+        if name in found.fidelity:
+            other = found.fidelity[name]
+            yield tag(
+                "p",
+                f"What the other base would change: the adapter on the {base} is "
+                f"{other.kl_divergence:.2g} nats a token away, and ranks the same token first at "
+                f"{other.top1_agreement:.2%}.",
+                class_="note",
+            )
 
 
 def samples(run: Run) -> Html:
