@@ -390,9 +390,20 @@ def test_debug_shows_the_traceback_of_a_mistake_too(project: Path) -> None:
     assert "artifacts/hardware.json is missing" in done.stderr
 
 
-def test_out_of_memory_is_not_called_a_bug(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+        MemoryError(),
+    ],
+    ids=["allocator", "library", "host"],
+)
+def test_out_of_memory_is_not_called_a_bug(
+    project: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def full(folder: Path) -> int:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(rates, "disk_read_rate", full)
     done = fitlora("profile")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fitlora.artifacts import (
 )
 from fitlora.errors import ArtifactError
 from fitlora.evaluation.gate import gate_of
-from fitlora.params import MergeParams, Params, check_params
+from fitlora.params import MergeParams, Params, check_params, with_changes
 from fitlora.report.memory import outcome_lines
 from fitlora.report.page import write_report
 from fitlora.report.sections import Trained
@@ -205,14 +206,19 @@ def test_fallbacks_and_recommendations_are_shown(root: Path) -> None:
 
 
 def test_settings_that_are_not_the_defaults_are_in_the_command(root: Path) -> None:
-    params = check_params(
-        {"lora": {"r": 8, "target_modules": ["q_proj", "v_proj"]}, "data": {"validation": None}}
-    )
-    text = Page(report(root, params)).text
-    assert "--set data.validation=null" in text
-    assert "--set lora.r=8" in text
-    assert "--set 'lora.target_modules=[q_proj, v_proj]'" in text
-    assert text.count("--set ") == 3
+    given = {
+        "model": {"id": "some/model", "revision": "0" * 40},
+        "lora": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+        "data": {"train": "my rows: all.jsonl", "validation": None},
+        "train": {"learning_rate": 1e-5, "freeze": "speed"},
+        "hardware": {"memory_budget": "8GiB"},
+        "plan": {"micro_batch_size": 2},
+    }
+    text = Page(report(root, check_params(given))).text
+    command = text[text.index("fitlora run") : text.index("model definition")].replace("\\ ", "")
+    changes = [word for word in shlex.split(command)[4:] if word != "--set"]
+    assert "lora.r=8" in changes
+    assert check_params(with_changes({}, changes)) == check_params(given)
 
 
 def test_sources_are_groups_too(root: Path) -> None:

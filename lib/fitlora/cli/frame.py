@@ -91,9 +91,11 @@ _MORE_MEMORY = (
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")  # a command that has not loaded it did not run out there
-    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds)
+    if "torch" not in sys.modules:  # a command that has not loaded it did not run out there
+        return isinstance(error, MemoryError)
+    from fitlora.device import is_overflow
+
+    return is_overflow(error)
 
 
 def _bug(error: BaseException) -> str:

@@ -159,7 +159,7 @@ def generate_answers(
 
     A prompt that leaves no room for an answer (`prompt_limit`) has the empty one. ends: tokens that end
     an answer. rows: how many are answered at once, fewer where the device overflows. advance: is
-    called with how many were answered. Raises torch.OutOfMemoryError where a single row is too much.
+    called with how many were answered. Raises the overflow's own error where a single row is too much.
     """
     limit = prompt_limit(cast(Any, step.model).config, max_new_tokens)
     short = [i for i, q in enumerate(questions) if limit is None or len(q.tokens) <= limit]

@@ -77,8 +77,8 @@ def score(
     """The rows' losses, by training's validation loss; and their distance from `against`.
 
     record: is filled with this model's distributions. advance: is called with how many rows were done.
-    Raises UserError for a loss that is not finite, and torch.OutOfMemoryError where a single row is too
-    much for the device.
+    Raises UserError for a loss that is not finite, and the overflow's own error where a single row is
+    too much for the device.
     """
     vocabulary = cast(Any, step.model).config.get_text_config().vocab_size
     share = 0 if record is None else record.share(sequences, vocabulary)

@@ -59,9 +59,9 @@ def find_optimal_batch_size(
     AdamW keeps of every trained parameter. No optimizer runs, and nothing is learned: parameters,
     gradients, `requires_grad`, training mode, buffers and the random state are left as they were found.
 
-    On a CUDA device the peak is the caching allocator's (reserved memory), and a size that raises
-    torch.OutOfMemoryError does not fit. On the CPU live tensors are counted, and a step is stopped at
-    the operator that goes over the budget: what is used beyond it is that operator's result at most.
+    On a CUDA device the peak is the caching allocator's (reserved memory), and a size that overflows
+    does not fit. On the CPU live tensors are counted, and a step is stopped at the operator that goes
+    over the budget: what is used beyond it is that operator's result at most.
 
     model: a transformers model that returns a loss for `labels`, on one device. sequence_length: by
     default the tokenizer's `model_max_length`, at most the model's positions and 2048. memory_budget:

@@ -1,5 +1,7 @@
 """What the report says, part by part, each a pure function of the run's artifacts."""
 
+import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,15 +24,7 @@ from fitlora.artifacts import (
     PlanArtifact,
     Split,
 )
-from fitlora.params import (
-    DataParams,
-    EvaluateParams,
-    LoraParams,
-    MergeParams,
-    ModelParams,
-    Params,
-    QuantizationParams,
-)
+from fitlora.params import LoraParams, Params, QuantizationParams, parse_yaml
 from fitlora.plan import Plan
 from fitlora.report.adaptation import adaptation
 from fitlora.report.charts import MODELS
@@ -520,32 +514,18 @@ def reproduce(run: Run) -> Html:
 
 
 def _changed(params: Params) -> Iterator[str]:
-    """`key=value` of each setting of model, data, quantization, LoRA, merge and evaluation."""
-    model: ModelParams = params.model
-    data: DataParams = params.data
-    quantization: QuantizationParams = params.quantization
-    lora: LoraParams = params.lora
-    merge: MergeParams = params.merge
-    evaluate: EvaluateParams = params.evaluate
-    sections = {
-        "model": (model.model_dump(mode="json"), ModelParams()),
-        "data": (data.model_dump(mode="json"), DataParams()),
-        "quantization": (quantization.model_dump(mode="json"), QuantizationParams()),
-        "lora": (lora.model_dump(mode="json"), LoraParams()),
-        "merge": (merge.model_dump(mode="json"), MergeParams()),
-        "evaluate": (evaluate.model_dump(mode="json"), EvaluateParams()),
-    }
-    for name, (content, default) in sections.items():
+    """`key=value` of each setting that is not the default's."""
+    plain = Params().model_dump(mode="json")
+    for part, content in params.model_dump(mode="json").items():
         for key, value in content.items():
-            if value != default.model_dump(mode="json")[key]:
-                yield f"{name}.{key}={_yaml(value)}"
+            if value != plain[part][key]:
+                yield f"{part}.{key}={_yaml(value)}"
 
 
 def _yaml(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{', '.join(map(str, value))}]"
-    return str(value)
+    """JSON, which is YAML too, or bare text where that is read as the text that it is."""
+    if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value):
+        bare: object = parse_yaml(value, "a setting")
+        if bare == value:
+            return value
+    return json.dumps(value, ensure_ascii=False)
