@@ -45,7 +45,7 @@ from fitlora.evaluation.models import (
 )
 from fitlora.evaluation.scores import Reference, RowScore, mean_loss, score
 from fitlora.model import resolve_model
-from fitlora.params import MergeParams, Params, read_params
+from fitlora.params import EvaluateParams, MergeParams, Params, read_params
 from fitlora.plan import ComputeDtype, Plan
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
@@ -86,18 +86,19 @@ MERGES = {
     "all q_proj left out": without("q_proj"),
     "one down_proj left out": without("layers.2.mlp.down_proj"),
 }
+WRONG_TOO = {("dequantized", 16), ("original", 4)}  # into others only the right merge
 
 
 class FinishedRun:
     """The trained run in the working directory, and a scratch folder to merge in."""
 
-    def __init__(self, scratch: Path, **changes: Any) -> None:
-        """changes: of the Plan, which says where and in which dtype models are measured."""
+    def __init__(self, scratch: Path, rows: int, **changes: Any) -> None:
+        """rows: how many held-out ones; changes: of the Plan, which says where and in which dtype."""
         self.scratch = scratch
         self.params: Params = read_params()
         self.plan: Plan = PlanArtifact.read(PLAN).plan.replace(**changes)
         self.original = resolve_model(self.params.model.id, None, weights=True)
-        data, evaluate = self.params.data, self.params.evaluate
+        data, evaluate = self.params.data, EvaluateParams(rows=rows)
         self.held_out: HeldOut = read_held_out(self.original, data, evaluate)
         dtype = cast(ComputeDtype, self.plan.storage_dtype)
         self.place = Place(torch.device(self.plan.device), dtype, MAXIMUM_ROWS)
@@ -176,8 +177,8 @@ def rows(run: FinishedRun, strength: float) -> Iterator[dict[str, Any]]:
         yield {"merge": "none", "bits": 16, **same, **run.distance(other, strictest)}
         for bits in STORED:
             gate = gate_of(MergeParams(base=base, bits=bits), against)
-            for what, edit in MERGES.items():
-                merged = run.merge(run.adapter([weaker, edit]), base, bits)
+            for what in MERGES if (base, bits) in WRONG_TOO else ["right"]:
+                merged = run.merge(run.adapter([weaker, MERGES[what]]), base, bits)
                 yield {"merge": what, "bits": bits, **same, **run.distance(merged, gate)}
 
 
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--strengths", type=float, nargs="+", default=[1.0, 0.3], help="of the adapter"
     )
+    parser.add_argument("--rows", type=int, default=100, help="held-out ones")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     result = args.json.resolve()
@@ -210,7 +212,7 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for changes in asked:
-            run = FinishedRun(Path(scratch), **changes)
+            run = FinishedRun(Path(scratch), args.rows, **changes)
             for row in itertools.chain(*(rows(run, strength) for strength in args.strengths)):
                 found.append(row)
                 print(row, flush=True)

@@ -45,10 +45,6 @@ _OPTIMIZER = (
 NOT_LISTED: dict[str, dict[str, str]] = {
     "estimate_memory": {f"train.{key}": _NUMBERS for key in _OPTIMIZER},
     "find_batch_size": {f"train.{key}": _NUMBERS for key in (*_OPTIMIZER, "seed")},
-    "merge_and_evaluate": {
-        f"train.{key}": "read where a training step is built; nothing is trained here"
-        for key in (*_OPTIMIZER, "max_gradient_norm", "seed")
-    },
 }
 # Keys that are listed with their section though the code reads them elsewhere: none now.
 ALSO_LISTED: dict[str, dict[str, str]] = {}

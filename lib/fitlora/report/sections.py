@@ -24,7 +24,19 @@ from fitlora.artifacts import (
     PlanArtifact,
     Split,
 )
-from fitlora.params import LoraParams, Params, QuantizationParams, parse_yaml
+from fitlora.params import (
+    DataParams,
+    EvaluateParams,
+    HardwareParams,
+    LoraParams,
+    MergeParams,
+    ModelParams,
+    Params,
+    PlanParams,
+    QuantizationParams,
+    TrainParams,
+    parse_yaml,
+)
 from fitlora.plan import Plan
 from fitlora.report.adaptation import adaptation
 from fitlora.report.charts import MODELS
@@ -515,11 +527,31 @@ def reproduce(run: Run) -> Html:
 
 def _changed(params: Params) -> Iterator[str]:
     """`key=value` of each setting that is not the default's."""
+    model: ModelParams = params.model
+    data: DataParams = params.data
+    hardware: HardwareParams = params.hardware
+    quantization: QuantizationParams = params.quantization
+    lora: LoraParams = params.lora
+    plan: PlanParams = params.plan
+    train: TrainParams = params.train
+    merge: MergeParams = params.merge
+    evaluate: EvaluateParams = params.evaluate
+    sections = {
+        "model": model.model_dump(mode="json"),
+        "data": data.model_dump(mode="json"),
+        "hardware": hardware.model_dump(mode="json"),
+        "quantization": quantization.model_dump(mode="json"),
+        "lora": lora.model_dump(mode="json"),
+        "plan": plan.model_dump(mode="json"),
+        "train": train.model_dump(mode="json"),
+        "merge": merge.model_dump(mode="json"),
+        "evaluate": evaluate.model_dump(mode="json"),
+    }
     plain = Params().model_dump(mode="json")
-    for part, content in params.model_dump(mode="json").items():
+    for name, content in sections.items():
         for key, value in content.items():
-            if value != plain[part][key]:
-                yield f"{part}.{key}={_yaml(value)}"
+            if value != plain[name][key]:
+                yield f"{name}.{key}={_yaml(value)}"
 
 
 def _yaml(value: object) -> str:
