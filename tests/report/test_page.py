@@ -88,7 +88,7 @@ def test_figures_are_those_of_the_artifacts(root: Path) -> None:
         "exact answers lost 0.5%",
         "9e-05 nats a token away, and ranks the same token first at 99.80%",
         "micro batch size 8 the largest that fits",
-        "half the micro-batch micro-batch 4 x 8",
+        "half the micro-batch ✓ fits 99.00 MiB 104.00 MiB micro-batch 4 x 8",
         "2,000, 1 skipped",
         "median 20, p90 30, longest 64; 3 cut",
         "1.00 GiB of the host's memory",
@@ -279,8 +279,8 @@ def test_plans_are_held_against_the_budget_and_cards(root: Path) -> None:
     found.model_copy(update=changes).write(root / MEMORY_ESTIMATE)
     text = Page(report(root)).text
     assert "This run was on a CPU" not in text
-    assert "whole process pinned on the host in 1.00 GiB" in text
-    assert "205.00 MiB 5.00 GiB does not fit" in text
+    assert "in 1.00 GiB peak whole process pinned on the host plan" in text
+    assert "✗ does not fit 200.00 MiB 205.00 MiB 5.00 GiB micro-batch" in text
     assert "12 GiB ✓ fits 9.00 GiB 3.00 GiB half of it" in text
 
 

@@ -376,20 +376,21 @@ def _fits(estimate: MemoryEstimate) -> Html:
     """Each plan against the budget."""
     plans = {"default plan": estimate.default, **estimate.neighbours}
     pinned = any(found.host_pinned_bytes for found in plans.values())
-    head = ["", "plan", "peak", "whole process", *["pinned on the host"] * pinned]
+    # the verdict is where a narrow screen shows it
+    head = ["", f"in {format_bytes(estimate.budget_bytes)}", "peak", "whole process"]
     rows = [
         (
             tag("strong", name),
-            tag("div", found.plan.describe(), class_="plan"),
+            _verdict(found.fits),
             format_bytes(found.peak_allocated_bytes),
             format_bytes(found.process_bytes),
             *[format_bytes(found.host_pinned_bytes)] * pinned,
-            _verdict(found.fits, "fits", "does not fit"),
+            tag("div", found.plan.describe(), class_="plan"),
         )
         for name, found in plans.items()
     ]
     numbers = (2, 3, 4) if pinned else (2, 3)
-    return table([*head, f"in {format_bytes(estimate.budget_bytes)}"], rows, numbers=numbers)
+    return table([*head, *["pinned on the host"] * pinned, "plan"], rows, numbers=numbers)
 
 
 def _cards(estimate: MemoryEstimate) -> Iterator[Html]:
@@ -401,7 +402,7 @@ def _cards(estimate: MemoryEstimate) -> Iterator[Html]:
     rows = [
         (
             tag("strong", f"{card.gib} GiB"),
-            _verdict(card.fits, "✓ fits", "✗ does not fit"),
+            _verdict(card.fits),
             _size(card.process_bytes),
             *[_size(card.host_pinned_bytes)] * pinned,
             tag("div", card.plan or "none of those tried", class_="plan"),
@@ -415,8 +416,8 @@ def _size(count: int | None) -> str:
     return "" if count is None else format_bytes(count)
 
 
-def _verdict(fits: bool, yes: str, no: str) -> Html:
-    return tag("span", yes if fits else no, class_="right" if fits else "wrong")
+def _verdict(fits: bool) -> Html:
+    return tag("span", "✓ fits" if fits else "✗ does not fit", class_="right" if fits else "wrong")
 
 
 # --- what went in ---------------------------------------------------------------------------------
