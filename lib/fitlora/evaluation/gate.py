@@ -8,8 +8,8 @@ That base is the one that was merged into: to ask for the original weights is to
 change, which is measured and shown but no error of the merge. What it may not change is how many answers
 are right, which are held against those of the adapter on the weights that it was trained on.
 
-Rounding to 4 bits is far coarser than to 16, so limits go by the bits. They tell what is too far to be the
-same model, not whether every tensor was merged: what is left out and changes next tokens less than
+Rounding to 4 bits is far coarser than to 16, so limits go by the bits. They tell what is too far to be
+the same model, not whether every tensor was merged: what is left out and changes next tokens less than
 rounding may passes, in 4 bits a whole layer of the shipped model's adapter. benchmarks/merge_gate.py has
 its right and wrong merges by these figures.
 """

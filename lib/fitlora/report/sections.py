@@ -530,7 +530,7 @@ def _changed(params: Params) -> Iterator[str]:
     """`key=value` of each setting that is not the default's."""
     model: ModelParams = params.model
     data: DataParams = params.data
-    hardware: HardwareParams = params.hardware
+    devices: HardwareParams = params.hardware
     quantization: QuantizationParams = params.quantization
     lora: LoraParams = params.lora
     plan: PlanParams = params.plan
@@ -540,7 +540,7 @@ def _changed(params: Params) -> Iterator[str]:
     sections = {
         "model": model.model_dump(mode="json"),
         "data": data.model_dump(mode="json"),
-        "hardware": hardware.model_dump(mode="json"),
+        "hardware": devices.model_dump(mode="json"),
         "quantization": quantization.model_dump(mode="json"),
         "lora": lora.model_dump(mode="json"),
         "plan": plan.model_dump(mode="json"),
