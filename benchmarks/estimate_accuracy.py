@@ -349,22 +349,16 @@ def predict_case(case: Case, hardware: Hardware, tiny: bool) -> dict[str, Any]:
     plan = plan_of(case, hardware.device)
     estimator = Estimator(config, settings_of(case, config), load_of(case), hardware)
     start, cpu = time.perf_counter(), time.process_time()
-    quick = estimator(plan)
-    quick_seconds, quick_cpu = time.perf_counter() - start, time.process_time() - cpu
-    start, cpu = time.perf_counter(), time.process_time()
-    found = estimator.replayed(plan)
+    found = estimator(plan)
     reserved = found.peak_reserved_bytes or found.peak_allocated_bytes
     return {
         "predicted_allocated_bytes": found.peak_allocated_bytes,
-        "predicted_quickly_bytes": quick.peak_allocated_bytes,
         "predicted_reserved_bytes": reserved,
         "safe_peak_bytes": found.safe_peak_bytes,
         "predicted_paged_bytes": found.paged_bytes,
         "predicted_process_bytes": reserved + found.paged_bytes + hardware.context_bytes,
         "predicted_host_pinned_bytes": found.host_pinned_bytes,
         "instant": found.instant,
-        "quick_seconds": quick_seconds,
-        "quick_cpu_seconds": quick_cpu,
         "estimate_seconds": time.perf_counter() - start,
         "estimate_cpu_seconds": time.process_time() - cpu,
     }
@@ -542,10 +536,10 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     margins = [row["safe_margin"] for row in rows if row["safe_margin"] is not None]
     if margins:
         summary |= {"safe_least_margin": min(margins), "safe_most_margin": max(margins)}
-    for name in ("quick_cpu_seconds", "estimate_cpu_seconds"):
-        seconds = [row[name] for row in rows if name in row]
-        if seconds:
-            summary |= {f"{name}_mean": statistics.fmean(seconds), f"{name}_most": max(seconds)}
+    seconds = [row["estimate_cpu_seconds"] for row in rows if "estimate_cpu_seconds" in row]
+    if seconds:
+        summary["estimate_cpu_seconds_mean"] = statistics.fmean(seconds)
+        summary["estimate_cpu_seconds_most"] = max(seconds)
     return summary
 
 

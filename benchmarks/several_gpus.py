@@ -166,7 +166,7 @@ def measure(
         losses.append(float(found.loss))
         seconds.append(time.perf_counter() - start)
     step.network.begin()
-    gradients = step.network.gradients()
+    gradients = [g for held in step.network.gradients().values() for g in held]
     start = time.perf_counter()
     ranks.reduce(gradients)
     if cuda:

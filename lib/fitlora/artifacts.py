@@ -340,7 +340,7 @@ class Estimate(Record):
         None, description="what the allocator will not reserve more than; None in older records"
     )
     peak_reserved_bytes: int | None = Field(
-        None, description="what the allocator will reserve; None where it was not replayed"
+        None, description="what the allocator will reserve; None on the CPU, whose is not modelled"
     )
     paged_bytes: int = Field(0, description="of paged optimizer states, beside the allocator")
     process_bytes: int = Field(description="the safe peak, paged states and the context")

@@ -6,23 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config
+from transformers import Gemma3TextConfig, Olmo2Config, Qwen2Config
 
 from fitlora.artifacts import Hardware, Rates, SequenceSize
 from fitlora.memory import estimate as memory_estimate
 from fitlora.memory.estimate import (
-    FRAGMENTATION,
+    CPU_MARGIN,
     REPLAY_MARGIN,
     Estimator,
     Load,
+    Traced,
     TraceResult,
     count_parameters,
     estimate,
     layer_kinds,
     sequences_of,
-    trace_levels,
+    trace_run,
     trace_step,
 )
+from fitlora.offload.residency import spread
 from fitlora.plan import Plan
 from fitlora.step.settings import StepSettings
 from fitlora.step.weights import RandomWeights
@@ -192,7 +194,7 @@ def test_without_validation_rows() -> None:
 def test_what_fits_counts_context_and_fragmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     peak = traced(steps.plan()).peak_bytes
     monkeypatch.setattr(memory_estimate, "trace_step", lambda *arguments: traced(steps.plan()))
-    process = int((peak + 512) * (1 + FRAGMENTATION)) + 10_000
+    process = int((peak + 512) * (1 + CPU_MARGIN)) + 10_000
     for budget, fits in ((process, True), (process - 1, False)):
         here = hardware(context_bytes=10_000, workspace_bytes=1024, budget_bytes=budget)
         found = estimate(CONFIG, steps.plan(), SETTINGS, LOAD, here)
@@ -215,7 +217,7 @@ def test_paged_states_are_beside_the_allocator(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_replay_reserves_the_peak_and_little_more() -> None:
     here = hardware(device="cuda", budget_bytes=2**30, workspace_bytes=64 * 2**20)
-    found = Estimator(CONFIG, SETTINGS, LOAD, here).replayed(steps.plan())
+    found = Estimator(CONFIG, SETTINGS, LOAD, here)(steps.plan())
     reserved = found.peak_reserved_bytes
     assert reserved is not None
     # a granule of each pool, at most, is not full at its end
@@ -226,26 +228,14 @@ def test_a_replay_reserves_the_peak_and_little_more() -> None:
 def test_what_fits_is_decided_by_what_is_reserved() -> None:
     plan = steps.plan()
     here = hardware(device="cuda", budget_bytes=2**30, context_bytes=10_000)
-    needed = Estimator(CONFIG, SETTINGS, LOAD, here).replayed(plan).process_bytes
+    needed = Estimator(CONFIG, SETTINGS, LOAD, here)(plan).process_bytes
     for budget, fits in ((needed, True), (needed - 1, False)):
         there = hardware(device="cuda", budget_bytes=budget, context_bytes=10_000)
-        assert Estimator(CONFIG, SETTINGS, LOAD, there).replayed(plan).fits is fits
-
-
-def test_a_replay_counts_all_layers_as_a_quick_estimate_does() -> None:
-    config = steps.config(num_hidden_layers=6)
-    here = hardware(device="cuda", budget_bytes=2**30)
-    estimator = Estimator(config, SETTINGS, LOAD, here)
-    plan = steps.plan(recompute_layers=(0, 1, 2), streamed_layers=(1, 2, 3, 5))
-    quick, replayed = estimator(plan), estimator.replayed(plan)
-    assert quick.peak_reserved_bytes is None
-    same = {"plan", "peak_allocated_bytes", "host_pinned_bytes", "components", "phase_peak_bytes"}
-    assert quick.model_dump(include=same) == replayed.model_dump(include=same)
+        assert Estimator(CONFIG, SETTINGS, LOAD, there)(plan).fits is fits
 
 
 def test_the_cpu_reserves_nothing() -> None:
-    estimator = Estimator(CONFIG, SETTINGS, LOAD, hardware())
-    assert estimator.replayed(steps.plan()) == estimator(steps.plan())
+    assert Estimator(CONFIG, SETTINGS, LOAD, hardware())(steps.plan()).peak_reserved_bytes is None
 
 
 def test_the_load_is_made_of_the_longest() -> None:
@@ -280,11 +270,11 @@ def deep_cases() -> list[tuple[int, int, dict[str, Any]]]:
 HOST = ("streamed_layers", "checkpoints", "embedding", "head", "optimizer_device")
 OFFLOADED = [
     (7, 7, {"streamed_layers": (0, 1, 2, 3, 4, 5, 6), "checkpoints": "host"}),
-    (8, 8, {"streamed_layers": (0, 2, 3, 5, 6, 7), "embedding": "host", "head": "host"}),
+    (12, 12, {"streamed_layers": spread(12, 9), "embedding": "host", "head": "host"}),
     (9, 4, {"streamed_layers": (0, 2, 4, 5, 6, 7, 8), "streaming_slots": 3}),
     (6, 6, {"optimizer_device": "host", "micro_batch_size": 3}),
     (9, 9, {"optimizer_device": "host", "checkpoints": "host", "micro_batch_size": 1}),
-    (5, 5, {"checkpoints": "host", "recompute_keeps": ("attention",)}),
+    (7, 7, {"checkpoints": "host", "recompute_keeps": ("attention",)}),
     (9, 9, {"frozen_layers": (0, 1, 2, 3), "streamed_layers": (0, 1, 2, 3, 4, 6, 7, 8)}),
     # three micro-batches of unequal lengths in a pass, and then the rest
     (9, 9, {"streamed_layers": (0, 1, 2, 3, 4, 5, 6, 7, 8), "checkpoints": "host", "head": "host",
@@ -293,7 +283,7 @@ OFFLOADED = [
 ]  # fmt: skip
 FROZEN: list[tuple[int, int, dict[str, Any]]] = [
     (7, 0, {"frozen_layers": (0, 1, 2), "micro_batch_size": 3}),
-    (8, 8, {"frozen_layers": (0, 1, 2, 3), "optimizer_device": "host"}),
+    (12, 12, {"frozen_layers": (0, 1, 2, 3, 4), "optimizer_device": "host"}),
     (9, 3, {"frozen_layers": (0, 1, 2, 3, 4)}),
     (8, 0, {"frozen_layers": (1, 2, 3, 4), "micro_batch_size": 3}),
     (8, 8, {"frozen_layers": (1, 2, 3, 4)}),
@@ -316,18 +306,31 @@ def test_processes_of_a_host_have_one_copy_of_what_streams_and_the_rest_each() -
     assert pinned(3, checkpoints="host", **weights) == pinned(1, **weights) + 2 * staging + 3 * own
 
 
+def happened(traced: Traced) -> list[tuple[bool, int, str]]:
+    """Every event in order: whether it frees, how many bytes, and what the block was made by."""
+    blocks = traced.timeline.blocks
+    found = ((e < 0, blocks[e if e >= 0 else ~e]) for e in traced.timeline.events)
+    return [(frees, block.size, block.operator) for frees, block in found]
+
+
+def check_few_tell_of_many(config: Any, plan: Plan) -> None:
+    """The shortcut against the trace at full depth: every event, level, instant and pinned byte."""
+    short = Estimator(config, SETTINGS, LOAD, hardware(device="cuda", budget_bytes=2**33))
+    found = short.trace(plan)
+    full = trace_run(config, plan, SETTINGS, LOAD)
+    assert happened(found) == happened(full)
+    assert found.levels == full.levels
+    assert (found.pinned.all, found.pinned.shared) == (full.pinned.all, full.pinned.shared)
+    assert found.paged_bytes == full.paged_bytes
+    assert all(len(layers) < config.num_hidden_layers for _, layers in short._traces), (
+        "no full trace"
+    )
+
+
 @pytest.mark.parametrize(("layers", "recomputed", "changes"), [*deep_cases(), *OFFLOADED, *FROZEN])
 def test_few_layers_tell_of_many(layers: int, recomputed: int, changes: dict[str, Any]) -> None:
-    """The shortcut against the trace at full depth: every phase and component, to the byte."""
-    config = steps.config(num_hidden_layers=layers)
     plan = steps.plan(recompute_layers=tuple(range(recomputed)), **changes)
-    short = Estimator(config, SETTINGS, LOAD, hardware())
-    full = trace_step(config, plan, SETTINGS, LOAD)
-    found = short(plan)
-    assert found.peak_allocated_bytes == full.peak_bytes
-    assert found.phase_peak_bytes == full.phase_peak_bytes
-    assert found.components.model_dump(exclude={"library_workspaces"}) == full.components
-    assert all(c.num_hidden_layers < layers for c in traced_configs(short)), "no full trace"
+    check_few_tell_of_many(steps.config(num_hidden_layers=layers), plan)
 
 
 def test_layers_on_disk_pin_their_buffers_alone() -> None:
@@ -342,15 +345,16 @@ def test_layers_on_disk_pin_their_buffers_alone() -> None:
         found = estimator(plan)
         assert found.host_pinned_bytes == (12 - count + min(3, count)) * bytes_each
         assert found.peak_allocated_bytes == estimator(whole).peak_allocated_bytes
-    full = trace_levels(config, plan, SETTINGS, LOAD)
-    assert full.host_pinned_bytes == found.host_pinned_bytes
+    full = trace_run(config, plan, SETTINGS, LOAD)
+    assert full.pinned.all == found.host_pinned_bytes
 
 
 @pytest.mark.parametrize("changes", [changes for *_, changes in OFFLOADED], ids=str)
 def test_what_is_on_the_host_is_not_on_the_device(changes: dict[str, Any]) -> None:
     """The estimate of a step with host parts against the same step on real tensors of the CPU."""
-    config = steps.config(num_hidden_layers=9)
-    plan = steps.plan(recompute_layers=tuple(range(9)), **changes)
+    layers = 12
+    config = steps.config(num_hidden_layers=layers)
+    plan = steps.plan(recompute_layers=tuple(range(layers)), **changes)
     estimator = Estimator(config, SETTINGS, LOAD, hardware())
     measured = trace_step(config, plan, SETTINGS, LOAD, RandomWeights(torch.device("cpu")))
     assert estimator(plan).peak_allocated_bytes == measured.peak_bytes
@@ -389,24 +393,38 @@ def test_what_is_frozen_has_no_gradients_and_no_states() -> None:
     assert between.activations == pytest.approx(whole.activations, rel=0.01)
 
 
-def traced_configs(estimator: Estimator) -> list[Any]:
-    """A config for each trace that the estimator made, by the depth that it remembers."""
-    return [steps.config(num_hidden_layers=key.recompute_layers[-1]) for key in estimator._traces]
+SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "vocab_size": 128,
+}  # fmt: skip
 
 
-def test_layers_that_differ_are_all_traced() -> None:
+@pytest.mark.parametrize("recomputed", [0, 14])
+def test_layers_that_alternate_are_traced_once_in_each_place(recomputed: int) -> None:
+    config = Gemma3TextConfig(**SMALL, num_hidden_layers=14, sliding_window=32)
+    assert len(set(layer_kinds(config))) == 2
+    plan = steps.plan(micro_batch_size=2, recompute_layers=tuple(range(recomputed)))
+    check_few_tell_of_many(config, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputed", [0, 7])
+def test_layers_that_autograd_does_are_traced_once_in_each_place(recomputed: int) -> None:
+    config = Olmo2Config(**SMALL, num_hidden_layers=7)
+    plan = steps.plan(micro_batch_size=2, recompute_layers=tuple(range(recomputed)))
+    check_few_tell_of_many(config, plan)
+
+
+def test_layers_of_two_sizes_are_all_there() -> None:
     config = Qwen2Config(
         hidden_size=64, intermediate_size=128, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=128, use_sliding_window=True, sliding_window=8,
         max_window_layers=3,
     )  # fmt: skip
     assert len(set(layer_kinds(config))) == 2
-    estimator = Estimator(config, SETTINGS, LOAD, hardware())
     plan = steps.plan(micro_batch_size=2)
-    assert (
-        estimator(plan).peak_allocated_bytes == trace_step(config, plan, SETTINGS, LOAD).peak_bytes
-    )
-    assert [c.num_hidden_layers for c in traced_configs(estimator)] == [5]
+    found = Estimator(config, SETTINGS, LOAD, hardware())(plan)
+    assert found.peak_allocated_bytes == trace_step(config, plan, SETTINGS, LOAD).peak_bytes
 
 
 def test_plans_share_their_traces() -> None:
@@ -418,7 +436,8 @@ def test_plans_share_their_traces() -> None:
     # the top layer has its activations in its own backward either way, so the last step saves nothing
     assert peaks[:-1] == sorted(peaks[:-1], reverse=True)
     assert peaks[-1] < peaks[0] / 3
-    assert len(estimator._traces) == 11  # at most three of each stack, in every pairing
+    # none and all; one, two, three or more of each stack beside three of the other
+    assert len(estimator._traces) == 7
 
 
 def test_a_load_of_shorter_rows() -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from fitlora.memory.estimate import Estimator, trace_levels, trace_step
-from fitlora.memory.timeline import Block, Segment, Timeline
+from fitlora.memory.estimate import Estimator, trace_run, trace_step
+from fitlora.memory.timeline import Block, Segment, Timeline, levels
 from fitlora.step.weights import RandomWeights
 from tests.memory.test_estimate import LOAD, SETTINGS, hardware
 from tests.step import steps
@@ -20,20 +20,16 @@ PLANS: list[dict[str, Any]] = [
 def test_a_timeline_of_one_device() -> None:
     first, second = Segment(0, 0, "forward", ""), Segment(0, 0, "backward", "")
     both = Timeline()
-    both.entered.append((0, first))
-    for number, (size, device) in enumerate([(5, 0), (7, 1), (2, 0)]):
-        if number == 2:
-            both.entered.append((2, second))
-        both.allocate(Block(size, second if number == 2 else first, "", "", device))
-    both.free(1)
-    both.entered.append((4, first))
+    both.enter(first)
+    both.allocate(Block(5, first, "", "", device=0))
+    both.allocate(Block(7, first, "", "", device=1))
+    both.enter(second)
+    both.allocate(Block(2, second, "", "", device=0))
+    both.free(2)
+    both.enter(first)
     alone = [both.on(number) for number in (0, 1)]
-    assert [part.events for part in alone] == [[0, 2], [1, ~1]]
-    assert [part.entered for part in alone] == [
-        [(0, first), (1, second), (2, first)],
-        [(0, first), (1, second), (2, first)],
-    ]
-    assert [part.peaks()[second][0] for part in alone] == [7, 7]
+    assert [part.events for part in alone] == [[0, 1, 3, 4, 5], [0, 2, 3, ~2, 5]]
+    assert [levels(part, {}, rest="all")[second].bytes for part in alone] == [7, 7]
 
 
 @pytest.mark.slow
@@ -41,7 +37,7 @@ def test_a_timeline_of_one_device() -> None:
 def test_few_layers_of_each_device_tell_the_peak_of_many(changes: dict[str, Any]) -> None:
     config, plan = steps.config(num_hidden_layers=9), steps.plan(**changes)
     estimator = Estimator(config, SETTINGS, LOAD, hardware())
-    short, full = estimator.trace(plan), trace_levels(config, plan, SETTINGS, LOAD)
+    short, full = estimator.trace(plan), trace_run(config, plan, SETTINGS, LOAD)
     assert len(full.levels) == len(plan.layers_per_device)
     for few, all_of_them in zip(short.levels, full.levels, strict=True):
         assert {segment: level.components for segment, level in few.items()} == {
@@ -55,7 +51,7 @@ def test_each_device_takes_what_it_is_said_to(changes: dict[str, Any]) -> None:
     config = steps.config(num_hidden_layers=3)
     plan = steps.plan(layers_per_device=(2, 1), **changes)
     told, taken = (
-        trace_levels(config, plan, SETTINGS, LOAD, weights)
+        trace_run(config, plan, SETTINGS, LOAD, weights)
         for weights in (None, RandomWeights(torch.device("cpu")))
     )
     for number in range(2):

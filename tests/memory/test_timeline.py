@@ -1,47 +1,150 @@
-"""Timelines in plain numbers: levels, what lives, and the step from shallow to deep."""
+"""Timelines in plain numbers: levels, and the step from few layers to many."""
+
+import random
 
 import pytest
 
-from fitlora.memory.timeline import Block, Level, Segment, Timeline, deepen, levels
+from fitlora.memory.timeline import (
+    Block,
+    Irregular,
+    Level,
+    Segment,
+    Timeline,
+    deepened,
+    levels,
+    representatives,
+)
 
 A, B = Segment(0, 0, "forward", ""), Segment(0, 0, "backward", "kept layers")
 
 
-def test_levels_and_what_lives() -> None:
+def test_levels() -> None:
     line = Timeline()
-    line.entered.append((0, A))
+    line.enter(A)
     weight = line.allocate(Block(100, A, "", "load"))
     saved = line.allocate(Block(30, A, "0", "mm"))
     line.free(line.allocate(Block(50, A, "0", "scratch")))
-    line.entered.append((len(line.events), B))
+    line.enter(B)
     line.free(saved)
     gradient = line.allocate(Block(20, B, "0", "mm"))
-    assert line.peaks() == {A: (180, 3), B: (130, 4)}
-    assert line.live(3) == [weight, saved, 2]
-    assert line.live(len(line.events)) == [weight, gradient]
     found = levels(line, {"weights": [weight], "gradients": [gradient]}, rest="other")
     assert found[A] == Level({"weights": 100, "gradients": 0, "other": 80}, "forward, 0, scratch")
     assert found[B].components == {"weights": 100, "gradients": 0, "other": 30}
+    assert found[B].instant == "backward of kept layers"
     assert found[A].bytes == 180
 
 
-def test_a_segment_without_allocations_has_what_it_found() -> None:
+def test_an_instant_names_its_layer() -> None:
+    block = Block(1, B, "model.layers.1.mlp.up_proj", "aten::mm", layer=17)
+    assert str(block) == "backward of layer 17, mlp.up_proj, aten::mm"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "reach", "chosen"),
+    [
+        ("a" * 80, 1, "aaa"),
+        ("a" * 80, 2, "aaaaa"),
+        ("a" * 40 + "b" * 40, 1, "aaabbb"),
+        ("aaaaab" * 5 + "aaaa", 1, "aaabaaa"),
+        ("ab" * 13, 1, "abab"),
+        ("a", 1, "a"),
+        ("abc", 1, "abc"),
+    ],
+)
+def test_few_layers_stand_for_all(kinds: str, reach: int, chosen: str) -> None:
+    layers, places = representatives(kinds, reach)
+    assert "".join(kinds[layer] for layer in layers) == chosen
+    for layer, place in enumerate(places):
+        for near in range(-reach, reach + 1):
+            beside = layer + near
+            wanted = kinds[beside] if 0 <= beside < len(kinds) else None
+            there = place + near
+            assert (chosen[there] if 0 <= there < len(chosen) else None) == wanted
+
+
+def test_any_order_of_kinds_has_representatives() -> None:
+    draw = random.Random(3)
+    for _ in range(50):
+        kinds = [draw.choice("aab") for _ in range(draw.randint(1, 60))]
+        layers, places = representatives(kinds, 1)
+        assert layers == sorted(set(layers))
+        assert [kinds[layers[place]] for place in places] == kinds
+
+
+def run(kinds: str, window: int = 1) -> Timeline:
+    """Two passes over layers: each keeps a block for its way back, and frees an input on its way up.
+
+    The size of what a layer makes is its kind's. window: how far behind it its input is let go.
+    """
     line = Timeline()
-    line.entered.append((0, A))
-    line.allocate(Block(10, A, "", ""))
-    line.entered.append((1, B))
-    assert line.peaks() == {A: (10, 1), B: (10, 1)}
+    whole = Block(
+        sum(map(ord, kinds)) * 512,
+        A,
+        "",
+        "flat",
+        parts={i: ord(k) * 512 for i, k in enumerate(kinds)},
+    )
+    line.allocate(whole)
+    for _ in range(2):
+        inputs, kept = [], []
+        line.enter(A)
+        for layer, kind in enumerate(kinds):
+            line.layer = layer
+            inputs.append(line.allocate(Block(ord(kind), A, "", "in", layer)))
+            kept.append(line.allocate(Block(2 * ord(kind), A, "", "kept", layer)))
+            if layer >= window:
+                line.free(inputs.pop(0))
+        line.layer = None
+        line.enter(B)
+        for number in inputs:
+            line.free(number)
+        for layer in reversed(range(len(kinds))):
+            line.layer = layer
+            line.free(line.allocate(Block(1, B, "", "scratch", layer)))
+            line.free(kept.pop())
+        line.layer = None
+    return line
 
 
-def test_deepening_is_a_line_for_each_stack() -> None:
-    def level(weights: int, activations: int) -> Level:
-        return Level({"weights": weights, "activations": activations}, "there")
+@pytest.mark.parametrize("kinds", ["a" * 12, "aaabbbbbb", "aaab" * 4, "a" * 7 + "b" * 5 + "ab" * 4])
+@pytest.mark.parametrize("window", [1, 2])
+def test_many_layers_are_written_out_of_few(kinds: str, window: int) -> None:
+    layers, places = representatives(kinds, window)
+    assert len(layers) < len(kinds)
+    few, whole = run("".join(kinds[layer] for layer in layers), window), run(kinds, window)
+    found = deepened(few, places, window)
+    assert found.events == whole.events
+    assert [(b.size, b.operator, b.layer) for b in found.blocks] == [
+        (b.size, b.operator, b.layer) for b in whole.blocks
+    ]
+    assert found.origin is not None
+    assert all(
+        few.blocks[n].operator == b.operator
+        for n, b in zip(found.origin, found.blocks, strict=True)
+    )
+    assert levels(found, {}, rest="all") == levels(whole, {}, rest="all")
 
-    base = {A: level(10, 100), B: level(10, 50)}
-    more_kept = {A: level(12, 130), B: level(12, 50)}
-    more_recomputed = {A: level(12, 101), B: level(12, 51)}
-    found = deepen(base, [(more_kept, 3), (more_recomputed, 10)])
-    assert found[A] == level(10 + 6 + 20, 100 + 90 + 10)
-    assert found[B] == level(36, 60)
-    with pytest.raises(ValueError, match="different segments"):
-        deepen(base, [({A: level(1, 1)}, 1)])
+
+def test_layers_that_matter_farther_off_are_found_out() -> None:
+    _, places = representatives("a" * 12, 1)
+    with pytest.raises(Irregular, match="what is"):
+        deepened(run("aaa", window=2), places, 1)
+
+
+def test_what_is_freed_in_another_size_is_found_out() -> None:
+    few = run("aaaa")
+    _, places = representatives("a" * 12, 1)
+    changed = next(n for n, b in enumerate(few.blocks) if b.operator == "in" and b.layer == 1)
+    few.blocks[changed] = Block(9, A, "", "in", 1)  # which every layer but one would make
+    with pytest.raises(Irregular, match="is not there in every layer"):
+        deepened(few, [place + (place == 2) for place in places], 1)
+
+
+def test_what_one_layer_leaves_behind_is_found_out() -> None:
+    few = run("aaa")
+    few.layer = 1
+    made = few.allocate(Block(5, B, "", "left", 1))
+    few.layer = 2
+    few.free(made)
+    with pytest.raises(Irregular, match="what is left is freed"):
+        deepened(few, [0, *[1] * 10, 2], 1)

@@ -69,7 +69,7 @@ def fake_estimates(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
         def estimator(plan: Plan) -> Estimate:
             return fake_estimate(plan, Linear()(plan), budget)
 
-        return real(**{**options, "estimator": estimator, "replay": None})
+        return real(**{**options, "estimator": estimator})
 
     monkeypatch.setattr(find, "Search", search)
     monkeypatch.setattr(find, "model_size", lambda *_: ModelSize(32, 32_000))

@@ -14,7 +14,6 @@ from fitlora.params import Params, check_params
 from fitlora.plan import Plan
 from fitlora.planner.search import (
     BUSY_TOKENS,
-    MOST_REPLAYS,
     NEAR,
     Choice,
     Search,
@@ -495,43 +494,6 @@ def test_neighbours_differ_in_one_thing() -> None:
     assert "layers in float32" not in neighbours(
         edge.replace(compute_dtype="float32"), LAYERS, dynamic=True
     )
-
-
-def replaying(bytes_of: Bytes, budget: int, truth: float) -> Search:
-    """A search whose replays find `truth` times what its estimates say."""
-    made = search(bytes_of, budget)
-
-    def replay(plan: Plan) -> Estimate:
-        assert plan not in replayed, "the same plan is replayed once"
-        replayed.append(plan)
-        return estimate(plan, int(truth * bytes_of(plan)), budget)
-
-    replayed: list[Plan] = []
-    made.replay = replay
-    made.replays = replayed  # type: ignore[attr-defined]
-    return made
-
-
-@pytest.mark.parametrize("truth", [0.9, 0.95, 1.0, 1.02, 1.08])
-@pytest.mark.parametrize("budget", [int(4.75 * GIB), 6 * GIB, 10 * GIB, 14 * GIB, 30 * GIB])
-def test_what_a_replay_finds_is_what_has_to_fit(budget: int, truth: float) -> None:
-    made = replaying(Linear(), budget, truth)
-    choice = first(made)
-    assert choice.estimate.process_bytes == int(truth * Linear()(choice.plan)) <= budget
-    # as if the truth had been known from the start
-    known = first(search(Linear(), int(budget / truth)))
-    assert shape(choice.plan) == shape(known.plan)
-    assert len(made.replays) <= MOST_REPLAYS  # type: ignore[attr-defined]
-
-
-def test_what_fits_by_its_replay_alone_is_found() -> None:
-    least = Linear()(first(search(Linear(), 5 * GIB, 1, recompute="all")).plan)
-    budget = int(0.97 * least)
-    with pytest.raises(UserError, match="nothing fits"):
-        first(search(Linear(), budget, 1, recompute="all"))
-    made = search(Linear(), budget, 1, recompute="all")
-    made.replay = lambda plan: estimate(plan, int(0.95 * Linear()(plan)), budget)
-    assert first(made).estimate.process_bytes <= budget
 
 
 def test_other_plans_say_why_they_lost() -> None:

@@ -10,26 +10,36 @@ context beside it, both measured by the hardware profile. Paged optimizer states
 allocator as well, and are counted apart.
 
 What fails is what the allocator reserves, and that depends on the order of sizes: 1 to 10% beyond what
-is allocated. So `Estimator.replayed` runs the whole step through a model of the allocator, at full
-depth, and only such an estimate says for certain that a plan fits. An estimate without a replay, which
-is quick, sets `FRAGMENTATION` of the peak aside instead: enough to rank plans by.
+is allocated. So every estimate runs the whole step through a model of the allocator, and `REPLAY_MARGIN`
+beyond what that reserves is the safe peak, by which a plan fits.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from fitlora.artifacts import Components, Dataset, Estimate, Hardware, SequenceSize
 from fitlora.memory.allocator import Overflow, replay
-from fitlora.memory.timeline import Level, Segment, Timeline, deepen, levels
+from fitlora.memory.timeline import (
+    Irregular,
+    Level,
+    Segment,
+    Timeline,
+    deepened,
+    levels,
+    representatives,
+)
 from fitlora.memory.trace import MemoryTrace
 from fitlora.model import decoder_layers, empty_model
 from fitlora.offload.disk import BUFFERS as DISK_BUFFERS
-from fitlora.offload.transport import make_transport
+from fitlora.offload.optimizer import CPUOffloadOptimizer
+from fitlora.offload.transport import Transport, make_transport
 from fitlora.plan import PAGED_OPTIMIZERS, Plan
 from fitlora.step.batch import PackedSequence, TokenSequence
 from fitlora.step.build import step_skeleton
@@ -40,9 +50,8 @@ from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import EmptyWeights, Weights
 
-# Share of the peak that cached blocks of the wrong size take beside it, where nothing was replayed:
-# more than most plans lose, and less than some (benchmarks/results/estimate_accuracy.*.json).
-FRAGMENTATION = 0.05
+# Share of the peak that is kept free on the CPU, whose allocator is not modelled.
+CPU_MARGIN = 0.05
 # What a replay may be short of what is reserved: kernels that a trace does not know, and blocks that
 # libraries take at another time.
 REPLAY_MARGIN = 0.015
@@ -121,6 +130,7 @@ class _Booking:
     """Books a rehearsal's trace by step, micro-batch, phase and stack of layers, and by purpose."""
 
     trace: MemoryTrace
+    timeline: Timeline
     step: TrainingStep
     gradients: set[int] = field(default_factory=set)
     saved: set[int] = field(default_factory=set)
@@ -134,6 +144,7 @@ class _Booking:
             self.trace.enter(step=self.steps, micro_batch=self.micro_batches)
         if name == "optimizer":
             self.gradients |= self.trace.numbers_of(self.step.parts()["gradients"])
+            self.divide()
         with self.trace.during(name):
             yield
             if name == "forward":
@@ -152,12 +163,54 @@ class _Booking:
                 part = BELOW
             elif layer in plan.frozen_layers:
                 part = f"frozen {part}"
+        self.timeline.layer = layer
         self.trace.enter(part=part)
+
+    def divide(self) -> None:
+        """Says which layers blocks are for that were not made while one was at work."""
+        blocks = self.timeline.blocks
+        for tensor, sizes in self.step.network.shared_by_layers():
+            for number in self.trace.numbers_of([tensor]):
+                blocks[number] = replace(blocks[number], parts=sizes)
+        for layer, parameters in enumerate(self.step.by_layer):
+            for number in self.trace.numbers_of(self.step.states_of(parameters)):
+                if blocks[number].segment.phase == "optimizer":
+                    blocks[number] = replace(blocks[number], layer=layer)
 
     def purposes(self) -> dict[str, set[int]]:
         """Numbers of the timeline's blocks by what they are for, the more particular first."""
         found = {name: self.trace.numbers_of(held) for name, held in self.step.parts().items()}
         return {**found, "gradients": self.gradients, "activations": self.saved}
+
+
+class _ByLayer:
+    """A source of weights that tells the timeline which decoder layer each is for.
+
+    layers: the decoder layers' names.
+    """
+
+    def __init__(self, source: Weights, timeline: Timeline, layers: Sequence[str]) -> None:
+        self.source, self.timeline, self.layers = source, timeline, layers
+        self.device, self.fresh = source.device, source.fresh
+
+    def on(self, device: torch.device) -> "_ByLayer":
+        return _ByLayer(self.source.on(device), self.timeline, self.layers)
+
+    def _tell(self, name: str) -> None:
+        of = (i for i, layer in enumerate(self.layers) if name.startswith(f"{layer}."))
+        self.timeline.layer = next(of, None)
+
+    def frozen(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        self._tell(name)
+        return self.source.frozen(name, like)
+
+    def adapter(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        self._tell(name)
+        return self.source.adapter(name, like)
+
+    def constant(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        self._tell(name)
+        return self.source.constant(name, value)
 
 
 def _paged(step: TrainingStep) -> list[torch.Tensor]:
@@ -200,22 +253,95 @@ def rehearse(step: TrainingStep, load: Load) -> None:
 
 
 @dataclass(frozen=True)
-class Traced:
-    """The highest level of each segment by purpose, and what there is beside the allocator.
+class Pinned:
+    """What a process pins on the host, in bytes.
 
-    levels: of each device that the step is on. timelines: every event on each, where the trace is at
-    full depth.
+    shared: of all, what processes of a host have one copy of. masters: of all, by layer, the
+    optimizer's. weights: bytes of each layer where it is streamed, pinned but for those on disk.
+    checkpoints: of all, the buffers for layers' inputs.
     """
 
-    levels: tuple[dict[Segment, Level], ...]
-    host_pinned_bytes: int  # by one process
-    host_shared_bytes: int  # of them, what processes of a host have one copy of
-    paged_bytes: int
+    all: int
+    shared: int
+    masters: Sequence[int]
+    weights: Sequence[int]
+    checkpoints: Sequence[int]
+
+    @classmethod
+    def of(cls, step: TrainingStep, transport: Transport) -> "Pinned":
+        placement, optimizer, stack = step.network.placement, step.optimizer, step.by_layer
+        masters, weights = [0] * len(stack), [0] * len(stack)
+        if isinstance(optimizer, CPUOffloadOptimizer):
+            masters = [sum(map(optimizer.pinned_bytes, parameters)) for parameters in stack]
+        if placement.residency is not None:
+            weights = [placement.residency.layer_bytes(index) for index in range(len(stack))]
+        buffers = [] if placement.checkpoints is None else placement.checkpoints.buffer_bytes
+        return cls(transport.pinned_bytes, transport.shared_bytes, masters, weights, buffers)
+
+    def deepened(self, plan: Plan, shallow: Plan, places: Sequence[int]) -> "Pinned":
+        """Of a model with a layer for each of `places`, which is its representative's place.
+
+        plan, shallow: of that model, and of the one that this was found with. Raises Irregular where
+        this does not tell it.
+        """
+
+        def streamed(plan: Plan, places: Sequence[int]) -> int:
+            read = on_disk(plan)
+            if read and len(read) < min(DISK_BUFFERS, plan.disk_layers):
+                raise Irregular("fewer layers are read from disk than have buffers")
+            return sum(self.weights[places[i]] for i in plan.streamed_layers if i not in read)
+
+        def waiting(plan: Plan) -> int:
+            return sum(i >= plan.lowest_learning for i in plan.recompute_layers)
+
+        more = streamed(plan, places) - streamed(shallow, range(len(self.weights)))
+        own = sum(self.masters[place] for place in places) - sum(self.masters)
+        if (
+            self.checkpoints
+        ):  # of each micro-batch in a pass every layer has one, and the newest none
+            layers = waiting(shallow)
+            sizes = {size: -(-count // layers) for size, count in Counter(self.checkpoints).items()}
+            if len(self.checkpoints) != layers * sum(sizes.values()) - 1:
+                raise Irregular("layers that wait on the host have other buffers than one each")
+            each = sum(size * count for size, count in sizes.items())
+            own += (waiting(plan) - layers) * each
+        return replace(self, all=self.all + more + own, shared=self.shared + more)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a trace has found: what lived when, and what there is beside the allocator.
+
+    devices: how many the step is on. purposes: the timeline's blocks by what they are for. paged: those
+    that are beside the allocator, and their bytes.
+    """
+
+    timeline: Timeline
+    devices: int
+    purposes: Mapping[str, Collection[int]]
+    paged: Mapping[int, int]
+    pinned: Pinned
     by_hand: bool  # whether one thread does it all, or autograd's has the backward
-    timelines: tuple[Timeline, ...] = field(default=(), repr=False, compare=False)
+
+    @cached_property
+    def by_device(self) -> list[Timeline]:
+        """What happened on each device."""
+        if self.devices == 1:
+            return [self.timeline]
+        return [self.timeline.on(number) for number in range(self.devices)]
+
+    @cached_property
+    def levels(self) -> list[dict[Segment, Level]]:
+        """The highest level of each segment by purpose, on each device."""
+        return [levels(part, self.purposes, rest="temporary_buffers") for part in self.by_device]
+
+    @property
+    def paged_bytes(self) -> int:
+        origin = self.timeline.origin or range(len(self.timeline.blocks))
+        return sum(self.paged.get(number, 0) for number in origin) if self.paged else 0
 
 
-def trace_levels(
+def trace_run(
     config: Any, plan: Plan, settings: StepSettings, load: Load, weights: Weights | None = None
 ) -> Traced:
     """Builds the step and traces `rehearse`.
@@ -233,30 +359,30 @@ def trace_levels(
         at_work=lambda: devices.here,
         shapes=weights is None,
     )
+    stack = decoder_layers(skeleton.model)
+    names = {id(module): name for name, module in skeleton.model.named_modules()}
     with trace:
         transport = make_transport(source.device)
         with trace.during("load"):
-            step = skeleton.fill(source, transport, devices)
+            told = _ByLayer(source, timeline, [names[id(layer)] for layer in stack])
+            step = skeleton.fill(told, transport, devices)
+        timeline.layer = None
         if weights is not None:  # buffers that were on the CPU before
             trace.watch([*step.model.parameters(), *step.model.buffers()])
-        booking = _Booking(trace, step)
+        booking = _Booking(trace, timeline, step)
+        booking.divide()
         step.phase = booking.phase
         step.network.watch = booking.watch
         rehearse(step, load)
-        paged = 0
+        booking.divide()
+        paged = {}
         for number in trace.numbers_of(_paged(step)):
-            block = timeline.blocks[number]
-            paged += block.size
-            timeline.blocks[number] = replace(block, size=0)
+            paged[number] = timeline.blocks[number].size
+            timeline.blocks[number] = replace(timeline.blocks[number], size=0)
         purposes = booking.purposes()
-        count = len(devices.all)
-        by_device = (
-            (timeline,) if count == 1 else tuple(timeline.on(number) for number in range(count))
-        )
-        found = tuple(levels(part, purposes, rest="temporary_buffers") for part in by_device)
     by_hand = isinstance(step.network, HandNetwork)
-    pinned, shared = transport.pinned_bytes, transport.shared_bytes
-    return Traced(found, pinned, shared, paged, by_hand, by_device)
+    pinned = Pinned.of(step, transport)
+    return Traced(timeline, len(devices.all), purposes, paged, pinned, by_hand)
 
 
 def _result(found: Mapping[Segment, Level], workspace_bytes: int = 0) -> TraceResult:
@@ -283,8 +409,8 @@ def _result(found: Mapping[Segment, Level], workspace_bytes: int = 0) -> TraceRe
 def trace_step(
     config: Any, plan: Plan, settings: StepSettings, load: Load, weights: Weights | None = None
 ) -> TraceResult:
-    """The same at full depth, and of it the highest segment, on the device with the highest."""
-    traced = trace_levels(config, plan, settings, load, weights)
+    """What `trace_run` finds at the highest level, on the device with the highest."""
+    traced = trace_run(config, plan, settings, load, weights)
     return max(map(_result, traced.levels), key=lambda result: result.peak_bytes)
 
 
@@ -302,102 +428,60 @@ def layer_kinds(config: Any) -> list[tuple[Any, ...]]:
     ]
 
 
-def shallow(config: Any, layers: int) -> Any:
-    """The config of the same model with fewer layers; lists with an entry for each are cut as well."""
+def shallow(config: Any, layers: Sequence[int]) -> Any:
+    """The config of the same model with these of its layers; of lists with an entry for each, theirs."""
     content = config.to_dict()
     count = config.num_hidden_layers
     cut = {
-        key: value[:layers]
+        key: [value[layer] for layer in layers]
         for key, value in content.items()
         if isinstance(value, list) and len(value) == count
     }
-    return type(config).from_dict({**content, **cut, "num_hidden_layers": layers})
-
-
-@dataclass(frozen=True, order=True)
-class _Kind:
-    """What tells one layer of a stack from another; those that sort first are traced further down."""
-
-    device: int
-    has_backward: bool
-    kept: bool
-    learns: bool
-    resident: bool
-    read: bool
-
-    @classmethod
-    def of(cls, plan: Plan, layer: int, read: Collection[int]) -> "_Kind":
-        """read: the layers that come from disk."""
-        has_backward = layer >= plan.lowest_learning
-        ends = itertools.accumulate(plan.layers_per_device)
-        return cls(
-            sum(layer >= end for end in ends),
-            has_backward,
-            has_backward and layer not in plan.recompute_layers,
-            layer not in plan.frozen_layers,
-            layer not in plan.streamed_layers,
-            layer in read,
-        )
+    return type(config).from_dict({**content, **cut, "num_hidden_layers": len(layers)})
 
 
 class Estimator:
     """Estimates of many plans for one model, load and machine; shallow traces are made once.
 
-    A model whose layers are all alike is traced with few of them (`fitlora.memory.timeline` has the
-    argument); another, or a plan that recomputes other layers than the lowest, at full depth.
+    A few layers are traced, one of each kind between each kinds of neighbours, and the timeline of all
+    is written out of theirs (`fitlora.memory.timeline`). Where few do not tell of many, and in models of
+    several parts, all are traced.
     """
 
-    DEPTH = 2  # layers of a stack from which on memory is linear in their number
+    FARTHEST = 3  # neighbours on each side that may matter before all layers are traced
 
     def __init__(self, config: Any, settings: StepSettings, load: Load, hardware: Hardware) -> None:
         self.config, self.settings, self.load, self.hardware = config, settings, load, hardware
-        self._traces: dict[Plan, Traced] = {}
-        kinds = layer_kinds(config)
-        self._layers = len(kinds)
-        self._by_hand = False
-        self._alike = len(set(kinds)) == 1 and config.get_text_config() is config
+        self._kinds = layer_kinds(config)
+        self._traces: dict[tuple[Plan, tuple[Any, ...]], Traced] = {}
+        self._nearest = 1  # neighbours that are known to matter
 
     def __call__(self, plan: Plan) -> Estimate:
-        """The predicted memory of `plan`, in bytes; what is reserved, by its usual share."""
-        return self._estimate(plan, self.trace(plan), None)
-
-    def replayed(self, plan: Plan) -> Estimate:
-        """The same with what the allocator reserves: whether it fits is decided by that.
-
-        It takes a trace at full depth. On the CPU, which has no such allocator, nothing is replayed.
-        """
-        if self.hardware.device == "cpu":
-            return self(plan)
-        traced = trace_levels(self.config, plan, self.settings, self.load)
-        self._by_hand = traced.by_hand
-        return self._estimate(plan, traced, self._reserved(traced))
-
-    def _estimate(self, plan: Plan, traced: Traced, reserved: Sequence[int] | None) -> Estimate:
-        """Of several devices the heaviest. reserved: by each, where it was replayed."""
-        by_device = [
-            self._on_device(plan, traced, number, None if reserved is None else reserved[number])
-            for number in range(len(traced.levels))
-        ]
-        heaviest = max(by_device, key=lambda estimate: estimate.process_bytes)
-        if len(by_device) == 1:
+        """The predicted memory of `plan`, in bytes, on the heaviest device, and whether it fits."""
+        traced = self.trace(plan)
+        each = [self._on_device(plan, traced, number) for number in range(traced.devices)]
+        heaviest = max(each, key=lambda estimate: estimate.process_bytes)
+        if len(each) == 1:
             return heaviest
-        each = tuple(estimate.peak_allocated_bytes for estimate in by_device)
-        return heaviest.model_copy(update={"device_peak_bytes": each})
+        peaks = tuple(estimate.peak_allocated_bytes for estimate in each)
+        return heaviest.model_copy(update={"device_peak_bytes": peaks})
 
-    def _on_device(self, plan: Plan, traced: Traced, number: int, reserved: int | None) -> Estimate:
-        found = _result(traced.levels[number], self.workspace_bytes)
-        components = Components(**{"library_workspaces": 0, **found.components})
-        peak = found.peak_bytes
-        safe = peak * (1 + FRAGMENTATION) if reserved is None else reserved * (1 + REPLAY_MARGIN)
-        process = int(safe) + traced.paged_bytes + self.hardware.context_bytes
-        own = traced.host_pinned_bytes - traced.host_shared_bytes
+    def _on_device(self, plan: Plan, traced: Traced, number: int) -> Estimate:
+        workspace = self.workspace_bytes(traced)
+        found = _result(traced.levels[number], workspace)
+        reserved = None
+        safe = int(found.peak_bytes * (1 + CPU_MARGIN))
+        if self.hardware.device != "cpu":
+            reserved = self._reserved(traced.by_device[number], workspace)
+            safe = int(reserved * (1 + REPLAY_MARGIN))
+        process = safe + traced.paged_bytes + self.hardware.context_bytes
         here = self.hardware.processes_here(plan.devices)
-        pinned = traced.host_shared_bytes + here * own
+        pinned = traced.pinned.shared + here * (traced.pinned.all - traced.pinned.shared)
         fits = process <= self.hardware.budget_bytes and pinned <= self.hardware.host_budget_bytes
         return Estimate(
             plan=plan,
-            peak_allocated_bytes=peak,
-            safe_peak_bytes=int(safe),
+            peak_allocated_bytes=found.peak_bytes,
+            safe_peak_bytes=safe,
             peak_reserved_bytes=reserved,
             paged_bytes=traced.paged_bytes,
             process_bytes=process,
@@ -405,115 +489,107 @@ class Estimator:
             fits=fits,
             instant=found.instant,
             phase_peak_bytes=found.phase_peak_bytes,
-            components=components,
+            components=Components(**{"library_workspaces": 0, **found.components}),
         )
 
-    def _reserved(self, traced: Traced) -> list[int]:
-        """The most that each device's allocator will have reserved, in a replay of all events."""
-        return [self._reserved_on(timeline) for timeline in traced.timelines]
-
-    def _reserved_on(self, timeline: Timeline) -> int:
-        """The same of one device.
+    def _reserved(self, timeline: Timeline, workspace_bytes: int) -> int:
+        """The most that the allocator will have reserved, in a replay of all events.
 
         Libraries take their workspaces at the first product. Where the budget is too small it is what
         would be reserved without one.
         """
-        first = next(at for at, segment in timeline.entered if segment.phase == "forward")
-        sizes = [block.size for block in timeline.blocks] + [self.workspace_bytes]
-        events = [*timeline.events[:first], len(timeline.blocks), *timeline.events[first:]]
+        blocks, events = timeline.blocks, timeline.events
+        first = next(
+            at for at, event in enumerate(events)
+            if event >= 0 and blocks[event].segment.phase == "forward"
+        )  # fmt: skip
+        sizes = [*(block.size for block in blocks), workspace_bytes]
+        events = [*events[:first], len(blocks), *events[first:]]
         limit = int(self.hardware.allocator_bytes / (1 + REPLAY_MARGIN))
         try:
             return replay(sizes, events, limit_bytes=limit).peak_reserved_bytes
         except Overflow:
             return replay(sizes, events).peak_reserved_bytes
 
-    @property
-    def workspace_bytes(self) -> int:
+    def workspace_bytes(self, traced: Traced) -> int:
         """What cuBLAS keeps: a workspace for each thread that computes.
 
         The profile's is that of a forward and of autograd's backward, which has a thread of its own.
         Where layers are done by hand one thread does both.
         """
         whole = self.hardware.workspace_bytes
-        return -(-whole // 2) if self._by_hand else whole
+        return -(-whole // 2) if traced.by_hand else whole
 
     def trace(self, plan: Plan) -> Traced:
-        """What is found at the model's full depth.
+        """What is found at the model's full depth."""
+        kinds = [(kind, *_kind(plan, layer)) for layer, kind in enumerate(self._kinds)]
+        # what a layer leaves to the host's copies is freed two layers on
+        nearest = 2 if "host" in (plan.checkpoints, plan.optimizer_device) else self._nearest
+        for reach in range(nearest, self.FARTHEST + 1):
+            layers, places = representatives(kinds, reach)
+            if len(layers) == len(kinds) or self.config.get_text_config() is not self.config:
+                break
+            try:
+                return self._deepened(plan, layers, places, reach)
+            except Irregular:
+                self._nearest = reach + 1
+        return self._trace(plan, range(len(kinds)))
 
-        Layers differ by whether they have a backward, recompute, are frozen, streamed, and from disk.
-        Where streamed layers lie makes no difference to the device, whose slots are there from the
-        start; so of each kind a few are traced, the recomputed ones below the others as in the plan.
-        Frozen ones are traced above the lowest that learns and below the others, where the peak is no
-        lower.
-        """
-        recomputed, read = set(plan.recompute_layers), set(on_disk(plan))
-        counts: dict[_Kind, int] = {}
-        for layer in range(self._layers):
-            kind = _Kind.of(plan, layer, read)
-            counts[kind] = counts.get(kind, 0) + 1
-        depth = max(self.DEPTH, plan.streaming_slots) + (plan.checkpoints == "host")
-        depth += (
-            plan.optimizer_device == "host"
-        )  # the gradients of one layer leave beside the next's
-        if read:
-            depth = max(depth, DISK_BUFFERS)
-        lowest = plan.recompute_layers == tuple(range(len(recomputed)))
-        if not (self._alike and lowest) or max(counts.values()) <= depth:
-            return self._trace(plan, self._layers)
-        few = {kind: min(count, depth) for kind, count in counts.items()}
-        base = self._shallow(plan, few)
-        deeper = [
-            (self._shallow(plan, {**few, kind: few[kind] + 1}), count - few[kind])
-            for kind, count in counts.items()
-            if count > few[kind]
-        ]
+    def _deepened(
+        self, plan: Plan, layers: Sequence[int], places: Sequence[int], reach: int
+    ) -> Traced:
+        def among(chosen: Collection[int]) -> list[int]:
+            return [place for place, layer in enumerate(layers) if layer in chosen]
 
-        def grown(of: Callable[[Traced], int]) -> int:
-            return of(base) + sum(times * (of(other) - of(base)) for other, times in deeper)
-
-        return Traced(
-            tuple(
-                deepen(found, [(other.levels[number], times) for other, times in deeper])
-                for number, found in enumerate(base.levels)
-            ),
-            grown(lambda traced: traced.host_pinned_bytes),
-            grown(lambda traced: traced.host_shared_bytes),
-            grown(lambda traced: traced.paged_bytes),
-            base.by_hand,
-        )
-
-    def _shallow(self, plan: Plan, counts: Mapping["_Kind", int]) -> Traced:
-        """The plan on a model with so many layers of each kind."""
-        kinds = sorted(kind for kind, count in counts.items() for _ in range(count))
-        below = sum(not kind.has_backward for kind in kinds)
-        learns = next(i for i, kind in enumerate(kinds) if kind.learns)
-        kinds.insert(below, kinds.pop(learns))
-        small = plan.replace(
-            frozen_layers=[i for i, kind in enumerate(kinds) if not kind.learns],
-            recompute_layers=[i for i, kind in enumerate(kinds) if not kind.kept],
-            streamed_layers=[i for i, kind in enumerate(kinds) if not kind.resident],
-            disk_layers=sum(kind.read for kind in kinds),
+        streamed = among(plan.streamed_layers)
+        few = plan.replace(
+            frozen_layers=among(plan.frozen_layers),
+            recompute_layers=among(plan.recompute_layers),
+            streamed_layers=streamed,
+            disk_layers=min(plan.disk_layers, DISK_BUFFERS, len(streamed)),
             layers_per_device=[
-                sum(kind.device == number for kind in kinds)
-                for number in range(len(plan.layers_per_device))
+                sum(layer in part for layer in layers) for part in _ranges(plan.layers_per_device)
             ],
         )
-        return self._trace(small, len(kinds))
+        traced = self._trace(few, layers)
+        pinned = traced.pinned.deepened(plan, few, places)
+        return replace(traced, timeline=deepened(traced.timeline, places, reach), pinned=pinned)
 
-    def _trace(self, plan: Plan, layers: int) -> Traced:
-        key = plan.replace(recompute_layers=(*plan.recompute_layers, layers))
+    def _trace(self, plan: Plan, layers: Sequence[int]) -> Traced:
+        """The plan on a model with these layers alone. Raises Irregular where there is none."""
+        kinds = [self._kinds[layer] for layer in layers]
+        key = (plan, tuple(kinds))
         if key not in self._traces:
-            config = self.config if layers == self._layers else shallow(self.config, layers)
-            traced = trace_levels(config, plan, self.settings, self.load)
-            self._by_hand = traced.by_hand
-            self._traces[key] = replace(traced, timelines=())  # which are long
+            config = self.config
+            if len(layers) < len(self._kinds):
+                config = shallow(self.config, layers)
+                if layer_kinds(config) != kinds:
+                    raise Irregular("the config does not say what its layers are one by one")
+            self._traces[key] = trace_run(config, plan, self.settings, self.load)
         return self._traces[key]
+
+
+def _ranges(counts: Sequence[int]) -> list[range]:
+    """The layers of each device that layers are spread over."""
+    ends = itertools.accumulate(counts)
+    return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
+
+
+def _kind(plan: Plan, layer: int) -> tuple[bool, ...]:
+    """What the plan makes of a layer."""
+    return (
+        *(layer in part for part in _ranges(plan.layers_per_device)),
+        layer >= plan.lowest_learning,
+        layer in plan.recompute_layers,
+        layer in plan.frozen_layers,
+        layer in plan.streamed_layers,
+    )
 
 
 def estimate(
     config: Any, plan: Plan, settings: StepSettings, load: Load, hardware: Hardware
 ) -> Estimate:
-    """The predicted memory of `plan` on `hardware`, in bytes, nothing replayed."""
+    """The predicted memory of `plan` on `hardware`, in bytes."""
     return Estimator(config, settings, load, hardware)(plan)
 
 

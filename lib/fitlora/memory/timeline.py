@@ -1,25 +1,33 @@
 """What lived when: the allocations and frees of a traced run, and what follows from them.
 
-A timeline is the trace's whole result: every block with its size and where it was made, and the order
-of allocations and frees. Peaks, their instants and what they are made of are read off it afterwards.
+A timeline is the trace's whole result: every block with its size, where it was made and which decoder
+layer it is for, and the order of allocations and frees. Peaks, their instants and what they are made
+of are read off it afterwards, and so is what the allocator makes of it.
 
-A deep model repeats its layers, so its timeline need not be traced at full depth. Within a *segment*
-(one pass over one stack of alike layers: the forward of the recomputed ones, say, in the second
-micro-batch of the second step) memory goes up or down by the same bytes at every layer. Its highest
-level is therefore at one end, and is linear in the number of layers of each stack. Traces of two and
-three layers a stack give that line for every segment; the peak of the deep model is the highest of
-the lines. A test holds this against traces at full depth, to the byte.
+A deep model repeats its layers, so only a few need be traced (`representatives`): enough that every
+layer of the deep model has one among them with the same neighbours, `reach` of them on each side.
+`deepened` then writes the timeline of the deep model out of the shallow one: each sweep over the layers
+becomes one over all of them, in which a layer does what its representative did, to the blocks of the
+layers around it. That a layer frees what is there, in the size that its representative freed, and leaves
+behind no more, is checked at every event: a model for which few layers do not tell of many is found out
+and traced whole. Tests hold the result against whole traces, event by event.
 
 This module imports no torch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fitlora.memory.allocator import rounded
+
+_NUMBERED = re.compile(r"^.*?\.\d+\.?")  # up to a module's place in its layer
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the run in which memory changes evenly from layer to layer."""
+    """A stretch of the run, and of the stack of alike layers that is at work."""
 
     step: int
     micro_batch: int  # where several share a pass, which pass
@@ -32,80 +40,68 @@ class Segment:
 
 @dataclass(frozen=True)
 class Block:
-    """One allocation: its bytes, what ran when it was made, and on which of the step's devices."""
+    """One allocation: its bytes, and what ran when it was made.
+
+    layer: the decoder layer that it is for, None for what is none's. parts: where it has a part of each
+    of several layers and nothing else, the bytes of each. device: which of the step's it is on; None is
+    all of them.
+    """
 
     size: int
     segment: Segment
     module: str
     operator: str
-    device: int = 0
+    layer: int | None = None
+    parts: Mapping[int, int] | None = None
+    device: int | None = 0
+
+    def __str__(self) -> str:
+        """The instant at which it was made, in words."""
+        where, module = str(self.segment), self.module
+        if self.layer is not None:
+            where = f"{self.segment.phase} of layer {self.layer}"
+            module = _NUMBERED.sub("", module)
+        return ", ".join(part for part in (where, module, self.operator) if part)
 
 
 @dataclass
 class Timeline:
     """Blocks by number, and the order of events: `n` allocates block n, `~n` frees it.
 
-    A kernel's scratch is a block that is freed by the next event. `entered` has, by position in
-    `events`, the segments that began there.
+    A kernel's scratch is a block that is freed by the next event. A segment that begins is an empty
+    block. layer: the one at work now; at_work: for each event the one that was. origin: of a deepened
+    timeline, for each block its number in the shallow one.
     """
 
     blocks: list[Block] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
-    entered: list[tuple[int, Segment]] = field(default_factory=list)
+    at_work: list[int | None] = field(default_factory=list)
+    layer: int | None = None
+    origin: list[int] | None = None
 
     def allocate(self, block: Block) -> int:
         """Appends the allocation of a block; returns its number."""
         self.blocks.append(block)
-        self.events.append(len(self.blocks) - 1)
+        self._append(len(self.blocks) - 1)
         return len(self.blocks) - 1
 
     def free(self, number: int) -> None:
         """Appends the free of a block."""
-        self.events.append(~number)
+        self._append(~number)
+
+    def enter(self, segment: Segment) -> None:
+        """Another segment begins."""
+        self.allocate(Block(0, segment, "", "", self.layer, device=None))
 
     def on(self, device: int) -> "Timeline":
         """What happened on one of several devices; blocks keep their numbers."""
-        found = Timeline(self.blocks)
-        entered = list(reversed(self.entered))
-        for index, event in enumerate([*self.events, None]):
-            while entered and entered[-1][0] == index:
-                found.entered.append((len(found.events), entered.pop()[1]))
-            if event is not None and self.blocks[max(event, ~event)].device == device:
-                found.events.append(event)
-        return found
+        here = [block.device in (None, device) for block in self.blocks]
+        events = [event for event in self.events if here[max(event, ~event)]]
+        return Timeline(self.blocks, events, origin=self.origin)
 
-    def peaks(self) -> dict[Segment, tuple[int, int]]:
-        """The highest level of each segment, in bytes, and the number of events that led to it."""
-        found: dict[Segment, tuple[int, int]] = {}
-        entered = list(reversed(self.entered))
-        level = 0
-
-        def reach(segment: Segment, events: int) -> None:
-            if level > found.get(segment, (-1, 0))[0]:
-                found[segment] = (level, events)
-
-        for index in range(len(self.events) + 1):
-            while entered and entered[-1][0] == index:
-                reach(entered.pop()[1], index)
-            if index == len(self.events):
-                break
-            event = self.events[index]
-            if event < 0:
-                level -= self.blocks[~event].size
-            else:
-                level += self.blocks[event].size
-                reach(self.blocks[event].segment, index + 1)
-        return found
-
-    def live(self, events: int) -> list[int]:
-        """Numbers of the blocks that live after the first `events` events."""
-        alive: dict[int, None] = {}
-        for event in self.events[:events]:
-            if event >= 0:
-                alive[event] = None
-            else:
-                del alive[~event]
-        return list(alive)
+    def _append(self, event: int) -> None:
+        self.events.append(event)
+        self.at_work.append(self.layer)
 
 
 @dataclass(frozen=True)
@@ -119,52 +115,201 @@ class Level:
     def bytes(self) -> int:
         return sum(self.components.values())
 
-    def plus(self, other: "Level", base: "Level", times: int) -> "Level":
-        """This level with `times` the difference between `other` and `base` added."""
-        components = {
-            name: value + times * (other.components[name] - base.components[name])
-            for name, value in self.components.items()
-        }
-        return Level(components, self.instant)
-
 
 def levels(
     timeline: Timeline, purposes: Mapping[str, Iterable[int]], *, rest: str
 ) -> dict[Segment, Level]:
-    """Each segment's highest level by purpose.
+    """Each segment's highest level by purpose, in the order of the run.
 
-    purposes: numbers of blocks by purpose, the first that has a block counts; others are `rest`.
+    purposes: numbers of blocks by purpose, of the shallow timeline's where this one was deepened; the
+    first that has a block counts, and others are `rest`.
     """
-    purpose_of: dict[int, str] = {}
-    for name, numbers in purposes.items():
+    names = [*purposes, rest]
+    purpose_of: dict[int, int] = {}
+    for index, numbers in enumerate(purposes.values()):
         for number in numbers:
-            purpose_of.setdefault(number, name)
-    found = {}
-    for segment, (_, position) in timeline.peaks().items():
-        components = dict.fromkeys([*purposes, rest], 0)
-        for number in timeline.live(position):
-            components[purpose_of.get(number, rest)] += timeline.blocks[number].size
-        event = timeline.events[position - 1] if position else 0
-        block = timeline.blocks[event if event >= 0 else ~event]
-        where = ", ".join(part for part in (str(segment), block.module, block.operator) if part)
-        found[segment] = Level(components, where)
-    return found
+            purpose_of.setdefault(number, index)
+    origin = timeline.origin or range(len(timeline.blocks))
+    kinds = [purpose_of.get(number, len(purposes)) for number in origin]
+    highest: dict[Segment, int] = {}
+    found: dict[Segment, tuple[list[int], Block]] = {}
+    now, level = [0] * len(names), 0
+    blocks = timeline.blocks
+    for event in timeline.events:
+        if event < 0:
+            size = blocks[~event].size
+            now[kinds[~event]] -= size
+            level -= size
+            continue
+        block = blocks[event]
+        now[kinds[event]] += block.size
+        level += block.size
+        if level > highest.get(block.segment, -1):
+            highest[block.segment] = level
+            found[block.segment] = (now.copy(), block)
+    return {
+        segment: Level(dict(zip(names, parts, strict=True)), str(block))
+        for segment, (parts, block) in found.items()
+    }
 
 
-def deepen(
-    base: Mapping[Segment, Level], deeper: Sequence[tuple[Mapping[Segment, Level], int]]
-) -> dict[Segment, Level]:
-    """Levels of a deeper model from those of shallow ones.
+# --- from few layers to many -----------------------------------------------------------------------
 
-    deeper: for each stack of layers that is to grow, the levels with one more layer in it, and how
-    many more it is to have than `base`. All have the same segments (ValueError otherwise).
+
+class Irregular(ValueError):
+    """The layers that were traced do not tell of the others."""
+
+
+def _surroundings(kinds: Sequence[Hashable], reach: int) -> list[tuple[Hashable, ...]]:
+    """Each layer's kind between those of its neighbours; None beyond the ends."""
+    padded = [*[None] * reach, *kinds, *[None] * reach]
+    return [tuple(padded[i : i + 2 * reach + 1]) for i in range(len(kinds))]
+
+
+def representatives(kinds: Sequence[Hashable], reach: int) -> tuple[list[int], list[int]]:
+    """Few layers among which each layer has one with the same surroundings.
+
+    kinds: of all layers, bottom up. Returns those few, ascending, and for every layer the place of its
+    representative among them.
     """
-    found = {}
-    for segment, level in base.items():
-        grown = level
-        for other, times in deeper:
-            if other.keys() != base.keys():
-                raise ValueError("traces of different depth have different segments")
-            grown = grown.plus(other[segment], level, times)
-        found[segment] = grown
+    around = _surroundings(kinds, reach)
+    chosen = list(range(len(kinds)))
+    while cut := _longest_repeat([around[i] for i in chosen]):
+        del chosen[cut]
+    few = _surroundings([kinds[i] for i in chosen], reach)
+    assert set(few) == set(around)
+    return chosen, [few.index(one) for one in around]
+
+
+def _longest_repeat(around: Sequence[tuple[Hashable, ...]]) -> slice | None:
+    """The longest stretch of layers that may go: what follows it is like its begin, and of each
+    surroundings in it there is one elsewhere."""
+    left = Counter(around)
+    best: slice | None = None
+    for start in range(len(around)):
+        inside: Counter[tuple[Hashable, ...]] = Counter()
+        for end in range(start + 1, len(around)):
+            inside[around[end - 1]] += 1
+            if inside[around[end - 1]] == left[around[end - 1]]:
+                break
+            longer = best is None or end - start > best.stop - best.start
+            if around[end] == around[start] and longer:
+                best = slice(start, end)
+    return best
+
+
+@dataclass
+class _Stretch:
+    """Events of one layer in a row, or of none. sweep: its number, by which blocks find each other."""
+
+    layer: int | None
+    events: list[int] = field(default_factory=list)
+    sweep: int = 0
+
+
+def _stretches(timeline: Timeline) -> list[_Stretch]:
+    """Where no layer is at work what is freed is a matter of the layer that it was for."""
+    found: list[_Stretch] = []
+    for event, layer in zip(timeline.events, timeline.at_work, strict=True):
+        block = timeline.blocks[event if event >= 0 else ~event]
+        if layer is None:
+            layer = block.layer
+        if not found or found[-1].layer != layer:
+            found.append(_Stretch(layer))
+        found[-1].events.append(event)
     return found
+
+
+def _sweeps(stretches: Sequence[_Stretch]) -> list[tuple[list[_Stretch], int]]:
+    """Runs of stretches that go over the layers in one direction (1 is upwards); numbers them."""
+    found: list[tuple[list[_Stretch], int]] = []
+    for stretch in stretches:
+        if found and stretch.layer is not None:
+            run, direction = found[-1]
+            last = run[-1].layer
+            if last is not None:
+                way = 1 if stretch.layer > last else -1
+                if len(run) == 1 or way == direction:
+                    run.append(stretch)
+                    found[-1] = (run, way)
+                    continue
+        found.append(([stretch], 1))
+    for number, (run, _) in enumerate(found):
+        for stretch in run:
+            stretch.sweep = number
+    return found
+
+
+def deepened(shallow: Timeline, places: Sequence[int], reach: int) -> Timeline:
+    """The timeline of a model with a layer for each of `places`, which is its representative's place.
+
+    reach: the neighbours on each side by which those were chosen. Raises Irregular where the shallow
+    timeline does not tell it.
+    """
+    sweeps = _sweeps(_stretches(shallow))
+    blocks = shallow.blocks
+    # a block's address: the sweep that makes it and its number in the stretch, alike for all layers
+    address: dict[int, tuple[int, int]] = {}
+    made_by: dict[int, int | None] = {}
+    for run, _ in sweeps:
+        for stretch in run:
+            made = [event for event in stretch.events if event >= 0]
+            for order, number in enumerate(made):
+                address[number] = (stretch.sweep, order)
+                made_by[number] = stretch.layer
+    # neighbours are meant by the distance to them; what an earlier sweep left at an end, by itself
+    alone = {place: layer for layer, place in enumerate(places) if places.count(place) == 1}
+    deep = Timeline(origin=[])
+    assert deep.origin is not None
+    alive: dict[tuple[tuple[int, int], int | None], int] = {}
+
+    def repeat(stretch: _Stretch, layer: int | None) -> None:
+        assert deep.origin is not None
+        for event in stretch.events:
+            if event >= 0:
+                block = blocks[event]
+                if block.parts is not None:
+                    whole = sum(block.parts.get(place, 0) for place in places)
+                    block = replace(block, size=rounded(whole))
+                if layer is not None:
+                    block = replace(block, layer=layer)
+                alive[address[event], layer] = len(deep.blocks)
+                deep.events.append(len(deep.blocks))
+                deep.blocks.append(block)
+                deep.origin.append(event)
+                continue
+            owner = made_by[~event]
+            if owner is not None:
+                assert layer is not None
+                assert stretch.layer is not None
+                distance, sweep = owner - stretch.layer, address[~event][0]
+                if abs(distance) <= reach:
+                    owner = layer + distance
+                elif sweep != stretch.sweep:
+                    owner = alone.get(owner)
+                else:
+                    raise Irregular(f"{blocks[~event]}: what is freed is too far from its layer")
+            number = alive.pop((address[~event], owner), None)
+            if number is None or not _alike(blocks[deep.origin[number]], blocks[~event]):
+                raise Irregular(f"{blocks[~event]}: what is freed is not there in every layer")
+            deep.events.append(~number)
+
+    for run, direction in sweeps:
+        if run[0].layer is None:
+            repeat(run[0], None)
+            continue
+        of = {stretch.layer: stretch for stretch in run}
+        for layer in range(len(places))[::direction]:
+            if places[layer] in of:
+                repeat(of[places[layer]], layer)
+    freed = {~event for event in shallow.events if event < 0}
+    for number in alive.values():
+        if deep.origin[number] in freed:
+            raise Irregular(
+                f"{deep.blocks[number]}: what is left is freed in a layer that was traced"
+            )
+    return deep
+
+
+def _alike(one: Block, other: Block) -> bool:
+    return one.size == other.size and one.operator == other.operator

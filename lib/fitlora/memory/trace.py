@@ -10,8 +10,8 @@ allocate and free inside, but for the kernels that say so in `fitlora.step.ops.s
 """
 
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,6 +111,7 @@ class MemoryTrace(TorchDispatchMode):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
+        self.timeline = None  # what dies from now on is no part of the run
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -132,7 +133,7 @@ class MemoryTrace(TorchDispatchMode):
         """Begins another segment of the timeline: `step`, `micro_batch`, `phase` or `part` change."""
         if self.timeline is not None:
             self._segment = replace(self._segment, **changes)
-            self.timeline.entered.append((len(self.timeline.events), self._segment))
+            self.timeline.enter(self._segment)
 
     @property
     def peak(self) -> Peak:
@@ -178,9 +179,12 @@ class MemoryTrace(TorchDispatchMode):
         void = self._shapes and not func._schema.returns
         out = None if void else func(*args, **(kwargs or {}))
         grown = False
-        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                grown |= self._see(leaf, name)
+        for index, leaf in enumerate((out,) if isinstance(out, Tensor) else tree_leaves(out)):
+            if isinstance(leaf, Tensor) and self._see(leaf, name):
+                grown = True
+                inputs = args[0] if args and isinstance(args[0], list | tuple) else ()
+                if self.timeline is not None and any(isinstance(x, Tensor) for x in inputs):
+                    self._attribute(leaf, inputs, None if leaf is out else index)
         if extra and self.timeline is not None:
             module = self._modules[-1] if self._modules else ""
             block = Block(extra, self.phase, module)
@@ -188,6 +192,32 @@ class MemoryTrace(TorchDispatchMode):
         if grown or extra:  # a kernel has its outputs and its scratch at the same time
             self._raise_peak(name, extra)
         return out
+
+    def _attribute(self, made: Tensor, inputs: Sequence[Any], index: int | None) -> None:
+        """What was made of many tensors outside of the layers is for those that they are for.
+
+        index: of the input that it was made of, None where it was made of all alike.
+        """
+        assert self.timeline is not None
+        if self.timeline.layer is not None:
+            return
+        layers = [self._layer_of(tensor) for tensor in inputs]
+        number = self._numbers[self._known[made.untyped_storage()]]
+        block = self.timeline.blocks[number]
+        if index is not None and index < len(layers):
+            block = replace(block, layer=layers[index])
+        elif None not in layers:
+            each = made.untyped_storage().nbytes() // len(layers)
+            parts = {
+                layer: each * count for layer, count in Counter(layers).items() if layer is not None
+            }
+            block = replace(block, parts=parts)
+        self.timeline.blocks[number] = block
+
+    def _layer_of(self, tensor: Any) -> int | None:
+        assert self.timeline is not None
+        key = self._known.get(tensor.untyped_storage()) if isinstance(tensor, Tensor) else None
+        return None if key is None else self.timeline.blocks[self._numbers[key]].layer
 
     def _see(self, tensor: Tensor, operator: str = "") -> bool:
         if tensor.is_meta is not self._shapes:
@@ -215,7 +245,14 @@ class MemoryTrace(TorchDispatchMode):
     def _note(self, block: Block, operator: str) -> int:
         assert self.timeline is not None
         return self.timeline.allocate(
-            TimelineBlock(block.size, self._segment, block.module, operator, self._at_work())
+            TimelineBlock(
+                block.size,
+                self._segment,
+                block.module,
+                operator,
+                self.timeline.layer,
+                device=self._at_work(),
+            )
         )
 
     def _raise_peak(self, operator: str, extra: int = 0) -> None:

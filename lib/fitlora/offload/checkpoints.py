@@ -47,6 +47,11 @@ class HostCheckpoints:
         self._free: list[Tensor] = []
         self._largest = 0  # bytes
 
+    @property
+    def buffer_bytes(self) -> list[int]:
+        """Sizes of the buffers on the host; between passes, when all are free."""
+        return [buffer.numel() for buffer in self._free]
+
     def put(self, key: Hashable, tensor: Tensor) -> None:
         """Keeps `tensor`, contiguous and on the device, which nobody may write to any more."""
         if len(self._stack) > 1:

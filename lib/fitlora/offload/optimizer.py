@@ -332,8 +332,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
     def _make_masters(self, parameters: Sequence[Tensor]) -> list[nn.Parameter]:
         """The host sides of a group, in one buffer."""
         needed = [self._parts(parameter) for parameter in parameters]
-        size = sum(aligned(tensor_bytes(part)) for parts in needed for part in parts)
-        buffer = self.transport.reserve(size, PURPOSE)
+        buffer = self.transport.reserve(sum(map(self.pinned_bytes, parameters)), PURPOSE)
         found, offset = [], 0
         for parameter, parts in zip(parameters, needed, strict=True):
             views = []
@@ -351,6 +350,10 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             found.append(master)
         self.transport.pin()
         return found
+
+    def pinned_bytes(self, parameter: Tensor) -> int:
+        """Of a parameter's host side."""
+        return sum(aligned(tensor_bytes(part)) for part in self._parts(parameter))
 
     def _parts(self, parameter: Tensor) -> list[Tensor]:
         """On meta: master, gradient, and the wires up and down where they are not the same memory."""

@@ -197,6 +197,11 @@ class Residency:
         """The ring's buffers on the device."""
         return [slot.flat for slot in self._slots]
 
+    def layer_bytes(self, index: int) -> int:
+        """Of a layer's weights that pass through the slots; 0 for one that stays."""
+        number = self._numbers.get(index)
+        return 0 if number is None else _size(self._layers[number])
+
     def begin(self, *, backward_follows: bool, lowest: int = 0) -> None:
         """A pass over the layers begins at the lowest.
 

@@ -67,7 +67,7 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
     start = default_plan(params, hardware, model, load.tokens, sequence_length=load.train[0].tokens)
     estimator = Estimator(config, settings, load, hardware)
     parameters, trainable = count_parameters(config, start, settings)
-    default = estimator(start)
+    default, traced = estimator(start), estimator.trace(start)
     dynamic = params.train.precision == "dynamic"
     near = neighbours(start, model.layers, dynamic=dynamic)
     others = {name: estimator(plan) for name, plan in near.items()}
@@ -78,7 +78,7 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
         budget_bytes=hardware.budget_bytes,
         default=default,
         neighbours=others,
-        over_step=moments(estimator.trace(start).levels[0], estimator.workspace_bytes),
+        over_step=moments(traced.levels[0], estimator.workspace_bytes(traced)),
         cards=_cards(params, [default, *others.values()], estimator),
         found=found,
     )

@@ -53,7 +53,6 @@ def find_plan(
         model=model,
         start=start,
         estimator=estimator,
-        replay=estimator.replayed,
         tokens=load.tokens,
         seen=[estimate for estimate in known if _may_be_chosen(estimate.plan, start)],
         shape=Shape.of(

@@ -14,10 +14,6 @@ lines, with a bend where the peak moves to another instant of the step. So along
 edge of what fits is guessed by a straight line, looked for beside the guess, and then bisected: a
 trace of a large model takes a second, and no plan is believed that was not traced itself.
 
-What the allocator loses to blocks of the wrong size takes a replay at full depth to know, so only what
-the search comes to is replayed. The share that it lost then moves the limit for the others, and the
-search is run again on the estimates that there are, until a replayed plan is the preferred one.
-
 This module imports no torch: it is handed the function that estimates.
 """
 
@@ -53,7 +49,6 @@ MLP_CHUNK_TOKENS = 8192
 STEP_BACK = 0.03
 
 MOST_RIVALS = 5
-MOST_REPLAYS = 3
 RUNNERS_UP = 3
 NEAR = 1.25  # times the budget: what takes more is no runner-up
 
@@ -303,8 +298,7 @@ class Search:
     """Finds the preferred plan that fits, with a handful of estimates.
 
     tokens: tokens of the heaviest micro-batch, by its size. shape: what the model's speed depends on,
-    None where that is not known. replay: estimates with what the allocator reserves; None where
-    `estimator` says all there is to know. Every estimate that was made is kept in `seen`, in order.
+    None where that is not known. Every estimate that was made is kept in `seen`, in order.
     """
 
     params: Params
@@ -315,8 +309,6 @@ class Search:
     tokens: Callable[[int], int]
     seen: list[Estimate] = field(default_factory=list)
     shape: Shape | None = None
-    replay: Estimator | None = None
-    _replayed: dict[Plan, Estimate] = field(default_factory=dict)
 
     def _estimate(self, plan: Plan) -> Estimate:
         for known in self.seen:
@@ -352,41 +344,14 @@ class Search:
         `STEP_BACK` less. Raises UserError, with figures, where nothing fits from the start.
         """
         limit = self.hardware.budget_bytes
-        found, by_speed = self._proven(limit)
-        if not self._fits(found, limit):
-            raise UserError(self._nothing_fits(found))
-        while self._fits(found, limit):
-            yield self._choice(found, by_speed)
+        best, least = self._best(limit)
+        if best is None:
+            raise UserError(self._nothing_fits(least))
+        while best is not None:
+            found = self._faster(best, limit)
+            yield self._choice(found, by_speed=found is not best)
             limit = int(found.process_bytes * (1 - STEP_BACK))
-            found, by_speed = self._proven(limit)
-
-    def _proven(self, limit: int) -> tuple[Estimate, bool]:
-        """The preferred plan whose replay fits `limit`, and whether speed chose it.
-
-        Where none does, the smallest plan that was looked at.
-        """
-        found: tuple[Estimate, bool] | None = None
-        held, reached = limit, 0  # what estimates are held to, and were where a plan was found
-        for _ in range(MOST_REPLAYS):
-            best, least = self._best(held)
-            faster = least if best is None else self._faster(best, held)
-            known = faster.plan in self._replayed
-            replayed = self._replay(faster)
-            if self._fits(replayed, limit) and held > reached:
-                found, reached = (replayed, faster is not best and best is not None), held
-            elif best is None and found is None:
-                return replayed, False
-            held = int(limit * faster.process_bytes / replayed.process_bytes)
-            if self.replay is None or known or held <= reached:
-                break
-        return found or (replayed, False)
-
-    def _replay(self, quick: Estimate) -> Estimate:
-        if self.replay is None:
-            return quick
-        if quick.plan not in self._replayed:
-            self._replayed[quick.plan] = self.replay(quick.plan)
-        return self._replayed[quick.plan]
+            best, _ = self._best(limit)
 
     @cached_property
     def _rivals(self) -> Rivals | None:
@@ -398,7 +363,7 @@ class Search:
     def _forecast(self, plan: Plan) -> Forecast | None:
         return None if self._rivals is None else self._rivals.forecast(plan)
 
-    def _choice(self, found: Estimate, by_speed: bool) -> Choice:
+    def _choice(self, found: Estimate, *, by_speed: bool) -> Choice:
         mine = self._forecast(found.plan)
         speed = None if mine is None else mine.tokens_per_second
         others = [self._considered(e, speed) for e in self.seen if e.plan != found.plan]
@@ -427,9 +392,8 @@ class Search:
         peak = self.estimator(other).peak_allocated_bytes
         return AllLearn(peak, None if told is None else told.tokens_per_second)
 
-    def _considered(self, quick: Estimate, mine: float | None) -> Considered:
+    def _considered(self, found: Estimate, mine: float | None) -> Considered:
         """Why the plan lost against one of `mine` tokens/s."""
-        found = self._replayed.get(quick.plan, quick)
         told = self._forecast(found.plan)
         speed = told.tokens_per_second if told else None
         over = found.process_bytes - self.hardware.budget_bytes

@@ -156,6 +156,21 @@ class AdapterBank:
                 span.learned = slice(self._learned, self._learned + size)
                 self._learned += size
 
+    def by_layer(self) -> list[tuple[Tensor, dict[int, int]]]:
+        """The flat buffers that there are, each with the bytes that it has of every layer."""
+        if not any(span.shares for span in self._spans.values()):
+            return []
+        found = [(self.flat, {n: span.whole for n, span in self._spans.items()})]
+        if self.gradients is not None:
+            learned = {
+                n: span.learned for n, span in self._spans.items() if span.learned is not None
+            }
+            found.append((self.gradients, learned))
+        return [
+            (flat, {n: (p.stop - p.start) * flat.element_size() for n, p in parts.items()})
+            for flat, parts in found
+        ]
+
     def begin(self) -> None:
         """Begins an optimizer step: gradients that stay are zero and in their places."""
         if self.leaving or self._learned == 0:

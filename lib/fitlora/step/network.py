@@ -51,8 +51,11 @@ class Network(Protocol):
     def loss(self, batch: MicroBatch, *, scale: float) -> Tensor:
         """The same loss without dropout and without gradients."""
 
-    def gradients(self) -> list[Tensor]:
-        """All of the adapters' gradients that are on the device, in as few tensors as they lie in."""
+    def gradients(self) -> dict[int, list[Tensor]]:
+        """The gradients that are on devices, by their numbers, in as few tensors as they lie in."""
+
+    def shared_by_layers(self) -> list[tuple[Tensor, dict[int, int]]]:
+        """Tensors on devices that have a part of each of several layers, with the bytes of each."""
 
 
 def _nobody(layer: int | None) -> None:
@@ -243,8 +246,12 @@ class HandNetwork:
             wanted=index > self.lowest, mlp_chunk=self.plan.mlp_chunk_tokens,
         )  # fmt: skip
 
-    def gradients(self) -> list[Tensor]:
-        return [bank.gradients for bank in self.banks if bank.gradients is not None]
+    def gradients(self) -> dict[int, list[Tensor]]:
+        found = {number: bank.gradients for number, bank in enumerate(self.banks)}
+        return {number: [flat] for number, flat in found.items() if flat is not None}
+
+    def shared_by_layers(self) -> list[tuple[Tensor, dict[int, int]]]:
+        return [shared for bank in self.banks for shared in bank.by_layer()]
 
     @contextmanager
     def _at_work(self, layer: int, *, backward: bool = False) -> Iterator[None]:
@@ -403,6 +410,7 @@ class AutogradNetwork:
             loss = self._loss(batch, scale)
         with phase("backward"):
             loss.backward()
+            self.watch(None)
         return loss.detach()
 
     @torch.no_grad()
@@ -410,8 +418,12 @@ class AutogradNetwork:
         self.placement.begin(backward_follows=False)
         return self._loss(batch, scale)
 
-    def gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.model.parameters() if p.grad is not None]
+    def gradients(self) -> dict[int, list[Tensor]]:
+        found = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return {0: found} if found else {}
+
+    def shared_by_layers(self) -> list[tuple[Tensor, dict[int, int]]]:
+        return []
 
     def _loss(self, batch: MicroBatch, scale: float) -> Tensor:
         self.context.enter(batch)

@@ -5,7 +5,7 @@ model's business and the Plan's.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -77,12 +77,12 @@ class TrainingStep:
         self.model, self.plan, self.settings = model, plan, settings
         self.context, self.network = context, network
         self.adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._by_layer = [
+        self.by_layer = [
             [p for p in layer.parameters() if p.requires_grad] for layer in decoder_layers(model)
         ]
         self.devices = network.placement.devices
         self._device_of: dict[Tensor, int] = {
-            p: self.devices.of_layer[layer] for layer, ps in enumerate(self._by_layer) for p in ps
+            p: self.devices.of_layer[layer] for layer, ps in enumerate(self.by_layer) for p in ps
         }
         self.device = device
         self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
@@ -121,7 +121,7 @@ class TrainingStep:
     def _freeze(self, frozen: Sequence[int]) -> None:
         if isinstance(self.optimizer, CPUOffloadOptimizer):
             self.optimizer.join()
-        for layer, parameters in enumerate(self._by_layer):
+        for layer, parameters in enumerate(self.by_layer):
             for parameter in parameters:
                 parameter.requires_grad_(layer not in frozen)
                 if layer in frozen:
@@ -155,14 +155,18 @@ class TrainingStep:
         adapters = {id(p) for p in self.adapters.values()}
         frozen = [p for p in self.model.parameters() if id(p) not in adapters]
         slots = self.network.placement.slot_tensors
-        states = {} if self.optimizer is None else self.optimizer.state
-        kept = [value for state in states.values() for value in state.values()]
         return {
             "weights": [*frozen, *self.model.buffers(), *slots],
             "adapters": list(self.adapters.values()),
             "gradients": [p.grad for p in self.adapters.values() if p.grad is not None],
-            "optimizer_states": [value for value in kept if isinstance(value, Tensor)],
+            "optimizer_states": self.states_of(list(self.adapters.values())),
         }
+
+    def states_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The optimizer's states of these, as far as they are tensors."""
+        states = {} if self.optimizer is None else self.optimizer.state
+        found = (value for p in parameters for value in states.get(p, {}).values())
+        return [value for value in found if isinstance(value, Tensor)]
 
     def tensors(self) -> list[Tensor]:
         """All of its parts."""
@@ -229,7 +233,7 @@ class TrainingStep:
             self._norm([loss], reduce_gradients)
             found = [
                 sum(self._squared_norm(p) for p in parameters if p.requires_grad)
-                for parameters in self._by_layer
+                for parameters in self.by_layer
             ]
             self.abandon()
         told = 0.0 if loss.is_meta else float(loss) / loss_scale
@@ -296,11 +300,12 @@ class TrainingStep:
         for parameter in learning:
             if parameter.grad is None:  # a device without a share of a small batch still takes part
                 parameter.grad = torch.zeros_like(parameter)
+        by_device = self.network.gradients()
         if reduce is not None:
-            reduce([*self.network.gradients(), *also_reduced])
+            reduce([*(g for gradients in by_device.values() for g in gradients), *also_reduced])
         # as torch.nn.utils.clip_grad_norm_ has it, which takes no tensors on meta
         norms = []
-        for number, gradients in self._gradients_by_device():
+        for number, gradients in by_device.items():
             with self.devices.at(number):
                 each = torch.stack(torch._foreach_norm(gradients))
             norms.append(self.devices.bring(each, number))
@@ -310,14 +315,6 @@ class TrainingStep:
     def _at(self, parameter: Tensor) -> AbstractContextManager[None]:
         """The adapter's device is at work inside; one that is in no decoder layer is on the first."""
         return self.devices.at(self._device_of.get(parameter, 0))
-
-    def _gradients_by_device(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """The number of each device that has gradients, and those."""
-        found: dict[int, list[Tensor]] = {}
-        for parameter in self.learning.values():
-            if parameter.grad is not None:
-                found.setdefault(self._device_of.get(parameter, 0), []).append(parameter.grad)
-        yield from found.items()
 
     def _scale_gradients(self, norm: Tensor, loss_scale: float) -> None:
         """Takes the loss scale out, and clips."""
@@ -331,7 +328,7 @@ class TrainingStep:
         if isinstance(self.optimizer, CPUOffloadOptimizer) and self.optimizer.gradients_leave:
             self.optimizer.scale_gradients(factor)
         else:
-            for number, gradients in self._gradients_by_device():
+            for number, gradients in self.network.gradients().items():
                 with self.devices.at(number):
                     torch._foreach_mul_(gradients, self.devices.bring(factor, 0))
 
