@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.common import SHAPES, shape_config, write_result
 from fitlora.step import ops
-from fitlora.step.attention import _plain_attention
+from fitlora.step.attention import _PlainAttention, _Rule
 
 Backward = Callable[[], tuple[Tensor, ...]]
 Forward = Callable[[], tuple[Tensor, Backward]]
@@ -78,7 +78,9 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, batch: int) -> Forward:
 def reference(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, batch: int) -> list[Tensor]:
     """out, dq, dk, dv in float32."""
     wide = [x.float().requires_grad_() for x in (q, k, v)]
-    out = _plain_attention(*wide, [len(q) // batch] * batch, q.shape[-1] ** -0.5, -1, None)
+    out = _PlainAttention.apply(
+        *wide, [len(q) // batch] * batch, _Rule(q.shape[-1] ** -0.5, -1, None)
+    )
     return [out.detach(), *torch.autograd.grad(out, wide, dout.float())]
 
 

@@ -8,9 +8,10 @@ import torch
 from bitsandbytes import functional
 from torch import Tensor
 
+from fitlora.memory.trace import MemoryTrace
 from fitlora.quantization.layout import QuantSpec, decode_state, state_key
 from fitlora.step import ops
-from fitlora.step.attention import _plain_attention
+from fitlora.step.attention import _plain_attention, _plain_backward, _PlainAttention, _Rule
 from tests.tiny_models import dequantized
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -298,17 +299,61 @@ def test_plain_attention_is_the_same(window: int) -> None:
     qkv, g, _ = inputs(lengths, 4, 2)
     expected = expected_gradients(qkv, g, lengths, 0.3, window)
     leaves = [x.clone().requires_grad_() for x in qkv]
-    out = _plain_attention(leaves[0], leaves[1], leaves[2], lengths, 0.3, window, None)
+    out = _PlainAttention.apply(*leaves, lengths, _Rule(0.3, window, None))
     found = [out, *torch.autograd.grad(out, leaves, g)]
     for a, b in zip(found, [expected[0], *expected[2:]], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
+
+
+def attention_in_float64(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], cap: float) -> Tensor:
+    """Capped scores of each token with those before it, at most three back, head by head."""
+    groups, found, first = q.shape[1] // k.shape[1], [], 0
+    for length in lengths:
+        rows = slice(first, first := first + length)
+        far = torch.arange(length)[:, None] - torch.arange(length)
+        seen = (far >= 0) & (far <= 3)
+        heads = []
+        for head in range(q.shape[1]):
+            scores = q[rows, head] @ k[rows, head // groups].T * 0.3
+            scores = (cap * torch.tanh(scores / cap)).where(seen, -math.inf)
+            heads.append(scores.softmax(-1) @ v[rows, head // groups])
+        found.append(torch.stack(heads, 1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
+)
+def test_gradients_of_capped_attention_are_near_the_truth(dtype: torch.dtype, bound: float) -> None:
+    lengths, cap = [5, 12, 1], 0.7
+    qkv, g, _ = inputs(lengths, 4, 2)
+    low = [x.to(dtype).requires_grad_() for x in qkv]
+    exact = [x.detach().double().requires_grad_() for x in low]
+    out = _PlainAttention.apply(*low, lengths, _Rule(0.3, 3, cap))
+    expected = attention_in_float64(*exact, lengths, cap)
+    found = [out, *torch.autograd.grad(out, low, g.to(dtype))]
+    wanted = [expected, *torch.autograd.grad(expected, exact, g.to(dtype).double())]
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == dtype
+        assert torch.linalg.vector_norm(a.double() - b) <= bound * torch.linalg.vector_norm(b)
+
+
+def test_plain_attention_has_no_more_than_three_of_its_scores() -> None:
+    length, heads = 256, 4
+    trace = MemoryTrace(shapes=True)
+    with trace, torch.no_grad():
+        q, g, out = (torch.empty(length, heads, 16, device="meta") for _ in range(3))
+        k, v = (torch.empty(length, 2, 16, device="meta") for _ in range(2))
+        _plain_backward(g, q, k, v, out, [length], _Rule(1.0, -1, None))
+    scores = length * length * heads * 4
+    assert 2 * scores <= trace.peak.bytes < 3.3 * scores
 
 
 def test_soft_capped_scores() -> None:
     lengths = [4, 6]
     (q, k, v), _, _ = inputs(lengths, 2, 1)
     cap = 0.7
-    out = _plain_attention(q, k, v, lengths, 1.0, -1, cap)
+    out = _plain_attention(q, k, v, lengths, _Rule(1.0, -1, cap))
     for token, first in ((3, 0), (4, 4), (9, 4)):
         for head in range(2):
             scores = cap * torch.tanh(k[first : token + 1, 0] @ q[token, head] / cap)

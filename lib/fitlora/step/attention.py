@@ -3,9 +3,12 @@
 Registered with transformers under the name "fitlora": its models then build no mask, and hand every
 layer's queries, keys and values to `attention_forward`. FlashAttention does the work where it can
 (bfloat16 on CUDA, any type on the CPU); what it lacks here (soft-capped scores, fp32 and fp16 on CUDA)
-takes plain operations, sequence by sequence.
+takes plain operations, sequence by sequence. Their backward is written out as well: autograd would keep
+the scores, and its softmax takes a copy of them that no trace sees.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -44,33 +47,90 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
+@dataclass(frozen=True)
+class _Rule:
+    """How scores are made: q k^T * scale, capped, and which of them are seen."""
+
+    scale: float
+    window: int  # tokens to the left that are seen; -1 for all
+    softcap: float | None
+
+    def attended(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The share that each token gives each, float32 (heads, length, length), and the tanh of scores
+        over the cap, where there is one. q, k: (heads, length, d)."""
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(self.scale)
+        tanh = None
+        if self.softcap is not None:
+            tanh = scores.div_(self.softcap).tanh_()
+            scores = tanh * self.softcap
+        position = torch.arange(q.shape[1], device=q.device)
+        hidden = position > position[:, None]
+        if self.window >= 0:
+            hidden |= position < position[:, None] - self.window
+        return scores.float().masked_fill_(hidden, float("-inf")).softmax(-1), tanh
+
+
+def _by_sequence(lengths: Sequence[int], *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Of tensors (tokens, heads, d) each sequence's part, (heads, length, d)."""
+    for parts in zip(*(x.split(list(lengths)) for x in tensors), strict=True):
+        yield [part.transpose(0, 1) for part in parts]
+
+
 def _plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: list[int],
-    scale: float,
-    window: int,
-    softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rule: _Rule
 ) -> Tensor:
     """The same in plain operations; (length, length) scores of one sequence at a time."""
     groups = q.shape[1] // k.shape[1]
-    parts = []
-    for q1, k1, v1 in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        length = q1.shape[0]
-        k1 = k1.repeat_interleave(groups, dim=1)
-        v1 = v1.repeat_interleave(groups, dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q1, k1) * scale
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        position = torch.arange(length, device=q.device)
-        distance = position[:, None] - position[None, :]
-        hidden = distance < 0
-        if window >= 0:
-            hidden |= distance > window
-        scores = scores.float().masked_fill(hidden, float("-inf"))
-        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1).to(v1.dtype), v1))
-    return torch.cat(parts)
+    out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+    for q1, k1, v1, out1 in _by_sequence(lengths, q, k, v, out):
+        shares, _ = rule.attended(q1, k1.repeat_interleave(groups, 0))
+        out1.copy_(torch.bmm(shares.to(v.dtype), v1.repeat_interleave(groups, 0)))
+    return out
+
+
+def _plain_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lengths: Sequence[int], rule: _Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v. What is as large as the scores is there three times at most."""
+    groups = q.shape[1] // k.shape[1]
+    found = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    for grad1, q1, k1, v1, out1, dq1, dk1, dv1 in _by_sequence(lengths, grad, q, k, v, out, *found):
+        k1, v1 = (x.repeat_interleave(groups, 0) for x in (k1, v1))
+        shares, tanh = rule.attended(q1, k1)
+        _sum_groups(torch.bmm(shares.to(v.dtype).transpose(1, 2), grad1), dv1)
+        # softmax's: shares * (gradient - their mean by shares), which is gradient and output's product
+        mean = (grad1.float() * out1.float()).sum(-1, keepdim=True)
+        scores = torch.bmm(grad1, v1.transpose(1, 2)).float().sub_(mean).mul_(shares)
+        del shares
+        if tanh is not None:
+            scores.mul_(tanh.square_().neg_().add_(1))
+            del tanh
+        scores = scores.to(q.dtype).mul_(rule.scale)
+        dq1.copy_(torch.bmm(scores, k1))
+        _sum_groups(torch.bmm(scores.transpose(1, 2), q1), dk1)
+    return found[0], found[1], found[2]
+
+
+def _sum_groups(gradient: Tensor, out: Tensor) -> None:
+    """Adds up (heads, length, d) over the heads that share one of `out`'s (kv heads, length, d)."""
+    torch.sum(gradient.view(len(out), -1, *out.shape[1:]), 1, out=out)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """`_plain_attention` for autograd; the scores are made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rule: _Rule
+    ) -> Tensor:
+        out = _plain_attention(q, k, v, lengths, rule)
+        ctx.save_for_backward(q, k, v, out)
+        ctx.settings = (lengths, rule)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_plain_backward(grads[0], *ctx.saved_tensors, *ctx.settings), None, None
 
 
 def attend(
@@ -88,8 +148,7 @@ def attend(
     `attend_backward` needs beside its arguments.
     """
     if not _has_kernel(q, v, softcap, batch.kind):
-        with torch.no_grad():
-            return _plain_attention(q, k, v, batch.lengths, scale, window, softcap), ()
+        return _plain_attention(q, k, v, batch.lengths, _Rule(scale, window, softcap)), ()
     out, *rest = ops.attention(q, k, v, batch.starts, batch.lengths, scale, window)
     return out, tuple(rest)
 
@@ -112,11 +171,7 @@ def attend_backward(
             grad, q, k, v, out, *rest, batch.starts, batch.lengths, scale, window
         )
         return dq, dk, dv
-    with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        again = _plain_attention(q, k, v, batch.lengths, scale, window, softcap)
-        dq, dk, dv = torch.autograd.grad(again, (q, k, v), grad)
-    return dq, dk, dv
+    return _plain_backward(grad, q, k, v, out, batch.lengths, _Rule(scale, window, softcap))
 
 
 def _has_kernel(q: Tensor, v: Tensor, softcap: float | None, kind: str) -> bool:
@@ -154,7 +209,7 @@ def attention_forward(
     if _has_kernel(q, v, softcap, context.kind):
         out = _Attention.apply(q, k, v, context.starts, context.lengths, scale, window)
     else:
-        out = _plain_attention(q, k, v, context.lengths, scale, window, softcap)
+        out = _PlainAttention.apply(q, k, v, context.lengths, _Rule(scale, window, softcap))
     return out[None], None
 
 
