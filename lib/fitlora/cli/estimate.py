@@ -320,6 +320,7 @@ def _parts(estimate: "Estimate") -> Iterator[str]:
     rows = {
         **{k.replace("_", " "): v for k, v in estimate.components.model_dump().items()},
         "peak allocated": estimate.peak_allocated_bytes,
+        "peak reserved": estimate.peak_reserved_bytes or 0,
         "safe peak": estimate.safe_peak_bytes or 0,
         "paged states": estimate.paged_bytes,
         "whole process": estimate.process_bytes,
@@ -328,6 +329,7 @@ def _parts(estimate: "Estimate") -> Iterator[str]:
     for name, count in rows.items():
         yield f"  {name:<20}{format_bytes(count):>12}"
     yield f"  at: {estimate.instant}"
+    yield "  what else Python, its libraries and the data take of the host is not known"
 
 
 def _table_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -443,7 +445,7 @@ def probe(model: str, asked: dict[str, Any]) -> Any:
         "fits": measured.fits,
         "predicted_allocated_bytes": predicted.peak_allocated_bytes,
         "measured_allocated_bytes": measured.peak_allocated_bytes,
-        "predicted_reserved_bytes": predicted.safe_peak_bytes,
+        "predicted_reserved_bytes": predicted.peak_reserved_bytes,
         "measured_reserved_bytes": measured.peak_reserved_bytes,
         "tokens_per_second": measured.tokens_per_second,
     }

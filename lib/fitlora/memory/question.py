@@ -1,13 +1,15 @@
 """Will it fit, how much of it would, and what else would: the questions that people have of a Plan.
 
 Every answer is an estimate of a Plan that was traced. What a micro-batch takes depends on its tokens
-alone (there is no padding, and attention keeps no scores), and as the largest of straight lines: a
-convex curve. So a chord between two traced plans lies above it, and the longest sequence that fits is
-closed in on with a handful of traces, from below by chords and from above by extending them.
+alone (there is no padding, and attention keeps no scores), and nearly as the largest of straight lines,
+a convex curve: what the allocator reserves beside it is a small share. So the longest sequence that fits
+is closed in on with a handful of traces, from below by chords and from above by extending them, and no
+length is told that was not found to fit itself.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fitlora.artifacts import Card, Estimate, Hardware
@@ -35,6 +37,10 @@ class Question:
     hardware: Hardware
     _known: dict[Plan, Estimate] = field(default_factory=dict)
 
+    @cached_property
+    def _estimator(self) -> Estimator:
+        return Estimator(self.config, self.settings, Load.uniform(1, 2), self.hardware)
+
     @property
     def layers(self) -> int:
         return int(self.config.get_text_config().num_hidden_layers)
@@ -45,8 +51,7 @@ class Question:
         if plan not in self._known:
             count = max(plan.micro_batch_size, plan.evaluation_batch_size)
             load = Load.uniform(count, plan.sequence_length)
-            estimator = Estimator(self.config, self.settings, load, self.hardware)
-            self._known[plan] = estimator(plan)
+            self._known[plan] = self._estimator.for_load(load)(plan)
         return self._known[plan]
 
     def of_length(self, tokens: int) -> Plan:
@@ -143,7 +148,8 @@ def _all_on_host(plan: Plan, config: Any, settings: StepSettings) -> dict[str, A
 def fit_cards(estimates: Iterable[Estimate]) -> tuple[Card, ...]:
     """For each of `CARDS_GIB` the first of the estimates, in order of preference, that it holds.
 
-    The host is asked nothing: what is pinned on it is in the plan's line.
+    What is cached need not be given back on a card that it says fits. The host is asked nothing: what is
+    pinned on it is in the plan's line.
     """
     known = list(estimates)
 

@@ -253,12 +253,7 @@ def shorter_rows(estimator: Estimator) -> Callable[[Plan], str]:
     def suggest(plan: Plan) -> str:
         half = max(2, plan.sequence_length // 2)
         with _disable_current_modes():
-            shorter = Estimator(
-                estimator.config,
-                estimator.settings,
-                estimator.load.cut_to(half),
-                estimator.hardware,
-            )
+            shorter = estimator.for_load(estimator.load.cut_to(half))
             needs = shorter(plan.replace(sequence_length=half)).process_bytes
         return f" ({half:,} would take {format_bytes(needs)})"
 
