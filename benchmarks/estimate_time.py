@@ -3,8 +3,8 @@
     python -m benchmarks.estimate_time --json benchmarks/results/estimate_time.cpu.json
 
 For each model one plan by an estimator that knows nothing yet, a hundred plans as a search looks at
-them, and the whole command `fitlora estimate`, each in a process of its own. Seconds are the processor's,
-of one thread: what else runs on the machine is not in them. No GPU is used where there is one.
+them, and the whole command `fitlora estimate`, each in a process of its own. Seconds are the
+processor's, of one thread: what else runs on the machine is not in them. No GPU is used.
 """
 
 import argparse

@@ -21,7 +21,6 @@ depends on the machine.
 
 import copy
 import itertools
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -302,15 +301,13 @@ class Pinned:
 
         more = streamed(plan, places) - streamed(shallow, range(len(self.weights)))
         own = sum(self.masters[place] for place in places) - sum(self.masters)
-        if (
-            self.checkpoints
-        ):  # of each micro-batch in a pass every layer has one, and the newest none
+        if self.checkpoints:
+            # every layer has one of each micro-batch in a pass, but for the newest of all
             layers = waiting(shallow)
-            sizes = {size: -(-count // layers) for size, count in Counter(self.checkpoints).items()}
-            if len(self.checkpoints) != layers * sum(sizes.values()) - 1:
-                raise Irregular("layers that wait on the host have other buffers than one each")
-            each = sum(size * count for size, count in sizes.items())
-            own += (waiting(plan) - layers) * each
+            each, other = divmod(len(self.checkpoints) + 1, layers)
+            if other:
+                raise Irregular("layers that wait on the host have not as many buffers each")
+            own += (waiting(plan) - layers) * each * max(self.checkpoints)
         return replace(self, all=self.all + more + own, shared=self.shared + more)
 
 

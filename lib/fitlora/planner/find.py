@@ -153,7 +153,6 @@ def _spread(parallel: Search) -> Iterator[Choice]:
         model=parallel.model,
         start=start.replace(layers_per_device=counts),
         estimator=parallel.estimator,
-        replay=parallel.replay,
         tokens=parallel.tokens,
     )
     for choice in search.fitting():
