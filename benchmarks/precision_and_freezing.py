@@ -19,8 +19,8 @@ allocator to ask, the peak is of live tensors as an estimate counts them; time i
 others use it too; and what the speed model has to know of it is measured here.
 
 `frozen_run`, of `frozen` where the shipped model is among --models: its training, and the memory that
-was predicted before it. The longest rows come first, when the optimizer has no states yet, so a run stays
-below its prediction by those states: what `memory` saves is reached when such rows come again.
+was predicted before it. The longest rows come first, when the optimizer has no states, so a short run
+stays below its prediction by those states: what `memory` saves shows when such rows come again.
 """
 
 import argparse
