@@ -214,12 +214,13 @@ def main() -> None:
 
 
 def others(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The file's rows of other models and devices."""
+    """The file's rows of other models and devices, each with the commit that it was measured at."""
     if not args.json.exists():
         return []
     asked = (args.model, args.device)
-    rows = json.loads(args.json.read_text())["rows"]
-    return [row for row in rows if (row["model"], row["device"]) != asked]
+    found = json.loads(args.json.read_text())
+    rows = [row for row in found["rows"] if (row["model"], row["device"]) != asked]
+    return [{"commit": found["commit"], **row} for row in rows]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the gate sees: right and wrong merges of a run, by the figures that it holds to limits.
 
-    make run && python -m benchmarks.merge_gate --json benchmarks/results/merge_gate.cpu.json
+    make run && python -m benchmarks.merge_gate --compute-dtypes float32 bfloat16 \
+        --json benchmarks/results/merge_gate.cpu.json
     python -m benchmarks.merge_gate --stages --root /tmp/run \
         --json benchmarks/results/merge_gate.h200.json
 
