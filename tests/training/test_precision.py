@@ -12,9 +12,10 @@ from fitlora.plan import Plan
 from fitlora.training import recovery
 from fitlora.training.batches import Batches
 from fitlora.training.loop import Outcome, Run
+from fitlora.training.parallel import Ranks
 from fitlora.training.precision import CALM_STEPS, FIRST_SCALE, PrecisionState
 from tests.step import steps
-from tests.training.runs import FakeStep, make_run
+from tests.training.runs import FakeStep, in_ranks, make_run
 from tests.training.test_resume import cut_at, untimed
 
 NAN, INF = math.nan, math.inf
@@ -228,6 +229,40 @@ def test_a_run_that_switched_goes_on_to_the_bit(where: str, tmp_path: Path) -> N
         assert torch.equal(found.last[name], tensor)
     assert untimed(again) == untimed(whole)
     assert again.precision.state == whole.precision.state != PrecisionState()
+
+
+def test_where_one_process_overflows_all_of_them_switch(tmp_path: Path) -> None:
+    plan = steps.plan(
+        devices=2, effective_batch_size=5, micro_batch_size=2, evaluation_batch_size=2,
+        compute_dtype="bfloat16",
+    )  # fmt: skip
+    made = [steps.step(plan, steps.settings(dropout=0.2, bits=16, **TRAIN)) for _ in range(2)]
+    plain = made[1].network.train
+
+    def work(ranks: Ranks) -> Run:
+        run = make_run(
+            tmp_path,
+            made[ranks.rank],
+            batches=Batches(steps.sequences(12), 5, seed=0),
+            validation=steps.sequences(3, seed=1),
+            ranks=ranks,
+            **TRAIN,
+        )
+
+        def train(batch: Any, **options: Any) -> list[torch.Tensor]:
+            narrow = run.step.plan.activation_dtype != "float32"
+            spoiled = NAN if run.progress.done == 3 and narrow else 1.0
+            return [loss * spoiled for loss in plain(batch, **options)]
+
+        if ranks.rank == 1:
+            made[1].network.train = train  # type: ignore[method-assign]
+        run()
+        return run
+
+    runs = in_ranks(2, work)
+    assert [switches(run) for run in runs] == [[(4, "bfloat16", "float32")]] * 2
+    first, second = (run.step.adapter_state() for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def losses(outcome: Outcome, run: Run) -> list[float]:
