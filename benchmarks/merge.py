@@ -101,7 +101,9 @@ def anonymous_peak() -> Iterator[Callable[[], int]]:
 
     def sample() -> None:
         nonlocal peak
-        while not done.wait(0.02):
+        ended = False
+        while not ended:  # once in any case, however short the work
+            ended = done.wait(0.02)
             lines = Path("/proc/self/status").read_text().splitlines()
             found = next(line for line in lines if line.startswith("RssAnon:"))
             peak = max(peak, int(found.split()[1]) * 1024)
