@@ -10,6 +10,7 @@ ways), how many different faults were found (`faults`), and the CPU time of the 
 """
 
 import argparse
+import json
 import tempfile
 import time
 import traceback
@@ -75,18 +76,28 @@ def rows(count: int, number: int, only: str) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def others(file: Path, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a result file that are of other readers, with the commit that they were found at."""
+    if not file.is_file():
+        return []
+    before, again = json.loads(file.read_text()), {row["reader"] for row in found}
+    return [
+        {"commit": before["commit"], **row} for row in before["rows"] if row["reader"] not in again
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=10_000, help="for each reader")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="readers with this in their name")
+    parser.add_argument("--only", default="", help="readers with this in their name; others stay")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     found = []
     for row in rows(args.inputs, args.seed, args.only):
         found.append(row)
         if args.json is not None:
-            write_result(args.json, "fuzz", found, seed=args.seed)
+            write_result(args.json, "fuzz", [*others(args.json, found), *found], seed=args.seed)
     return 1 if any(row["faults"] for row in found) else 0
 
 

@@ -299,7 +299,7 @@ ADAPTER = serialized({f"base_model.model.q.lora_{side}.weight": torch.ones(4, 4)
 
 def _as_json(content: bytes) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(content.decode())  # from bytes it takes other encodings as well
     except (ValueError, RecursionError):
         return None
 
