@@ -201,7 +201,11 @@ class MemoryTrace(TorchDispatchMode):
         assert self.timeline is not None
         if self.timeline.layer is not None:
             return
-        layers = [self._layer_of(tensor) for tensor in inputs]
+        blocks = [self._block_of(tensor) for tensor in inputs]
+        layers = [None if block is None else block.layer for block in blocks]
+        whole = blocks[0].parts if blocks[0] is not None else None
+        if whole is not None and len(whole) == len(inputs):  # a tensor cut into its layers' parts
+            layers = list(whole)
         number = self._numbers[self._known[made.untyped_storage()]]
         block = self.timeline.blocks[number]
         if index is not None and index < len(layers):
@@ -214,10 +218,10 @@ class MemoryTrace(TorchDispatchMode):
             block = replace(block, parts=parts)
         self.timeline.blocks[number] = block
 
-    def _layer_of(self, tensor: Any) -> int | None:
+    def _block_of(self, tensor: Any) -> TimelineBlock | None:
         assert self.timeline is not None
         key = self._known.get(tensor.untyped_storage()) if isinstance(tensor, Tensor) else None
-        return None if key is None else self.timeline.blocks[self._numbers[key]].layer
+        return None if key is None else self.timeline.blocks[self._numbers[key]]
 
     def _see(self, tensor: Tensor, operator: str = "") -> bool:
         if tensor.is_meta is not self._shapes:

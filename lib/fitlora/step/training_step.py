@@ -307,10 +307,21 @@ class TrainingStep:
         norms = []
         for number, gradients in by_device.items():
             with self.devices.at(number):
-                each = torch.stack(torch._foreach_norm(gradients))
+                each = torch.stack(torch._foreach_norm(self._by_layers(gradients)))
             norms.append(self.devices.bring(each, number))
         norm: Tensor = torch.linalg.vector_norm(norms[0] if len(norms) == 1 else torch.cat(norms))
         return norm
+
+    def _by_layers(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Cut into the layers' parts, so that their norm is the same on however many devices they are."""
+        shared = {id(tensor): sizes.values() for tensor, sizes in self.network.shared_by_layers()}
+        found: list[Tensor] = []
+        for flat in gradients:
+            sizes = shared.get(id(flat))
+            found += (
+                [flat] if sizes is None else flat.split([n // flat.element_size() for n in sizes])
+            )
+        return found
 
     def _at(self, parameter: Tensor) -> AbstractContextManager[None]:
         """The adapter's device is at work inside; one that is in no decoder layer is on the first."""
