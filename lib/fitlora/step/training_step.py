@@ -313,7 +313,7 @@ class TrainingStep:
         return norm
 
     def _by_layers(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Cut into the layers' parts, so that their norm is the same on however many devices they are."""
+        """Cut into the layers' parts: their norm is then the same on however many devices."""
         shared = {id(tensor): sizes.values() for tensor, sizes in self.network.shared_by_layers()}
         found: list[Tensor] = []
         for flat in gradients:
