@@ -11,6 +11,7 @@ This module imports no torch: a Plan is compared, listed and tested in microseco
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -255,3 +256,9 @@ class Plan(BaseModel):
             f"{self.sequence_length} tokens, {recompute} layers recomputed{frozen}, "
             f"{dtype}, {self.optimizer} on {self.device}{host}"
         )
+
+
+def layer_ranges(counts: Sequence[int]) -> list[range]:
+    """The layers of each of several devices, bottom up, by how many it has."""
+    ends = itertools.accumulate(counts)
+    return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]

@@ -20,7 +20,6 @@ depends on the machine.
 """
 
 import copy
-import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -45,7 +44,7 @@ from fitlora.model import decoder_layers, empty_model
 from fitlora.offload.disk import BUFFERS as DISK_BUFFERS
 from fitlora.offload.optimizer import CPUOffloadOptimizer
 from fitlora.offload.transport import Transport, make_transport
-from fitlora.plan import PAGED_OPTIMIZERS, Plan
+from fitlora.plan import PAGED_OPTIMIZERS, Plan, layer_ranges
 from fitlora.step.batch import PackedSequence, TokenSequence
 from fitlora.step.build import step_skeleton
 from fitlora.step.devices import Devices
@@ -557,7 +556,8 @@ class Estimator:
             streamed_layers=streamed,
             disk_layers=min(plan.disk_layers, DISK_BUFFERS, len(streamed)),
             layers_per_device=[
-                sum(layer in part for layer in layers) for part in _ranges(plan.layers_per_device)
+                sum(layer in part for layer in layers)
+                for part in layer_ranges(plan.layers_per_device)
             ],
         )
         traced = self._trace(few, layers)
@@ -578,16 +578,10 @@ class Estimator:
         return self._traces[key]
 
 
-def _ranges(counts: Sequence[int]) -> list[range]:
-    """The layers of each device that layers are spread over."""
-    ends = itertools.accumulate(counts)
-    return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
-
-
 def _kind(plan: Plan, layer: int) -> tuple[bool, ...]:
     """What the plan makes of a layer."""
     return (
-        *(layer in part for part in _ranges(plan.layers_per_device)),
+        *(layer in part for part in layer_ranges(plan.layers_per_device)),
         layer >= plan.lowest_learning,
         layer in plan.recompute_layers,
         layer in plan.frozen_layers,

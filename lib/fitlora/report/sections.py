@@ -304,7 +304,7 @@ def training(run: Run) -> Html:
         rows = [(f"{p['step']:,}", str(p["cause"]), _changes(p)) for p in log.plans]
         parts.append(table(("step", "cause", "what changed of the plan"), rows, numbers=(0,)))
     else:
-        parts.append(tag("p", "None was taken: the plan held from the first step to the last."))
+        parts.append(tag("p", "None was taken: memory never ran short."))
     parts += adaptation(log, run.plan.plan)
     for title, key in (("Warnings", "warnings"), ("Recommendations", "recommendations")):
         lines = log.end.get(key) or []

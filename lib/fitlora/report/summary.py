@@ -26,15 +26,10 @@ from fitlora.artifacts import (
     parse_json,
 )
 from fitlora.errors import ArtifactError
+from fitlora.report.charts import MODELS
 from fitlora.report.log import TrainingEnd
 from fitlora.units import format_bytes
 
-MODELS = {
-    "base": "base",
-    "quantized_base": "4-bit base",
-    "adapter": "adapter",
-    "merged": "merged",
-}
 PLACES = {
     "report": REPORT,
     "adapter": ADAPTER,

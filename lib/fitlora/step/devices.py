@@ -12,7 +12,6 @@ meta, and a test's may all be on the CPU, which then stands for several devices 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from fitlora.errors import UserError
 from fitlora.model import decoder_layers
-from fitlora.plan import Plan
+from fitlora.plan import Plan, layer_ranges
 
 _ALREADY_THERE = nullcontext()
 
@@ -49,8 +48,7 @@ class Devices:
 
     def __init__(self, devices: Sequence[torch.device], counts: Sequence[int]) -> None:
         self.all, self.here = list(devices), 0
-        ends = accumulate(counts)
-        self.ranges = [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
+        self.ranges = layer_ranges(counts)
         self.of_layer = [number for number, layers in enumerate(self.ranges) for _ in layers]
         self.last = len(self.all) - 1
 
