@@ -9,9 +9,10 @@ Left out: memory that is not a tensor's (the CUDA context, library handles), and
 allocate and free inside, but for the kernels that say so in `fitlora.step.ops.scratch_bytes`.
 """
 
+import itertools
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -201,27 +202,39 @@ class MemoryTrace(TorchDispatchMode):
         assert self.timeline is not None
         if self.timeline.layer is not None:
             return
-        blocks = [self._block_of(tensor) for tensor in inputs]
-        layers = [None if block is None else block.layer for block in blocks]
-        whole = blocks[0].parts if blocks[0] is not None else None
-        if whole is not None and len(whole) == len(inputs):  # a tensor cut into its layers' parts
-            layers = list(whole)
+        parts = [self._parts_of(tensor) for tensor in inputs]
         number = self._numbers[self._known[made.untyped_storage()]]
         block = self.timeline.blocks[number]
-        if index is not None and index < len(layers):
-            block = replace(block, layer=layers[index])
-        elif None not in layers:
-            each = made.untyped_storage().nbytes() // len(layers)
-            parts = {
-                layer: each * count for layer, count in Counter(layers).items() if layer is not None
-            }
-            block = replace(block, parts=parts)
+        if index is not None and index < len(parts):
+            layers = list(parts[index])
+            block = replace(block, layer=layers[0] if len(layers) == 1 else None)
+        elif all(parts):
+            total: Counter[int] = Counter()
+            for part in parts:
+                total.update(part)
+            block = replace(block, parts=dict(total))
         self.timeline.blocks[number] = block
 
-    def _block_of(self, tensor: Any) -> TimelineBlock | None:
+    def _parts_of(self, tensor: Any) -> Mapping[int, int]:
+        """A tensor's bytes by the layers that they are for; empty where that is not known.
+
+        A block that has a part of each of several layers has them behind each other.
+        """
         assert self.timeline is not None
         key = self._known.get(tensor.untyped_storage()) if isinstance(tensor, Tensor) else None
-        return None if key is None else self.timeline.blocks[self._numbers[key]]
+        if key is None:
+            return {}
+        block, size = (
+            self.timeline.blocks[self._numbers[key]],
+            tensor.numel() * tensor.element_size(),
+        )
+        if block.parts is None:
+            return {} if block.layer is None else {block.layer: size}
+        if size == sum(block.parts.values()):
+            return block.parts
+        ends = itertools.accumulate(block.parts.values())
+        start = tensor.storage_offset() * tensor.element_size()
+        return {next(n for n, end in zip(block.parts, ends, strict=True) if start < end): size}
 
     def _see(self, tensor: Tensor, operator: str = "") -> bool:
         if tensor.is_meta is not self._shapes:

@@ -300,28 +300,21 @@ class TrainingStep:
         for parameter in learning:
             if parameter.grad is None:  # a device without a share of a small batch still takes part
                 parameter.grad = torch.zeros_like(parameter)
-        by_device = self.network.gradients()
         if reduce is not None:
-            reduce([*(g for gradients in by_device.values() for g in gradients), *also_reduced])
-        # as torch.nn.utils.clip_grad_norm_ has it, which takes no tensors on meta
+            held = self.network.gradients().values()
+            reduce([*(g for gradients in held for g in gradients), *also_reduced])
+        # as torch.nn.utils.clip_grad_norm_ has it, which takes no tensors on meta; of each parameter, so
+        # that it is the same to the bit wherever they are
         norms = []
-        for number, gradients in by_device.items():
-            with self.devices.at(number):
-                each = torch.stack(torch._foreach_norm(self._by_layers(gradients)))
-            norms.append(self.devices.bring(each, number))
+        for number in range(len(self.devices.all)):
+            mine = [p for p in learning if self._device_of.get(p, 0) == number]
+            gradients = [p.grad for p in mine if p.grad is not None]
+            if gradients:
+                with self.devices.at(number):
+                    each = torch.stack(torch._foreach_norm(gradients))
+                norms.append(self.devices.bring(each, number))
         norm: Tensor = torch.linalg.vector_norm(norms[0] if len(norms) == 1 else torch.cat(norms))
         return norm
-
-    def _by_layers(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Cut into the layers' parts: their norm is then the same on however many devices."""
-        shared = {id(tensor): sizes.values() for tensor, sizes in self.network.shared_by_layers()}
-        found: list[Tensor] = []
-        for flat in gradients:
-            sizes = shared.get(id(flat))
-            found += (
-                [flat] if sizes is None else flat.split([n // flat.element_size() for n in sizes])
-            )
-        return found
 
     def _at(self, parameter: Tensor) -> AbstractContextManager[None]:
         """The adapter's device is at work inside; one that is in no decoder layer is on the first."""
