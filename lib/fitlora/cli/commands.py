@@ -16,6 +16,7 @@ from fitlora.cli.frame import (
     Project,
     answers,
     debug_option,
+    examples,
     find_params,
     open_root,
     params_option,
@@ -31,15 +32,10 @@ if TYPE_CHECKING:
     from fitlora.report.summary import Summary
 
 
-def _examples(*lines: str) -> str:
-    """The end of a help text, as it stands."""
-    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
-
-
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=_examples(
+    epilog=examples(
         "fitlora init --preset 8gb           write a params.yaml to edit",
         "fitlora run --out outputs           everything, without DVC, into a folder",
         "fitlora chat --root outputs         talk to what came out",
@@ -56,7 +52,7 @@ def main() -> None:
 
 
 @main.command(
-    epilog=_examples(
+    epilog=examples(
         "fitlora init                        the defaults: the shipped model and data",
         "fitlora init --preset 8gb --set data.train=mine.jsonl --set data.validation=held.jsonl",
     )
@@ -97,7 +93,7 @@ def init(preset: str | None, force: bool, params_file: Path, changes: tuple[str,
 
 
 @main.command(
-    epilog=_examples("fitlora profile --json", "fitlora profile --set hardware.device=cpu")
+    epilog=examples("fitlora profile --json", "fitlora profile --set hardware.device=cpu")
 )
 @answers()
 @project_options
@@ -114,7 +110,7 @@ main.add_command(estimate)
 main.add_command(plan)
 
 
-@main.command(epilog=_examples("fitlora quantize", "fitlora quantize --set quantization.type=fp4"))
+@main.command(epilog=examples("fitlora quantize", "fitlora quantize --set quantization.type=fp4"))
 @answers()
 @project_options
 def quantize(project: Project) -> Any:
@@ -131,7 +127,7 @@ def quantize(project: Project) -> Any:
 
 
 @main.command(
-    epilog=_examples(
+    epilog=examples(
         "fitlora train",
         "fitlora train --set train.max_steps=20",
         "fitlora train --set train.from_adapter=my/adapter",
@@ -146,9 +142,7 @@ def train(project: Project) -> Any:
     return train_adapters(project.params, project.root)
 
 
-@main.command(
-    epilog=_examples("fitlora evaluate", "fitlora evaluate --set evaluate.rows=50 --json")
-)
+@main.command(epilog=examples("fitlora evaluate", "fitlora evaluate --set evaluate.rows=50 --json"))
 @answers()
 @project_options
 def evaluate(project: Project) -> Any:
@@ -165,7 +159,7 @@ def _show_summary(found: "Summary") -> None:
 
 
 @main.command(
-    epilog=_examples(
+    epilog=examples(
         "fitlora run --out outputs",
         "fitlora run --out outputs --force --set train.max_steps=20",
         "fitlora summary --root outputs",
@@ -200,7 +194,7 @@ def run(out: Path, force: bool, params_file: Path | None, changes: tuple[str, ..
 
 
 @main.command(
-    epilog=_examples(
+    epilog=examples(
         "fitlora chat",
         'fitlora chat --prompt "Ledger line: It cost Ana 3 francs to get 2 metres of rope."',
         "fitlora chat --merged --temperature 0.7 < questions.txt",
@@ -244,7 +238,7 @@ def chat(
     converse(model, prompt)
 
 
-@main.command(epilog=_examples("fitlora summary", "fitlora summary --root outputs --json"))
+@main.command(epilog=examples("fitlora summary", "fitlora summary --root outputs --json"))
 @answers(_show_summary)
 @root_option
 @debug_option

@@ -14,6 +14,7 @@ import click
 from fitlora.cli.frame import (
     answers,
     debug_option,
+    examples,
     open_project,
     params_option,
     root_option,
@@ -349,14 +350,10 @@ def _table_lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 @click.command(
-    epilog="\n".join(
-        [
-            "\b",
-            "Examples:",
-            "  fitlora estimate ./model --gpu-memory 8GiB --seq-length 2048 --micro-batch 2",
-            "  fitlora estimate ./model --table",
-            "  fitlora estimate                    the project's model and data, as a stage",
-        ]
+    epilog=examples(
+        "fitlora estimate ./model --gpu-memory 8GiB --seq-length 2048 --micro-batch 2",
+        "fitlora estimate ./model --table",
+        "fitlora estimate                    the project's model and data, as a stage",
     )
 )
 @answers(_show)
@@ -407,11 +404,7 @@ def _show_probe(found: dict[str, Any]) -> None:
         click.echo("it did not fit")
 
 
-@click.command(
-    epilog="\n".join(
-        ["\b", "Examples:", "  fitlora probe ./model --seq-length 2048 --micro-batch 2"]
-    )
-)
+@click.command(epilog=examples("fitlora probe ./model --seq-length 2048 --micro-batch 2"))
 @answers(_show_probe)
 @click.argument("model")
 @_asked

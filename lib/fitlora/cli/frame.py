@@ -70,6 +70,11 @@ class Commands(click.Group):
         raise SystemExit(status)
 
 
+def examples(*lines: str) -> str:
+    """The end of a help text, as it stands."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
+
+
 def _ending(error: BaseException, ctx: click.Context) -> tuple[int, str]:
     """The exit status and the last word."""
     if isinstance(error, KeyboardInterrupt):

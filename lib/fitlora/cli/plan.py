@@ -11,6 +11,7 @@ import click
 from fitlora.cli.frame import (
     answers,
     debug_option,
+    examples,
     open_project,
     params_option,
     root_option,
@@ -68,15 +69,11 @@ def _plan_for(params: "Params") -> Any:
 
 
 @click.command(
-    epilog="\n".join(
-        [
-            "\b",
-            "Examples:",
-            "  fitlora plan                        the project's model and data, proven on the device",
-            "  fitlora plan --set hardware.memory_budget=6GiB",
-            '  fitlora plan ./model --gpu "RTX 3070" --seq-length 1024',
-            '  fitlora plan ./model --gpu "RTX 4090" --set lora.r=32 --set plan.stream_layers=0',
-        ]
+    epilog=examples(
+        "fitlora plan                        the project's model and data, proven on the device",
+        "fitlora plan --set hardware.memory_budget=6GiB",
+        'fitlora plan ./model --gpu "RTX 3070" --seq-length 1024',
+        'fitlora plan ./model --gpu "RTX 4090" --set lora.r=32 --set plan.stream_layers=0',
     )
 )
 @answers()
