@@ -1,7 +1,8 @@
 # Each target works alone on a fresh clone. Set-up happens once, and again when a lock changes.
 #
 #   make run    the whole pipeline on the params.yaml that is here, and a table at the end
-#   make test   all tests               (make test ARGS="-m 'not slow'" for the quick ones)
+#   make test   all tests, in a process for each core, of at most four
+#               (make test ARGS="-m 'not slow'" for the quick ones, ARGS="-n 0" in one process)
 #   make lint   format, lint and types
 #   make lock   the locks again, from pyproject.toml   (make lock UPGRADE=1 for newer versions)
 #   make deps   the library files that each stage depends on, again, from its imports
@@ -31,7 +32,7 @@ run: setup
 	@$(WITH_VENV) fitlora summary
 
 test: setup-dev
-	$(WITH_VENV) python -m pytest $(ARGS)
+	$(WITH_VENV) python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: setup-dev
 	$(WITH_VENV) ruff format --check .
