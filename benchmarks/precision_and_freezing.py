@@ -345,6 +345,7 @@ class Costs:
             weights = RandomWeights(self.device)
             found = trace_step(self.config, step.plan, settings, self.load, weights)
             return {"measured_allocated_bytes": found.peak_bytes}
+        step.optimizer.state.clear()  # an estimate is of a run from its start
         torch.cuda.reset_peak_memory_stats()
         step.settings = settings
         rehearse(step, self.load)

@@ -12,6 +12,7 @@ from fitlora.data.packing import pack
 from fitlora.errors import UserError
 from fitlora.offload.optimizer import CPUOffloadOptimizer
 from fitlora.offload.transport import HostTransport
+from fitlora.step import network, placement
 from fitlora.step.training_step import TrainingStep
 from tests.step import steps
 from tests.step.test_network import make
@@ -119,12 +120,18 @@ def test_an_8_bit_optimizer_beside_streamed_layers() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_head_on_the_host(tied: bool) -> None:
-    """In slices of the vocabulary: another order of the same sums."""
+@pytest.mark.parametrize("case", ["llama", "olmo2", "logits of its own"])
+def test_the_head_on_the_host(case: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slices of the vocabulary, more than there are slots: another order of the same sums."""
+    if case == "logits of its own":
+        monkeypatch.setattr(network, "PLAIN_HEAD", frozenset())
+        case = "olmo2"
     config = {"tie_word_embeddings": tied}
-    sides = {"head": "host", "embedding": "host"}
-    expected, adapters = run(make("llama", config=config))
-    found, learned = run(make("llama", config=config, **sides))
+    expected, adapters = run(make(case, config=config), 2)
+    monkeypatch.setattr(placement, "HEAD_SLICE_BYTES", 5000)
+    made = make(case, config=config, head="host", embedding="host")
+    assert made.network.placement.head.count > 4  # type: ignore[attr-defined]
+    found, learned = run(made, 2)
     assert found == pytest.approx(expected, rel=1e-5)
     assert steps.distance(learned, adapters) < 1e-3
 

@@ -11,6 +11,7 @@ slice raises the maximum.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -196,7 +197,25 @@ def sliced_losses(
     return [one.end(scale) for one in found]
 
 
+class _SlicedProduct(torch.autograd.Function):
+    """The product with a frozen table that comes in slices, and comes again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, slices: Slices) -> Tensor:
+        ctx.slices = slices
+        return torch.cat([torch.mm(hidden, weight.t()) for _, weight in slices()], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total: Tensor | None = None
+        for start, weight in ctx.slices():
+            part = torch.mm(grads[0][:, start : start + len(weight)], weight).float()
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total.to(grads[0].dtype), None
+
+
 def sliced_logits(hidden: Tensor, slices: Slices, *, bias: Tensor | None = None) -> Tensor:
     """The logits of `hidden`, (rows, hidden), under a head that comes in slices: (rows, vocabulary)."""
-    logits = torch.cat([torch.mm(hidden, weight.t()) for _, weight in slices()], dim=1)
+    logits = cast(Tensor, _SlicedProduct.apply(hidden, slices))
     return logits if bias is None else logits.add_(bias)

@@ -6,11 +6,13 @@ of its hidden states, and its buffer is used again. The idea is that of Liger's 
 cross-entropy; a chunk's logits are turned into their gradient where they lie.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from fitlora.offload.vocabulary import Slices, sliced_losses
 from fitlora.step.pointwise import cross_entropy
 
 
@@ -51,41 +53,20 @@ def head_loss(
     return losses.sum().mul_(scale), grad
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _KnownGradients(torch.autograd.Function):
+    """A loss whose gradients for `inputs` are there already; those of None are none."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        scale: float,
-        chunk: int,
-        gradient: bool,
+        ctx: Any, loss: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor | None
     ) -> Tensor:
-        # of a head that is trained, which is kept in float32 and computed with as hidden is
-        learned = [
-            torch.zeros_like(part) if gradient and part is not None and part.requires_grad else None
-            for part in (weight, bias)
-        ]
-        total, grad = head_loss(
-            hidden,
-            weight.to(hidden.dtype),
-            targets,
-            scale=scale,
-            chunk=chunk,
-            bias=bias,
-            gradient=gradient,
-            weight_grad=learned[0],
-            bias_grad=learned[1],
-        )
-        ctx.save_for_backward(grad, *learned)
-        return total
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         parts = [None if part is None else part.mul_(grads[0]) for part in ctx.saved_tensors]
-        return *parts, None, None, None, None
+        return None, None, *parts
 
 
 def chunked_cross_entropy(
@@ -102,10 +83,49 @@ def chunked_cross_entropy(
     hidden: (rows, hidden), weight: (vocabulary, hidden), bias: (vocabulary,); each may be trained.
     targets: int64 (rows,). Returns a float32 scalar. Backward may be called once.
     """
-    need_grad = torch.is_grad_enabled() and any(
-        part is not None and part.requires_grad for part in (hidden, weight, bias)
+    inputs = hidden, weight, bias
+    gradient = torch.is_grad_enabled() and any(
+        part is not None and part.requires_grad for part in inputs
     )
-    return cast(
-        Tensor,
-        _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, scale, chunk, need_grad),
-    )
+    with torch.no_grad():
+        # of a head that is trained, which is kept in float32 and computed with as hidden is
+        learned = [
+            torch.zeros_like(part) if gradient and part is not None and part.requires_grad else None
+            for part in (weight, bias)
+        ]
+        loss, grad = head_loss(
+            hidden,
+            weight.to(hidden.dtype),
+            targets,
+            scale=scale,
+            chunk=chunk,
+            bias=bias,
+            gradient=gradient,
+            weight_grad=learned[0],
+            bias_grad=learned[1],
+        )
+    if grad is None:
+        return loss
+    return cast(Tensor, _KnownGradients.apply(loss, (grad, *learned), *inputs))
+
+
+def sliced_cross_entropy(
+    hidden: Tensor,
+    slices: Slices,
+    targets: Tensor,
+    *,
+    scale: float,
+    chunk: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`chunked_cross_entropy` under a frozen head that comes in slices, as `sliced_losses` takes it."""
+    with torch.no_grad():
+        ((loss, grad),) = sliced_losses(
+            [(hidden, targets)],
+            slices,
+            scale=scale,
+            chunk=chunk,
+            bias=bias,
+            gradient=hidden.requires_grad,
+        )
+    return loss if grad is None else cast(Tensor, _KnownGradients.apply(loss, (grad,), hidden))

@@ -22,7 +22,7 @@ from fitlora.plan import Plan
 from fitlora.step.bank import AdapterBank
 from fitlora.step.batch import MicroBatch, StepContext
 from fitlora.step.layer import DecoderLayer, Norm, Positions, Saved
-from fitlora.step.loss import chunked_cross_entropy, head_loss
+from fitlora.step.loss import chunked_cross_entropy, head_loss, sliced_cross_entropy
 from fitlora.step.placement import Placement, scale_of
 
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -428,17 +428,17 @@ class AutogradNetwork:
     def _loss(self, batch: MicroBatch, scale: float) -> Tensor:
         self.context.enter(batch)
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        if self.model.config.model_type in PLAIN_HEAD and self.placement.head is None:
+        if self.model.config.model_type in PLAIN_HEAD:
             hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
-            head = self.model.get_output_embeddings()
-            return chunked_cross_entropy(
-                hidden.index_select(0, batch.target_rows),
-                head.weight,
-                batch.targets,
-                scale=scale,
-                chunk=self.plan.loss_chunk_tokens,
-                bias=head.bias,
-            )
+            hidden = hidden.index_select(0, batch.target_rows)
+            head, chunk = self.model.get_output_embeddings(), self.plan.loss_chunk_tokens
+            about = {"scale": scale, "bias": head.bias}
+            if (streamed := self.placement.head) is not None:
+                chunk *= streamed.count  # as many logits at one time as so many whole rows have
+                return sliced_cross_entropy(
+                    hidden, streamed.slices, batch.targets, chunk=chunk, **about
+                )
+            return chunked_cross_entropy(hidden, head.weight, batch.targets, chunk=chunk, **about)
         logits = self.model(**inputs, use_cache=False).logits[0]
         logits = logits.index_select(0, batch.target_rows)
         loss = nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
