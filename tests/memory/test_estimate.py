@@ -2,6 +2,7 @@
 
 import random
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -267,11 +268,13 @@ def deep_cases() -> list[tuple[int, int, dict[str, Any]]]:
     return found
 
 
-HOST = ("streamed_layers", "checkpoints", "embedding", "head", "optimizer_device")
+HOST = ("streamed_layers", "disk_layers", "checkpoints", "embedding", "head", "optimizer_device")
 OFFLOADED = [
     (7, 7, {"streamed_layers": (0, 1, 2, 3, 4, 5, 6), "checkpoints": "host"}),
     (12, 12, {"streamed_layers": spread(12, 9), "embedding": "host", "head": "host"}),
     (9, 4, {"streamed_layers": (0, 2, 4, 5, 6, 7, 8), "streaming_slots": 3}),
+    (12, 12, {"streamed_layers": (1, 4, 5, 6, 7, 8, 11), "streaming_slots": 5}),
+    (12, 12, {"streamed_layers": spread(12, 7), "disk_layers": 4, "checkpoints": "host"}),
     (6, 6, {"optimizer_device": "host", "micro_batch_size": 3}),
     (9, 9, {"optimizer_device": "host", "checkpoints": "host", "micro_batch_size": 1}),
     (7, 7, {"checkpoints": "host", "recompute_keeps": ("attention",)}),
@@ -408,10 +411,14 @@ def test_layers_that_alternate_are_traced_once_in_each_place(recomputed: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recomputed", [0, 7])
-def test_layers_that_autograd_does_are_traced_once_in_each_place(recomputed: int) -> None:
+@pytest.mark.parametrize(("recomputed", "streamed"), [(0, ()), (7, ()), (7, (0, 1, 3, 6))])
+def test_layers_that_autograd_does_are_traced_once_in_each_place(
+    recomputed: int, streamed: tuple[int, ...]
+) -> None:
     config = Olmo2Config(**SMALL, num_hidden_layers=7)
-    plan = steps.plan(micro_batch_size=2, recompute_layers=tuple(range(recomputed)))
+    plan = steps.plan(
+        micro_batch_size=2, recompute_layers=tuple(range(recomputed)), streamed_layers=streamed
+    )
     check_few_tell_of_many(config, plan)
 
 
@@ -438,6 +445,21 @@ def test_plans_share_their_traces() -> None:
     assert peaks[-1] < peaks[0] / 3
     # none and all; one, two, three or more of each stack beside three of the other
     assert len(estimator._traces) == 7
+
+
+def test_patterns_of_streamed_layers_share_their_traces() -> None:
+    """One that has both in every place tells them all; that it tells the truth is seen above."""
+    layers = 24
+    estimator = Estimator(steps.config(num_hidden_layers=layers), SETTINGS, LOAD, hardware())
+    whole = steps.plan(recompute_layers=tuple(range(layers)), checkpoints="host")
+    peaks = [
+        estimator(whole.replace(streamed_layers=spread(layers, count))).peak_allocated_bytes
+        for count in range(3, 9)
+    ]
+    falls = {before - after for before, after in pairwise(peaks)}
+    assert len(falls) == 1
+    assert min(falls) > 0
+    assert len(estimator._traces) == 1
 
 
 def test_a_load_of_shorter_rows() -> None:

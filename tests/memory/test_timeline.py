@@ -35,8 +35,9 @@ def test_levels() -> None:
 
 
 def test_an_instant_names_its_layer() -> None:
-    block = Block(1, B, "model.layers.1.mlp.up_proj", "aten::mm", layer=17)
-    assert str(block) == "backward of layer 17, mlp.up_proj, aten::mm"
+    line = Timeline(layer=17)
+    made = line.allocate(Block(1, B, "model.layers.1.mlp.up_proj", "aten::mm"))
+    assert line.instant(made) == "backward of layer 17, mlp.up_proj, aten::mm"
 
 
 @pytest.mark.parametrize(
@@ -71,12 +72,17 @@ def test_any_order_of_kinds_has_representatives() -> None:
         assert [kinds[layers[place]] for place in places] == kinds
 
 
-def run(kinds: str, window: int = 1) -> Timeline:
+def run(kinds: str, window: int = 1, own: str = "") -> Timeline:
     """Two passes over layers: each keeps a block for its way back, and frees an input on its way up.
 
-    The size of what a layer makes is its kind's. window: how far behind it its input is let go.
+    The size of what a layer makes is its kind's. window: how far behind it its input is let go. own: of
+    each layer, what it loads before.
     """
     line = Timeline()
+    for line.layer, loaded in enumerate(own):
+        if loaded != "-":
+            line.allocate(Block(ord(loaded), A, "", "load"))
+    line.layer = None
     whole = Block(
         sum(map(ord, kinds)) * 512,
         A,
@@ -90,8 +96,8 @@ def run(kinds: str, window: int = 1) -> Timeline:
         line.enter(A)
         for layer, kind in enumerate(kinds):
             line.layer = layer
-            inputs.append(line.allocate(Block(ord(kind), A, "", "in", layer)))
-            kept.append(line.allocate(Block(2 * ord(kind), A, "", "kept", layer)))
+            inputs.append(line.allocate(Block(ord(kind), A, "", "in")))
+            kept.append(line.allocate(Block(2 * ord(kind), A, "", "kept")))
             if layer >= window:
                 line.free(inputs.pop(0))
         line.layer = None
@@ -100,7 +106,7 @@ def run(kinds: str, window: int = 1) -> Timeline:
             line.free(number)
         for layer in reversed(range(len(kinds))):
             line.layer = layer
-            line.free(line.allocate(Block(1, B, "", "scratch", layer)))
+            line.free(line.allocate(Block(1, B, "", "scratch")))
             line.free(kept.pop())
         line.layer = None
     return line
@@ -114,15 +120,27 @@ def test_many_layers_are_written_out_of_few(kinds: str, window: int) -> None:
     few, whole = run("".join(kinds[layer] for layer in layers), window), run(kinds, window)
     found = deepened(few, places, window)
     assert found.events == whole.events
-    assert [(b.size, b.operator, b.layer) for b in found.blocks] == [
-        (b.size, b.operator, b.layer) for b in whole.blocks
+    assert [(b.size, b.operator) for b in found.blocks] == [
+        (b.size, b.operator) for b in whole.blocks
     ]
+    assert found.layers == whole.layers
     assert found.origin is not None
     assert all(
         few.blocks[n].operator == b.operator
         for n, b in zip(found.origin, found.blocks, strict=True)
     )
     assert levels(found, {}, rest="all") == levels(whole, {}, rest="all")
+
+
+@pytest.mark.parametrize("own", ["x-" * 6, "--xy" * 3, "-" * 11 + "x", "xxxxx-xxxxxx"])
+def test_what_is_a_layers_own_needs_no_neighbours_of_its_kind(own: str) -> None:
+    layers, places = representatives("a" * 12, 2, own)
+    assert len(layers) <= 5 + 2
+    few = run("a" * len(layers), 2, "".join(own[layer] for layer in layers))
+    found, whole = deepened(few, places, 2), run("a" * 12, 2, own)
+    assert found.events == whole.events
+    assert [b.size for b in found.blocks] == [b.size for b in whole.blocks]
+    assert found.layers == whole.layers
 
 
 def test_layers_that_matter_farther_off_are_found_out() -> None:
@@ -134,8 +152,9 @@ def test_layers_that_matter_farther_off_are_found_out() -> None:
 def test_what_is_freed_in_another_size_is_found_out() -> None:
     few = run("aaaa")
     _, places = representatives("a" * 12, 1)
-    changed = next(n for n, b in enumerate(few.blocks) if b.operator == "in" and b.layer == 1)
-    few.blocks[changed] = Block(9, A, "", "in", 1)  # which every layer but one would make
+    made = zip(few.blocks, few.layers, strict=True)
+    changed = next(n for n, (b, layer) in enumerate(made) if b.operator == "in" and layer == 1)
+    few.blocks[changed] = Block(9, A, "", "in")  # which every layer but one would make
     with pytest.raises(Irregular, match="is not there in every layer"):
         deepened(few, [place + (place == 2) for place in places], 1)
 
@@ -143,7 +162,7 @@ def test_what_is_freed_in_another_size_is_found_out() -> None:
 def test_what_one_layer_leaves_behind_is_found_out() -> None:
     few = run("aaa")
     few.layer = 1
-    made = few.allocate(Block(5, B, "", "left", 1))
+    made = few.allocate(Block(5, B, "", "left"))
     few.layer = 2
     few.free(made)
     with pytest.raises(Irregular, match="what is left is freed"):

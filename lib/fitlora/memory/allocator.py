@@ -55,7 +55,7 @@ def segment_size(size: int) -> int:
     return -(-size // LARGE_ROUND) * LARGE_ROUND
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Block:
     """A stretch of a segment's addresses: allocated, free, or (not `mapped`) with no memory behind."""
 
@@ -72,10 +72,10 @@ class _Block:
         return self.mapped and not self.allocated
 
     @property
-    def could_be(self) -> int:
-        """Its size if all unmapped addresses behind it were mapped."""
-        grows = self.after is not None and not self.after.mapped
-        return self.size + (self.after.size if grows and self.after else 0)
+    def could_grow(self) -> int:
+        """Unmapped bytes behind it."""
+        after = self.after
+        return 0 if after is None or after.mapped else after.size
 
     def split(self, size: int) -> "_Block":
         """Keeps `size` bytes; the rest is a new block behind it, of the same kind."""
@@ -98,12 +98,11 @@ class _Block:
 
 @dataclass
 class _Pool:
-    """`sizes` has the free blocks as (size, address) in order, `at` the same by address."""
+    """The blocks of one kind. free: by size, then address; unmapped: by address."""
 
     small: bool
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    at: dict[int, _Block] = field(default_factory=dict)
-    unmapped: list[_Block] = field(default_factory=list)  # by address
+    free: list[tuple[int, int, _Block]] = field(default_factory=list)
+    unmapped: list[_Block] = field(default_factory=list)
 
     @property
     def granule(self) -> int:
@@ -111,35 +110,34 @@ class _Pool:
 
     def put(self, block: _Block) -> _Block:
         """Keeps a free block, joined with those beside it; returns what it became part of."""
-        for other in (block.before, block.after):
-            if other is not None and other.free and other.address in self.at:
-                self.remove(other)
-                if other is block.before:
-                    other.swallow_next()
-                    block = other
-                else:
-                    block.swallow_next()
+        before, after = block.before, block.after
+        if before is not None and before.free:
+            self.remove(before)
+            before.swallow_next()
+            block = before
+        if after is not None and after.free:
+            self.remove(after)
+            block.swallow_next()
         self.put_alone(block)
         return block
 
     def put_alone(self, block: _Block) -> None:
         """Keeps a free block as it is."""
-        insort(self.sizes, (block.size, block.address))
-        self.at[block.address] = block
+        insort(self.free, (block.size, block.address, block))
 
     def remove(self, block: _Block) -> None:
-        del self.sizes[bisect_left(self.sizes, (block.size, block.address))]
-        del self.at[block.address]
+        del self.free[bisect_left(self.free, (block.size, block.address))]
 
     def best_fit(self, size: int) -> _Block | None:
         """The free block to serve `size` bytes from, still in the pool."""
-        index = bisect_left(self.sizes, (size, -1))
-        if index == len(self.sizes):
+        index = bisect_left(self.free, (size,))
+        if index == len(self.free):
             return None
-        found = self.at[self.sizes[index][1]]
-        for _, address in self.sizes[index + 1 :]:
-            other = self.at[address]
-            if other.could_be >= found.could_be:
+        found = self.free[index][-1]
+        while (grows := found.could_grow) and index + 1 < len(self.free):
+            index += 1
+            other = self.free[index][-1]
+            if other.size + other.could_grow >= found.size + grows:
                 break
             found = other
         return found
@@ -175,7 +173,7 @@ class Allocator:
         rest = block.size - size
         # without expandable segments a large block keeps a rest of up to 1 MiB
         if rest >= ROUND if self.expandable or pool.small else rest > SMALL:
-            pool.put(block.split(size))
+            pool.put_alone(block.split(size))  # what is behind a free block is not free
         self.allocated_bytes += block.size
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
         return block
@@ -189,7 +187,7 @@ class Allocator:
     def empty_cache(self) -> None:
         """Gives back to the driver what nothing lies in: segments, or granules of expandable ones."""
         for pool in self._pools:
-            for block in list(pool.at.values()):
+            for *_, block in list(pool.free):
                 if self.expandable:
                     self._unmap(pool, block)
                 elif block.before is None and block.after is None:

@@ -21,7 +21,7 @@ depends on the machine.
 
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -172,14 +172,14 @@ class _Booking:
 
     def divide(self) -> None:
         """Says which layers blocks are for that were not made while one was at work."""
-        blocks = self.timeline.blocks
+        blocks, layers = self.timeline.blocks, self.timeline.layers
         for tensor, sizes in self.step.network.shared_by_layers():
             for number in self.trace.numbers_of([tensor]):
                 blocks[number] = replace(blocks[number], parts=sizes)
         for layer, parameters in enumerate(self.step.by_layer):
             for number in self.trace.numbers_of(self.step.states_of(parameters)):
                 if blocks[number].segment.phase == "optimizer":
-                    blocks[number] = replace(blocks[number], layer=layer)
+                    layers[number] = layer
 
     def purposes(self) -> dict[str, set[int]]:
         """Numbers of the timeline's blocks by what they are for, the more particular first."""
@@ -291,8 +291,6 @@ class Pinned:
 
         def streamed(plan: Plan, places: Sequence[int]) -> int:
             read = on_disk(plan)
-            if read and len(read) < min(DISK_BUFFERS, plan.disk_layers):
-                raise Irregular("fewer layers are read from disk than have buffers")
             return sum(self.weights[places[i]] for i in plan.streamed_layers if i not in read)
 
         def waiting(plan: Plan) -> int:
@@ -446,8 +444,9 @@ class Estimator:
     """Estimates of many plans for one model, load and machine; shallow traces are made once.
 
     A few layers are traced, one of each kind between each kinds of neighbours, and the timeline of all
-    is written out of theirs (`fitlora.memory.timeline`). Where few do not tell of many, and in models of
-    several parts, all are traced.
+    is written out of theirs (`fitlora.memory.timeline`). Whether a layer streams is seen where it is
+    loaded and nowhere else, so that all patterns of streamed layers are told by one that has both. Where
+    few do not tell of many, and in models of several parts, all are traced.
     """
 
     FARTHEST = 3  # neighbours on each side that may matter before all layers are traced
@@ -455,6 +454,7 @@ class Estimator:
     def __init__(self, config: Any, settings: StepSettings, load: Load, hardware: Hardware) -> None:
         self.config, self.settings, self.load, self.hardware = config, settings, load, hardware
         self._kinds = layer_kinds(config)
+        self._numbers = [self._kinds.index(kind) for kind in self._kinds]
         self._traces: dict[tuple[Plan, tuple[Any, ...]], Traced] = {}
         self._nearest = 1  # neighbours that are known to matter
 
@@ -480,7 +480,7 @@ class Estimator:
         reserved = None
         safe = int(found.peak_bytes * (1 + CPU_MARGIN))
         if self.hardware.device != "cpu":
-            reserved = self._reserved(traced.by_device[number], workspace)
+            reserved = self._reserved(traced.by_device[number], workspace, found.peak_bytes)
             safe = int(reserved * (1 + REPLAY_MARGIN))
         process = safe + traced.paged_bytes + self.hardware.context_bytes
         here = self.hardware.processes_here(plan.devices)
@@ -500,11 +500,11 @@ class Estimator:
             components=Components(**{"library_workspaces": 0, **found.components}),
         )
 
-    def _reserved(self, timeline: Timeline, workspace_bytes: int) -> int:
+    def _reserved(self, timeline: Timeline, workspace_bytes: int, allocated_bytes: int) -> int:
         """The most that the allocator will have reserved, in a replay of all events.
 
-        Libraries take their workspaces at the first product. Where the budget is too small it is what
-        would be reserved without one.
+        Libraries take their workspaces at the first product. allocated_bytes: the peak. Where the budget
+        is too small it is what would be reserved without one.
         """
         blocks, events = timeline.blocks, timeline.events
         first = next(
@@ -514,10 +514,10 @@ class Estimator:
         sizes = [*(block.size for block in blocks), workspace_bytes]
         events = [*events[:first], len(blocks), *events[first:]]
         limit = int(self.hardware.allocator_bytes / (1 + REPLAY_MARGIN))
-        try:
-            return replay(sizes, events, limit_bytes=limit).peak_reserved_bytes
-        except Overflow:
-            return replay(sizes, events).peak_reserved_bytes
+        if allocated_bytes <= limit:  # or it would overflow anyway
+            with suppress(Overflow):
+                return replay(sizes, events, limit_bytes=limit).peak_reserved_bytes
+        return replay(sizes, events).peak_reserved_bytes
 
     def workspace_bytes(self, traced: Traced) -> int:
         """What cuBLAS keeps: a workspace for each thread that computes.
@@ -530,11 +530,12 @@ class Estimator:
 
     def trace(self, plan: Plan) -> Traced:
         """What is found at the model's full depth."""
-        kinds = [(kind, *_kind(plan, layer)) for layer, kind in enumerate(self._kinds)]
+        kinds = [(number, *_kind(plan, layer)) for layer, number in enumerate(self._numbers)]
+        streamed = _streamed(plan, len(kinds))
         # what a layer leaves to the host's copies is freed two layers on
         nearest = 2 if "host" in (plan.checkpoints, plan.optimizer_device) else self._nearest
         for reach in range(nearest, self.FARTHEST + 1):
-            layers, places = representatives(kinds, reach)
+            layers, places = representatives(kinds, reach, streamed)
             if len(layers) == len(kinds) or self.config.get_text_config() is not self.config:
                 break
             try:
@@ -579,14 +580,24 @@ class Estimator:
 
 
 def _kind(plan: Plan, layer: int) -> tuple[bool, ...]:
-    """What the plan makes of a layer."""
+    """What the plan makes of a layer that its neighbours notice."""
     return (
         *(layer in part for part in layer_ranges(plan.layers_per_device)),
         layer >= plan.lowest_learning,
         layer in plan.recompute_layers,
         layer in plan.frozen_layers,
-        layer in plan.streamed_layers,
     )
+
+
+def _streamed(plan: Plan, layers: int) -> list[int | None]:
+    """Which of the streamed layers each is, None for those that stay.
+
+    The last is any of them but the lowest: so many are told apart as fill the slots, and the buffers for
+    those on disk, and few layers have as many as all have.
+    """
+    last = max(plan.streaming_slots, DISK_BUFFERS if plan.disk_layers else 0) - 1
+    order = {layer: min(number, last) for number, layer in enumerate(plan.streamed_layers)}
+    return [order.get(layer) for layer in range(layers)]
 
 
 def estimate(

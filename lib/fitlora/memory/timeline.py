@@ -5,8 +5,9 @@ layer it is for, and the order of allocations and frees. Peaks, their instants a
 of are read off it afterwards, and so is what the allocator makes of it.
 
 A deep model repeats its layers, so only a few need be traced (`representatives`): enough that every
-layer of the deep model has one among them with the same neighbours, `reach` of them on each side.
-`deepened` then writes the timeline of the deep model out of the shallow one: each sweep over the layers
+layer of the deep model has one among them with the same neighbours, `reach` of them on each side, and
+the same of whatever changes nothing but its own events (whether its weights are streamed). `deepened`
+then writes the timeline of the deep model out of the shallow one: each sweep over the layers
 becomes one over all of them, in which a layer does what its representative did, to the blocks of the
 layers around it. That a layer frees what is there, in the size that its representative freed, and leaves
 behind no more, is checked at every event: a model for which few layers do not tell of many is found out
@@ -42,26 +43,16 @@ class Segment:
 class Block:
     """One allocation: its bytes, and what ran when it was made.
 
-    layer: the decoder layer that it is for, None for what is none's. parts: where it has a part of each
-    of several layers and nothing else, the bytes of each. device: which of the step's it is on; None is
-    all of them.
+    parts: where it has a part of each of several layers and nothing else, the bytes of each. device:
+    which of the step's it is on; None is all of them.
     """
 
     size: int
     segment: Segment
     module: str
     operator: str
-    layer: int | None = None
     parts: Mapping[int, int] | None = None
     device: int | None = 0
-
-    def __str__(self) -> str:
-        """The instant at which it was made, in words."""
-        where, module = str(self.segment), self.module
-        if self.layer is not None:
-            where = f"{self.segment.phase} of layer {self.layer}"
-            module = _NUMBERED.sub("", module)
-        return ", ".join(part for part in (where, module, self.operator) if part)
 
 
 @dataclass
@@ -69,19 +60,22 @@ class Timeline:
     """Blocks by number, and the order of events: `n` allocates block n, `~n` frees it.
 
     A kernel's scratch is a block that is freed by the next event. A segment that begins is an empty
-    block. layer: the one at work now; at_work: for each event the one that was. origin: of a deepened
-    timeline, for each block its number in the shallow one.
+    block. layers: for each block the decoder layer that it is for, None for what is none's. layer: the
+    one at work now; at_work: for each event the one that was. origin: of a deepened timeline, for each
+    block its number in the shallow one.
     """
 
     blocks: list[Block] = field(default_factory=list)
+    layers: list[int | None] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     at_work: list[int | None] = field(default_factory=list)
     layer: int | None = None
     origin: list[int] | None = None
 
     def allocate(self, block: Block) -> int:
-        """Appends the allocation of a block; returns its number."""
+        """Appends the allocation of a block for the layer at work; returns its number."""
         self.blocks.append(block)
+        self.layers.append(self.layer)
         self._append(len(self.blocks) - 1)
         return len(self.blocks) - 1
 
@@ -91,13 +85,22 @@ class Timeline:
 
     def enter(self, segment: Segment) -> None:
         """Another segment begins."""
-        self.allocate(Block(0, segment, "", "", self.layer, device=None))
+        self.allocate(Block(0, segment, "", "", device=None))
+
+    def instant(self, number: int) -> str:
+        """When a block was made, in words."""
+        block, layer = self.blocks[number], self.layers[number]
+        where, module = str(block.segment), block.module
+        if layer is not None:
+            where = f"{block.segment.phase} of layer {layer}"
+            module = _NUMBERED.sub("", module)
+        return ", ".join(part for part in (where, module, block.operator) if part)
 
     def on(self, device: int) -> "Timeline":
         """What happened on one of several devices; blocks keep their numbers."""
         here = [block.device in (None, device) for block in self.blocks]
         events = [event for event in self.events if here[max(event, ~event)]]
-        return Timeline(self.blocks, events, origin=self.origin)
+        return Timeline(self.blocks, self.layers, events, origin=self.origin)
 
     def _append(self, event: int) -> None:
         self.events.append(event)
@@ -131,10 +134,10 @@ def levels(
             purpose_of.setdefault(number, index)
     origin = timeline.origin or range(len(timeline.blocks))
     kinds = [purpose_of.get(number, len(purposes)) for number in origin]
-    highest: dict[Segment, int] = {}
-    found: dict[Segment, tuple[list[int], Block]] = {}
+    highest: dict[Segment, _Highest] = {}
     now, level = [0] * len(names), 0
     blocks = timeline.blocks
+    segment, most = None, _Highest()
     for event in timeline.events:
         if event < 0:
             size = blocks[~event].size
@@ -144,13 +147,26 @@ def levels(
         block = blocks[event]
         now[kinds[event]] += block.size
         level += block.size
-        if level > highest.get(block.segment, -1):
-            highest[block.segment] = level
-            found[block.segment] = (now.copy(), block)
+        if (
+            block.segment is not segment
+        ):  # to look it up for every block would take most of the time
+            segment = block.segment
+            most = highest.setdefault(segment, _Highest())
+        if level > most.bytes:
+            most.bytes, most.parts, most.number = level, now.copy(), event
     return {
-        segment: Level(dict(zip(names, parts, strict=True)), str(block))
-        for segment, (parts, block) in found.items()
+        segment: Level(dict(zip(names, most.parts, strict=True)), timeline.instant(most.number))
+        for segment, most in highest.items()
     }
+
+
+@dataclass(slots=True)
+class _Highest:
+    """The highest level so far: by purpose, and the block that made it."""
+
+    bytes: int = -1
+    parts: Sequence[int] = ()
+    number: int = 0
 
 
 # --- from few layers to many -----------------------------------------------------------------------
@@ -166,35 +182,40 @@ def _surroundings(kinds: Sequence[Hashable], reach: int) -> list[tuple[Hashable,
     return [tuple(padded[i : i + 2 * reach + 1]) for i in range(len(kinds))]
 
 
-def representatives(kinds: Sequence[Hashable], reach: int) -> tuple[list[int], list[int]]:
+def representatives(
+    kinds: Sequence[Hashable], reach: int, own: Sequence[Hashable] = ()
+) -> tuple[list[int], list[int]]:
     """Few layers among which each layer has one with the same surroundings.
 
-    kinds: of all layers, bottom up. Returns those few, ascending, and for every layer the place of its
+    kinds: of all layers, bottom up. own: of each, what else its representative shares with it, and
+    matters to no neighbour. Returns those few, ascending, and for every layer the place of its
     representative among them.
     """
     around = _surroundings(kinds, reach)
+    wanted: Sequence[Hashable] = list(zip(around, own, strict=True)) if own else around
     chosen = list(range(len(kinds)))
-    while cut := _longest_repeat([around[i] for i in chosen]):
+    while cut := _longest_repeat([around[i] for i in chosen], [wanted[i] for i in chosen]):
         del chosen[cut]
     few = _surroundings([kinds[i] for i in chosen], reach)
-    assert set(few) == set(around)
-    return chosen, [few.index(one) for one in around]
+    assert few == [around[i] for i in chosen]
+    places = {wanted[layer]: place for place, layer in reversed([*enumerate(chosen)])}
+    return chosen, [places[one] for one in wanted]
 
 
-def _longest_repeat(around: Sequence[tuple[Hashable, ...]]) -> slice | None:
-    """The longest stretch of layers that may go: what follows it is like its begin, and of each
-    surroundings in it there is one elsewhere."""
-    left = Counter(around)
-    best: slice | None = None
+def _longest_repeat(around: Sequence[Hashable], wanted: Sequence[Hashable]) -> slice | None:
+    """The longest stretch of layers that may go: what follows it lies as its begin does, and of all
+    that is wanted in it there is one elsewhere."""
+    left = Counter(wanted)
+    best, longest = None, 0
     for start in range(len(around)):
-        inside: Counter[tuple[Hashable, ...]] = Counter()
+        inside: Counter[Hashable] = Counter()
         for end in range(start + 1, len(around)):
-            inside[around[end - 1]] += 1
-            if inside[around[end - 1]] == left[around[end - 1]]:
+            last = wanted[end - 1]
+            inside[last] += 1
+            if inside[last] == left[last]:
                 break
-            longer = best is None or end - start > best.stop - best.start
-            if around[end] == around[start] and longer:
-                best = slice(start, end)
+            if end - start > longest and around[end] == around[start]:
+                best, longest = slice(start, end), end - start
     return best
 
 
@@ -211,9 +232,9 @@ def _stretches(timeline: Timeline) -> list[_Stretch]:
     """Where no layer is at work what is freed is a matter of the layer that it was for."""
     found: list[_Stretch] = []
     for event, layer in zip(timeline.events, timeline.at_work, strict=True):
-        block = timeline.blocks[event if event >= 0 else ~event]
+        number = event if event >= 0 else ~event
         if layer is None:
-            layer = block.layer
+            layer = timeline.layers[number]
         if not found or found[-1].layer != layer:
             found.append(_Stretch(layer))
         found[-1].events.append(event)
@@ -247,7 +268,6 @@ def deepened(shallow: Timeline, places: Sequence[int], reach: int) -> Timeline:
     timeline does not tell it.
     """
     sweeps = _sweeps(_stretches(shallow))
-    blocks = shallow.blocks
     # a block's address: the sweep that makes it and its number in the stretch, alike for all layers
     address: dict[int, tuple[int, int]] = {}
     made_by: dict[int, int | None] = {}
@@ -259,6 +279,7 @@ def deepened(shallow: Timeline, places: Sequence[int], reach: int) -> Timeline:
                 made_by[number] = stretch.layer
     # neighbours are meant by the distance to them; what an earlier sweep left at an end, by itself
     alone = {place: layer for layer, place in enumerate(places) if places.count(place) == 1}
+    blocks = [_deep(block, places) for block in shallow.blocks]
     deep = Timeline(origin=[])
     assert deep.origin is not None
     alive: dict[tuple[tuple[int, int], int | None], int] = {}
@@ -267,15 +288,10 @@ def deepened(shallow: Timeline, places: Sequence[int], reach: int) -> Timeline:
         assert deep.origin is not None
         for event in stretch.events:
             if event >= 0:
-                block = blocks[event]
-                if block.parts is not None:
-                    whole = sum(block.parts.get(place, 0) for place in places)
-                    block = replace(block, size=rounded(whole))
-                if layer is not None:
-                    block = replace(block, layer=layer)
                 alive[address[event], layer] = len(deep.blocks)
                 deep.events.append(len(deep.blocks))
-                deep.blocks.append(block)
+                deep.blocks.append(blocks[event])
+                deep.layers.append(layer)
                 deep.origin.append(event)
                 continue
             owner = made_by[~event]
@@ -288,10 +304,14 @@ def deepened(shallow: Timeline, places: Sequence[int], reach: int) -> Timeline:
                 elif sweep != stretch.sweep:
                     owner = alone.get(owner)
                 else:
-                    raise Irregular(f"{blocks[~event]}: what is freed is too far from its layer")
+                    raise Irregular(
+                        f"{shallow.instant(~event)}: what is freed is too far from its layer"
+                    )
             number = alive.pop((address[~event], owner), None)
-            if number is None or not _alike(blocks[deep.origin[number]], blocks[~event]):
-                raise Irregular(f"{blocks[~event]}: what is freed is not there in every layer")
+            if number is None or not _alike(deep.blocks[number], blocks[~event]):
+                raise Irregular(
+                    f"{shallow.instant(~event)}: what is freed is not there in every layer"
+                )
             deep.events.append(~number)
 
     for run, direction in sweeps:
@@ -306,9 +326,17 @@ def deepened(shallow: Timeline, places: Sequence[int], reach: int) -> Timeline:
     for number in alive.values():
         if deep.origin[number] in freed:
             raise Irregular(
-                f"{deep.blocks[number]}: what is left is freed in a layer that was traced"
+                f"{deep.instant(number)}: what is left is freed in a layer that was traced"
             )
     return deep
+
+
+def _deep(block: Block, places: Sequence[int]) -> Block:
+    """The block in the deep model: what has a part of each layer is larger there."""
+    if block.parts is None:
+        return block
+    whole = sum(block.parts.get(place, 0) for place in places)
+    return replace(block, size=rounded(whole))
 
 
 def _alike(one: Block, other: Block) -> bool:

@@ -204,16 +204,15 @@ class MemoryTrace(TorchDispatchMode):
             return
         parts = [self._parts_of(tensor) for tensor in inputs]
         number = self._numbers[self._known[made.untyped_storage()]]
-        block = self.timeline.blocks[number]
         if index is not None and index < len(parts):
             layers = list(parts[index])
-            block = replace(block, layer=layers[0] if len(layers) == 1 else None)
+            self.timeline.layers[number] = layers[0] if len(layers) == 1 else None
         elif all(parts):
             total: Counter[int] = Counter()
             for part in parts:
                 total.update(part)
-            block = replace(block, parts=dict(total))
-        self.timeline.blocks[number] = block
+            block = self.timeline.blocks[number]
+            self.timeline.blocks[number] = replace(block, parts=dict(total))
 
     def _parts_of(self, tensor: Any) -> Mapping[int, int]:
         """A tensor's bytes by the layers that they are for; empty where that is not known.
@@ -224,17 +223,15 @@ class MemoryTrace(TorchDispatchMode):
         key = self._known.get(tensor.untyped_storage()) if isinstance(tensor, Tensor) else None
         if key is None:
             return {}
-        block, size = (
-            self.timeline.blocks[self._numbers[key]],
-            tensor.numel() * tensor.element_size(),
-        )
-        if block.parts is None:
-            return {} if block.layer is None else {block.layer: size}
-        if size == sum(block.parts.values()):
-            return block.parts
-        ends = itertools.accumulate(block.parts.values())
+        number, size = self._numbers[key], tensor.numel() * tensor.element_size()
+        parts, layer = self.timeline.blocks[number].parts, self.timeline.layers[number]
+        if parts is None:
+            return {} if layer is None else {layer: size}
+        if size == sum(parts.values()):
+            return parts
+        ends = itertools.accumulate(parts.values())
         start = tensor.storage_offset() * tensor.element_size()
-        return {next(n for n, end in zip(block.parts, ends, strict=True) if start < end): size}
+        return {next(n for n, end in zip(parts, ends, strict=True) if start < end): size}
 
     def _see(self, tensor: Tensor, operator: str = "") -> bool:
         if tensor.is_meta is not self._shapes:
@@ -267,7 +264,6 @@ class MemoryTrace(TorchDispatchMode):
                 self._segment,
                 block.module,
                 operator,
-                self.timeline.layer,
                 device=self._at_work(),
             )
         )

@@ -112,8 +112,10 @@ class DiskRing:
         if buffer is None:
             buffer = self._spare([])
             self._read(buffer, number)
-        filled, source = buffer.filled, buffer.flat[: self._sizes[number]]
+        filled = buffer.filled
         assert filled is not None
+        with self.transport.hidden():
+            source = buffer.flat[: self._sizes[number]]
 
         def send() -> Mark:
             filled.result()
