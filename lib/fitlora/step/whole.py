@@ -52,18 +52,25 @@ def _is_trained(module: str, leaf: str, lora: LoraParams) -> bool:
 def _check_modules(model: Any, wanted: tuple[str, ...]) -> None:
     modules = {name: module for name, module in model.named_modules() if ".lora_" not in name}
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if tables[0].weight is tables[1].weight:
-        tables = []
-    able = {name for name, module in modules.items() if module in tables or _is_norm(module)}
+    tied = tables[0].weight is tables[1].weight
+    norms = {name for name, module in modules.items() if _is_norm(module)}
+    able = norms | {name for name, m in modules.items() if m in tables and not tied}
     for ending in wanted:
         found = {name for name in modules if name.endswith(ending)}
-        if not found or found - able:
-            leaves = sorted({name.rpartition(".")[2] for name in able})
-            raise UserError(
-                f"lora.modules_to_save has {ending}; what is trained as a whole are norms and, where "
-                f"they are two tables, embedding and head: here {', '.join(leaves)}. Linear layers are "
-                "for lora.target_modules"
+        if found and not found - able:
+            continue
+        if tied and any(modules[name] in tables for name in found):
+            why = (
+                "embedding and head are one table in this model (tie_word_embeddings), which cannot be "
+                "trained; leave it out"
             )
+        else:
+            why = "only norms, embedding and head can be trained as a whole"
+        leaves = sorted({name.rpartition(".")[2] for name in able})
+        raise UserError(
+            f"lora.modules_to_save has {ending}; {why}. Here it may name {', '.join(leaves)}; linear "
+            "layers are for lora.target_modules"
+        )
 
 
 def _is_norm(module: nn.Module) -> bool:
