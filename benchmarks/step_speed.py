@@ -89,7 +89,7 @@ FINER: tuple[Layout, ...] = (
 PEERS: dict[str, tuple[tuple[int, bool], ...]] = {
     "peft": ((4, True), (2, False), (1, True), (2, True), (1, False), (4, False), (8, True)),
     "peft+liger": ((4, True), (4, False), (1, True), (2, False), (1, False), (2, True), (8, True)),
-    "unsloth": ((2, True), (4, True), (8, True), (1, True), (4, False), (2, False), (1, False)),
+    "unsloth": ((4, False), (2, False), (1, False), (2, True), (8, True), (1, True), (4, True)),
 }
 
 
