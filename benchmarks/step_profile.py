@@ -5,7 +5,8 @@
 The floor is the products of frozen weights alone (4 FLOP a parameter and token, 6 with full
 recomputation) at the rate that one large bf16 product reaches on the same device in the same run. A
 step that takes much longer than its kernels waits for their launches; how much of that CUDA graphs
-could save is told by replaying its forward and backward as one.
+could save is told by replaying its forward and backward as one, last of all, as a capture that fails
+leaves the device unfit for more.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from fitlora.memory.estimate import sequences_of
 from fitlora.params import check_params
 from fitlora.plan import Plan
 from fitlora.planner.search import loss_chunk
-from fitlora.step.batch import make_micro_batch
+from fitlora.step.batch import TokenSequence
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
@@ -48,7 +49,7 @@ def product_flops_per_second(device: torch.device) -> float:
     return 2 * 8192**3 / statistics.median(times[5:])
 
 
-def kernels(step: TrainingStep, batch: Sequence[Any]) -> Table:
+def kernels(step: TrainingStep, batch: Sequence[TokenSequence]) -> Table:
     """Milliseconds and calls of every kernel of one optimizer step, the slowest first."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -63,12 +64,12 @@ def kernels(step: TrainingStep, batch: Sequence[Any]) -> Table:
     return dict(sorted(rows.items(), key=lambda item: -item[1][0]))
 
 
-def replayed_seconds(step: TrainingStep, batch: Sequence[Any], runs: int = 5) -> float:
+def replayed_seconds(step: TrainingStep, batch: Sequence[TokenSequence], runs: int = 5) -> float:
     """Median seconds of a micro-batch's forward and backward when no launch is waited for.
 
     They are captured as a CUDA graph once and replayed, which is what graphs could save at most.
     """
-    batches = [make_micro_batch(batch, seed=0, step=0, device=torch.device("cuda"))]
+    batches = [step.micro_batch(batch)]
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     step.network.begin()
     with torch.cuda.graph(graph, stream=stream):
@@ -90,10 +91,14 @@ def timed(run: Callable[[], Any], runs: int) -> list[float]:
     return seconds
 
 
+def batch_of(shape: Shape) -> Sequence[TokenSequence]:
+    micro_batch, tokens = shape
+    return sequences_of([SequenceSize(tokens=tokens, target_tokens=tokens - 1)] * micro_batch)
+
+
 def profiled(step: TrainingStep, shape: Shape, product_rate: float) -> tuple[dict[str, Any], Table]:
     """What a step of this shape takes, beside its floor, and its kernels."""
-    micro_batch, tokens = shape
-    batch = sequences_of([SequenceSize(tokens=tokens, target_tokens=tokens - 1)] * micro_batch)
+    (micro_batch, tokens), batch = shape, batch_of(shape)
     torch.cuda.reset_peak_memory_stats()
     seconds = timed(lambda: step.run(batch, step=0, learning_rate=0.0), 8)
     reserved = torch.cuda.max_memory_reserved()
@@ -114,7 +119,7 @@ def profiled(step: TrainingStep, shape: Shape, product_rate: float) -> tuple[dic
         "tokens_per_second": micro_batch * tokens / median,
         "kernels_ms": sum(ms for ms, _ in table.values()),
         "launches": sum(calls for _, calls in table.values()),
-        "replayed_ms": replayed_seconds(step, batch) * 1000,
+        "replayed_ms": None,
         "floor_ms": micro_batch * tokens * frozen * passes / product_rate * 1000,
         "product_flops_per_second": product_rate,
         "peak_reserved_bytes": reserved,
@@ -161,9 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"{found['micro_batch']} x {found['sequence_length']}: {found['step_ms']:.1f} ms "
             f"({found['tokens_per_second']:,.0f} tokens/s), kernels {found['kernels_ms']:.1f} ms in "
-            f"{found['launches']:,} launches, forward and backward replayed "
-            f"{found['replayed_ms']:.1f} ms, floor {found['floor_ms']:.1f} ms "
-            f"at {rate / 1e12:.0f} TFLOP/s"
+            f"{found['launches']:,} launches, floor {found['floor_ms']:.1f} ms at "
+            f"{rate / 1e12:.0f} TFLOP/s"
         )
         for name, (ms, calls) in list(table.items())[: args.top]:
             print(f"{ms:9.2f} ms {calls:6d} x  {name[:110]}")
@@ -173,6 +177,14 @@ def main(argv: Sequence[str] | None = None) -> None:
              "ms": ms, "calls": calls}
             for name, (ms, calls) in list(table.items())[: args.top]
         ]  # fmt: skip
+        if args.json is not None:
+            write_result(args.json, "step_profile", rows, slowest_kernels=slowest)
+    for asked, row in zip(args.shapes, rows, strict=True):
+        row["replayed_ms"] = replayed_seconds(step, batch_of(asked)) * 1000
+        print(
+            f"{row['micro_batch']} x {row['sequence_length']}: forward and backward replayed "
+            f"{row['replayed_ms']:.1f} ms"
+        )
         if args.json is not None:
             write_result(args.json, "step_profile", rows, slowest_kernels=slowest)
 
