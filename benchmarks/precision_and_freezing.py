@@ -49,7 +49,7 @@ from fitlora.model import load_config
 from fitlora.params import HardwareParams, Params, check_params
 from fitlora.plan import Plan
 from fitlora.planner.freezing import planned
-from fitlora.planner.search import loss_chunk
+from fitlora.planner.search import attention_kernel, loss_chunk
 from fitlora.planner.speed import Shape, forecast
 from fitlora.quantization.layout import QuantSpec
 from fitlora.quantization.quantize import quantize_checkpoint
@@ -305,6 +305,7 @@ class Costs:
             evaluation_batch_size=args.micro_batch,
             sequence_length=args.tokens,
             compute_dtype="bfloat16" if hardware.device == "cuda" else "float32",
+            attention=attention_kernel(hardware)[0],
             optimizer="adamw",
             loss_chunk_tokens=loss_chunk(self.config.vocab_size),
         )
@@ -327,6 +328,7 @@ class Costs:
             "micro_batch": plan.micro_batch_size,
             "compute_dtype": plan.compute_dtype,
             "layer_dtype": plan.layer_dtype,
+            "attention": plan.attention,
             "frozen_layers": len(plan.frozen_layers),
             "backward_ends_at_layer": plan.lowest_learning,
             "recomputed_layers": len(plan.recompute_layers),

@@ -88,6 +88,10 @@ def precision_and_freezing(content: Content) -> Iterator[Measured]:
             plan = plan_of(
                 row,
                 layer_dtype=row["layer_dtype"],
+                # rows that do not tell are of steps that had plain attention in float16
+                attention=row.get(
+                    "attention", "plain" if row["compute_dtype"] == "float16" else "flash"
+                ),
                 frozen_layers=range(first, first + row["frozen_layers"]),
                 recompute_layers=range(row["recomputed_layers"]),
             )

@@ -112,7 +112,7 @@ def test_stock_peft_computes_the_same(rslora: bool, checkpoint: Path, tmp_path: 
         adapted = PeftModel.from_pretrained(base, str(tmp_path)).eval()
         logits = adapted(input_ids=ids).logits
         step.model.eval()
-        step.context.lengths, step.context.kind = [20], "cpu"
+        step.context.lengths, step.context.flash_types = [20], [torch.float32]
         step.context.starts = torch.tensor([0, 20], dtype=torch.int32)
         model: Any = step.model
         found = model(input_ids=ids, position_ids=torch.arange(20)[None], use_cache=False).logits

@@ -33,6 +33,11 @@ def parse_capability(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def has_flash_attention(capability: str) -> bool:
+    """Whether PyTorch's FlashAttention, with which 16-bit types train, has kernels for the GPU."""
+    return parse_capability(capability) >= (8, 0)
+
+
 def describe_gpu(name: str, capability: str, memory_bytes: int) -> Gpu:
     """A GPU's record: bf16 products from capability 8.0 on, fp8 from 8.9 on (CUDA's own table)."""
     version = parse_capability(capability)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 ComputeDtype = Literal["bfloat16", "float16", "float32", "float8"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Side = Literal["device", "host"]
+AttentionKernel = Literal["flash", "plain"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 # What a layer that recomputes may keep beside its input: the projected queries, keys and values; what
 # attention made of them; the residual stream behind it; the gate and up projections.
@@ -34,6 +35,8 @@ WIDER: dict[ComputeDtype, ComputeDtype] = {
     "float16": "float32",
 }
 PAGED_OPTIMIZERS: tuple[Optimizer, ...] = ("paged_adamw", "paged_adamw_8bit")
+# Decisions that came after plans were written to results by their fingerprints.
+_LATER = ("attention",)
 
 
 class Plan(BaseModel):
@@ -69,6 +72,11 @@ class Plan(BaseModel):
     )
     frozen_layers: tuple[int, ...] = Field(
         (), strict=False, description="decoder layers whose adapters are not trained"
+    )
+    attention: AttentionKernel = Field(
+        "flash",
+        description="flash: a fused kernel for the types that the device has one for; plain: none, for "
+        "GPUs without FlashAttention",
     )
     optimizer: Optimizer
     loss_chunk_tokens: int = Field(ge=1, description="rows of logits that exist at one time")
@@ -184,6 +192,13 @@ class Plan(BaseModel):
         return self.layers_compute_in == "float8"
 
     @property
+    def flash_types(self) -> tuple[Dtype, ...]:
+        """Types whose attention takes a fused kernel: FlashAttention has none for float32."""
+        if self.device == "cpu":
+            return ("bfloat16", "float16", "float32")
+        return ("bfloat16", "float16") if self.attention == "flash" else ()
+
+    @property
     def uses_host(self) -> bool:
         """Whether some part of the step is in host memory, the optimizer aside."""
         sides = (self.checkpoints, self.embedding, self.head)
@@ -226,7 +241,11 @@ class Plan(BaseModel):
 
     def fingerprint(self) -> str:
         """Twelve hex digits that are equal exactly when the decisions are."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        content = self.model_dump(mode="json")
+        for name in _LATER:  # as it was, where it is what plans did before they named it
+            if content[name] == type(self).model_fields[name].default:
+                del content[name]
+        text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def describe(self) -> str:

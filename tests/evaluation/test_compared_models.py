@@ -29,7 +29,7 @@ from fitlora.evaluation.models import (
 from fitlora.evaluation.scores import score
 from fitlora.model import load_config
 from fitlora.params import LoraParams
-from fitlora.step.batch import TokenSequence, make_micro_batch
+from fitlora.step.batch import TokenSequence
 from tests.evaluation.forms import CPU, Tiny
 from tests.evaluation.stock import prompt_tokens, stock_adapter, stock_base, stock_quantized
 
@@ -41,11 +41,8 @@ def logits(tiny: Tiny, model: Contender, place: Place = HERE) -> list[Tensor]:
     """Of each prompt, (tokens, vocabulary), through the step's own layout: all in one micro-batch."""
     step = load(model, tiny.plan, place)
     prompts = prompt_tokens(tiny)
-    batch = make_micro_batch(
-        [TokenSequence(i, tuple(p), (True,) * len(p)) for i, p in enumerate(prompts)],
-        seed=0,
-        step=0,
-        device=CPU,
+    batch = step.micro_batch(
+        [TokenSequence(i, tuple(p), (True,) * len(p)) for i, p in enumerate(prompts)]
     )
     step.context.enter(batch)
     assert not step.model.training

@@ -28,7 +28,7 @@ from fitlora.memory.estimate import (
 from fitlora.offload.residency import spread
 from fitlora.plan import Plan
 from fitlora.step.settings import StepSettings
-from fitlora.step.weights import RandomWeights
+from fitlora.step.weights import RandomWeights, Weights
 from tests.step import steps
 
 CONFIG = steps.config()
@@ -201,6 +201,23 @@ def test_what_fits_counts_context_and_fragmentation(monkeypatch: pytest.MonkeyPa
         found = estimate(CONFIG, steps.plan(), SETTINGS, LOAD, here)
         assert found.process_bytes == process
         assert found.fits is fits
+
+
+def test_float16_is_estimated_with_the_attention_that_it_takes() -> None:
+    length, load = 512, Load.uniform(1, 512)
+
+    def peak(dtype: str, kernel: str, weights: Weights | None = None) -> int:
+        plan = steps.plan(
+            device="cuda", effective_batch_size=1, micro_batch_size=1, evaluation_batch_size=1,
+            sequence_length=length, compute_dtype=dtype, attention=kernel,
+        )  # fmt: skip
+        return trace_step(CONFIG, plan, SETTINGS, load, weights).peak_bytes
+
+    flash, plain = (peak("float16", kernel) for kernel in ("flash", "plain"))
+    assert flash == peak("bfloat16", "flash")
+    scores = 4 * 4 * length * length  # of four heads, in float32
+    assert flash + 2 * scores < plain < flash + 3.5 * scores
+    assert plain == peak("float16", "plain", RandomWeights(torch.device("cpu")))
 
 
 def test_paged_states_are_beside_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:

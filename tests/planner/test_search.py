@@ -17,6 +17,7 @@ from fitlora.planner.search import (
     NEAR,
     Choice,
     Search,
+    attention_kernel,
     compute_dtype,
     default_plan,
     device_count,
@@ -401,6 +402,23 @@ def test_dtypes() -> None:
     assert chosen("float16", gpus=(old,)) == "float16"
     with pytest.raises(UserError, match="bfloat16, which Tesla T4 lacks"):
         chosen("bfloat16", gpus=(old,))
+
+
+def test_attention_is_what_every_gpu_has() -> None:
+    here = hardware()
+    old = here.gpus[0].model_copy(update={"compute_capability": "7.5", "name": "Tesla T4"})
+    newest = here.gpus[0].model_copy(update={"compute_capability": "12.0"})
+    mixed = hardware(gpus=(newest, old))
+    assert attention_kernel(hardware(gpus=(newest,)))[0] == "flash"
+    assert attention_kernel(mixed) == ("plain", "Tesla T4 has no FlashAttention")
+    assert attention_kernel(hardware(device="cpu", gpus=()))[0] == "flash"
+    made = search(Linear(), 10 * GIB)
+    made.hardware = mixed
+    asked = check_params({"plan": {"compute_dtype": "float16"}})
+    made.start = default_plan(asked, mixed, made.model, made.tokens, sequence_length=TOKENS)
+    choice = first(made)
+    assert (choice.plan.compute_dtype, choice.plan.attention) == ("float16", "plain")
+    assert choice.reasons["attention"] == "Tesla T4 has no FlashAttention"
 
 
 def test_float8_is_taken_where_it_can_be() -> None:

@@ -199,7 +199,15 @@ def test_fp8_speeds_products_up_and_plain_attention_holds_up() -> None:
     rates = H200.model_copy(
         update={"product_flops_per_second": dict.fromkeys(("bfloat16", "float16"), 768 * 10**12)}
     )
-    assert told(rates, compute_dtype="float16").step_seconds > 2 * told(rates).step_seconds
+    flash, plain = (
+        told(rates, compute_dtype="float16", attention=kernel).step_seconds
+        for kernel in ("flash", "plain")
+    )
+    assert flash == told(rates).step_seconds
+    assert plain > 2 * flash
+    wide = rates.model_copy(update={"product_flops_per_second": {"float32": 768 * 10**12}})
+    of_fp32 = [told(wide, compute_dtype="float32", attention=k) for k in ("flash", "plain")]
+    assert of_fp32[0] == of_fp32[1], "FlashAttention has none of float32"
 
 
 def test_layers_on_disk_wait_for_it() -> None:

@@ -102,6 +102,22 @@ def gradients(
     return found
 
 
+def error_in_float16(attention: str, *, device: str) -> float:
+    """The largest error of any gradient, with a loss scale, against the CPU's in float32; norms' share.
+
+    attention: of a GPU's plan, whatever `device` computes.
+    """
+    batch, scale = sequences(7), 2.0**10
+    exact = step()
+    changes = {"device": "cuda", "compute_dtype": "float16", "attention": attention}
+    made = same_weights(step(plan(**changes, micro_batch_size=3), device=device), exact)
+    found = gradients(made, batch, loss_scale=scale)
+    return max(
+        float((found[name].cpu() / scale - expected).norm() / expected.norm())
+        for name, expected in gradients(exact, batch).items()
+    )
+
+
 def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
     """The largest difference of any gradient, as a share of that gradient's largest entry."""
     assert a.keys() == b.keys()

@@ -29,9 +29,12 @@ def test_dropout_masks_are_those_of_the_cpu(features: int, accumulate: bool) -> 
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.015), (torch.float16, 0.002)])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("window", [-1, 5])
-def test_attention_agrees_with_the_cpu(kv_heads: int, window: int) -> None:
+def test_attention_agrees_with_the_cpu(
+    dtype: torch.dtype, bound: float, kv_heads: int, window: int
+) -> None:
     lengths = [33, 1, 64, 7]
     total = sum(lengths)
     starts = torch.tensor([0, 33, 34, 98, 105], dtype=torch.int32)
@@ -48,9 +51,9 @@ def test_attention_agrees_with_the_cpu(kv_heads: int, window: int) -> None:
         )
         return [t.float().cpu() for t in (out, lse, *back)]
 
-    for found, expected in zip(run("cuda", torch.bfloat16), run("cpu", torch.float32), strict=True):
+    for found, expected in zip(run("cuda", dtype), run("cpu", torch.float32), strict=True):
         assert found.shape == expected.shape
-        assert (found - expected).norm() / expected.norm() < 0.015
+        assert (found - expected).norm() / expected.norm() < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -109,6 +112,11 @@ def test_a_step_in_bf16_is_near_the_cpus() -> None:
         for name, expected in on_cpu.items():
             error = (on_gpu[name].cpu() - expected).norm() / expected.norm()
             assert float(error) < 0.06, name
+
+
+@pytest.mark.parametrize("attention", ["flash", "plain"])
+def test_a_step_in_float16_is_near_the_cpus_in_float32(attention: str) -> None:
+    assert steps.error_in_float16(attention, device="cuda") < 0.01
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fitlora.errors import UserError
-from fitlora.step.batch import make_micro_batch
 from fitlora.step.build import step_skeleton
 from fitlora.step.devices import Devices
 from fitlora.step.training_step import TrainingStep
@@ -160,7 +159,7 @@ def test_hidden_states_are_copied_only_between_devices() -> None:
             raise ZeroDivisionError
         assert devices.here == 1
     assert devices.here == 0
-    batch = make_micro_batch(steps.sequences(2), seed=0, step=0, device=CPU)
+    batch = steps.step().micro_batch(steps.sequences(2))
     assert batch.moved(lambda t: t) == batch
 
 

@@ -270,6 +270,22 @@ def test_attention_is_softmax_attention(lengths: list[int], kv_heads: int, windo
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_attention_in_16_bits_is_near_the_truth(
+    dtype: torch.dtype, bound: float, kv_heads: int
+) -> None:
+    lengths = [33, 1, 20]
+    qkv, g, starts = inputs(lengths, 4, kv_heads)
+    low, g = [x.to(dtype) for x in qkv], g.to(dtype)
+    out, lse, *rest = torch.ops.fitlora.attention(*low, starts, lengths, 0.3, -1)
+    found = torch.ops.fitlora.attention_backward(g, *low, out, lse, *rest, starts, lengths, 0.3, -1)
+    expected = expected_gradients(low, g, lengths, 0.3, -1)
+    assert {x.dtype for x in (out, *found)} == {dtype}
+    for a, b in zip((out, lse, *found), expected, strict=True):
+        assert torch.linalg.vector_norm(a.double() - b) <= bound * torch.linalg.vector_norm(b)
+
+
 @pytest.mark.parametrize("window", [-1, 3])
 def test_attention_on_slices_of_one_tensor(window: int) -> None:
     """As models hand them over: transposed views that are not contiguous."""

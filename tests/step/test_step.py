@@ -28,6 +28,11 @@ def test_gradients_do_not_depend_on_the_plan(changes: dict[str, object]) -> None
     assert steps.distance(other, whole) < 2e-5
 
 
+@pytest.mark.parametrize("attention", ["flash", "plain"])
+def test_a_step_in_float16_is_near_float32s(attention: str) -> None:
+    assert steps.error_in_float16(attention, device="cpu") < 0.01
+
+
 def test_dropout_is_on_in_these_gradients() -> None:
     batch = steps.sequences(7)
     with_dropout = steps.gradients(steps.step(), batch)

@@ -182,7 +182,7 @@ def _plan(asked: dict[str, Any], config: Any, hardware: "Hardware") -> Plan:
     from pydantic import ValidationError
 
     from fitlora.offload.residency import spread
-    from fitlora.planner.search import MLP_CHUNK_TOKENS, loss_chunk
+    from fitlora.planner.search import MLP_CHUNK_TOKENS, attention_kernel, loss_chunk
     from fitlora.planner.size import ModelSize
 
     model = ModelSize.of(config)
@@ -195,6 +195,7 @@ def _plan(asked: dict[str, Any], config: Any, hardware: "Hardware") -> Plan:
         raise UserError(f"--stream is {asked['stream']}, and the model has {model.layers} layers")
     content = {
         "device": hardware.device,
+        "attention": attention_kernel(hardware)[0],
         "effective_batch_size": asked["micro_batch"] * asked["accumulation"],
         "micro_batch_size": asked["micro_batch"],
         "evaluation_batch_size": asked["evaluation_batch"] or asked["micro_batch"],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fitlora.errors import UserError
 from fitlora.evaluation.overflow import each_batch
-from fitlora.step.batch import MicroBatch, TokenSequence, make_micro_batch
+from fitlora.step.batch import MicroBatch, TokenSequence
 from fitlora.step.network import PLAIN_HEAD
 from fitlora.step.training_step import TrainingStep
 
@@ -117,7 +117,7 @@ def _score_batch(
     sizes = [len(row) for row in references]
     sizes = sizes or [min(share, len(s.tokens) - 1) for s in sequences]
     rows = [_Wanted.of(sequence, size) for sequence, size in zip(sequences, sizes, strict=True)]
-    batch = make_micro_batch([row.sequence for row in rows], seed=0, step=0, device=step.device)
+    batch = step.micro_batch([row.sequence for row in rows])
     answer = torch.tensor([flag for row in rows for flag in row.answer])
     kept = torch.tensor([flag for row in rows for flag in row.kept])
     reference = torch.cat(list(references)) if references else None

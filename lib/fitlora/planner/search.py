@@ -25,8 +25,9 @@ from typing import Any
 
 from fitlora.artifacts import Estimate, Hardware
 from fitlora.errors import UserError
+from fitlora.gpu_facts import has_flash_attention
 from fitlora.params import Params
-from fitlora.plan import PAGED_OPTIMIZERS, WIDER, ComputeDtype, Plan
+from fitlora.plan import PAGED_OPTIMIZERS, WIDER, AttentionKernel, ComputeDtype, Plan
 from fitlora.planner.chain import Freedom, less, segments, smallest
 from fitlora.planner.freezing import planned
 from fitlora.planner.rivals import WORTH, Rivals
@@ -129,6 +130,16 @@ def compute_dtype(
     return asked, "as params say"
 
 
+def attention_kernel(hardware: Hardware) -> tuple[AttentionKernel, str]:
+    """What attention is done with, and why."""
+    if hardware.device == "cpu":
+        return "flash", "the CPU has a kernel for every type"
+    for gpu in hardware.gpus:
+        if not has_flash_attention(gpu.compute_capability):
+            return "plain", f"{gpu.name} has no FlashAttention"
+    return "flash", "the GPU has it for 16-bit types"
+
+
 def device_count(params: Params, hardware: Hardware) -> int:
     """Devices that share an effective batch: what params say, or every GPU that has a part of it."""
     asked = params.train.devices
@@ -184,6 +195,7 @@ def default_plan(
         sequence_length=sequence_length,
         recompute_layers=_recomputed(params, model) or (),
         compute_dtype=dtype,
+        attention=attention_kernel(hardware)[0],
         frozen_layers=planned(params.train, model.layers),
         optimizer=params.train.optimizer,
         loss_chunk_tokens=loss_chunk(model.vocabulary),
@@ -592,6 +604,7 @@ class Search:
             **({"recompute_keeps": keeps} if plan.recompute_keeps else {}),
             **self._reasons_of_places(plan, by_speed),
             "compute_dtype": dtype_reason,
+            "attention": attention_kernel(self.hardware)[1],
             "optimizer": "as params say",
             "loss_chunk_tokens": f"fp32 logits stay within {format_bytes(LOSS_CHUNK_BYTES)}",
             "mlp_chunk_tokens": "larger parts take memory and are hardly faster",

@@ -324,7 +324,7 @@ def _pass(plan: Plan, shape: Shape, rates: Rates, count: int, tokens: int) -> _P
         copy_rate=copy,
         element_bytes=4 if dtype == "float32" else 2,
         float8=plan.float8_products,
-        flash=dtype == "bfloat16",
+        flash=dtype in plan.flash_types,
     )
     layers, end, recomputed = shape.layers, plan.lowest_learning, _recomputed(plan)
     slower = 1 + STREAMING_LOSS * len(plan.streamed_layers) / layers

@@ -2,9 +2,10 @@
 
 Registered with transformers under the name "fitlora": its models then build no mask, and hand every
 layer's queries, keys and values to `attention_forward`. FlashAttention does the work where it can
-(bfloat16 on CUDA, any type on the CPU); what it lacks here (soft-capped scores, fp32 and fp16 on CUDA)
-takes plain operations, sequence by sequence. Their backward is written out as well: autograd would keep
-the scores, and its softmax takes a copy of them that no trace sees.
+(16-bit types on GPUs that have it, any type on the CPU: `Plan.flash_types`); what it lacks (soft-capped
+scores, fp32, GPUs before capability 8.0) takes plain operations, sequence by sequence. Their backward is
+written out as well: autograd would keep the scores, and its softmax takes a copy of them that no trace
+sees.
 """
 
 from collections.abc import Iterator, Sequence
@@ -147,7 +148,7 @@ def attend(
     q: (tokens, heads, d), k and v: (tokens, kv heads, d). Returns (tokens, heads, d) and what
     `attend_backward` needs beside its arguments.
     """
-    if not _has_kernel(q, v, softcap, batch.kind):
+    if not _has_kernel(q, v, softcap, batch.flash_types):
         return _plain_attention(q, k, v, batch.lengths, _Rule(scale, window, softcap)), ()
     out, *rest = ops.attention(q, k, v, batch.starts, batch.lengths, scale, window)
     return out, tuple(rest)
@@ -174,11 +175,11 @@ def attend_backward(
     return _plain_backward(grad, q, k, v, out, batch.lengths, _Rule(scale, window, softcap))
 
 
-def _has_kernel(q: Tensor, v: Tensor, softcap: float | None, kind: str) -> bool:
-    # GPUs that float16 is for, those without bfloat16, have no FlashAttention
-    fast = q.dtype == torch.bfloat16 or kind == "cpu"
+def _has_kernel(
+    q: Tensor, v: Tensor, softcap: float | None, flash_types: Sequence[torch.dtype]
+) -> bool:
     fits = q.shape[-1] <= _FLASH_HEAD_SIZE and q.shape[-1] == v.shape[-1]
-    return softcap is None and fits and fast
+    return softcap is None and fits and q.dtype in flash_types
 
 
 def attention_forward(
@@ -206,7 +207,7 @@ def attention_forward(
     window = -1 if sliding_window is None else sliding_window - 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if _has_kernel(q, v, softcap, context.kind):
+    if _has_kernel(q, v, softcap, context.flash_types):
         out = _Attention.apply(q, k, v, context.starts, context.lengths, scale, window)
     else:
         out = _PlainAttention.apply(q, k, v, context.lengths, _Rule(scale, window, softcap))

@@ -87,8 +87,8 @@ class MicroBatch:
     input_ids, position_ids: int64 (1, tokens). targets: int64 (targets,), the ids to predict, and
     target_rows: int64 (targets,), the rows of hidden states that predict them. starts: int32
     (parts + 1,), where each sequence or part of one begins; lengths is the same on the host. row_keys:
-    int32 (tokens,), the dropout key of each token. kind: of device, cuda or cpu, that computes, or that
-    tensors on meta stand for.
+    int32 (tokens,), the dropout key of each token. flash_types: types whose attention takes a fused
+    kernel, by the Plan, so that tensors on meta take the way of those they stand for.
     """
 
     tokens: Sequence[int]
@@ -99,7 +99,7 @@ class MicroBatch:
     starts: Tensor
     lengths: list[int]
     row_keys: Tensor
-    kind: str
+    flash_types: Sequence[torch.dtype]
 
     def moved(self, bring: Callable[[Tensor], Tensor]) -> "MicroBatch":
         """The same with each tensor as `bring` gives it: on another device."""
@@ -124,11 +124,11 @@ class StepContext:
     lengths: list[int]
     starts: Tensor
     row_keys: Tensor
-    kind: str
+    flash_types: Sequence[torch.dtype]
 
     def enter(self, batch: MicroBatch) -> None:
         self.lengths, self.starts, self.row_keys = batch.lengths, batch.starts, batch.row_keys
-        self.kind = batch.kind
+        self.flash_types = batch.flash_types
 
 
 def make_micro_batch(
@@ -137,12 +137,11 @@ def make_micro_batch(
     seed: int,
     step: int,
     device: torch.device,
-    stands_for: str = "cpu",
+    flash_types: Sequence[torch.dtype],
 ) -> MicroBatch:
     """Lays the sequences, and the parts of packed ones, behind each other.
 
-    step: the optimizer step, for the dropout masks. stands_for: the kind of device, where
-    `device` is meta.
+    step: the optimizer step, for the dropout masks.
     """
     sequences = [part for sequence in sequences for part in sequence.parts]
     lengths = [len(sequence.tokens) for sequence in sequences]
@@ -173,5 +172,5 @@ def make_micro_batch(
         starts=on_device(starts, torch.int32),
         lengths=lengths,
         row_keys=row_keys(seed, step, samples, positions),
-        kind=stands_for if device.type == "meta" else device.type,
+        flash_types=flash_types,
     )

@@ -177,9 +177,13 @@ class TrainingStep:
         size = self.plan.micro_batch_size
         return [sequences[i : i + size] for i in range(0, len(sequences), size)]
 
-    def _micro_batch(self, part: Sequence[TokenSequence], seed: int, step: int) -> MicroBatch:
+    def micro_batch(
+        self, sequences: Sequence[TokenSequence], *, seed: int = 0, step: int = 0
+    ) -> MicroBatch:
+        """The sequences as the network takes them; seed, step: for the dropout masks."""
+        types = [getattr(torch, name) for name in self.plan.flash_types]
         return make_micro_batch(
-            part, seed=seed, step=step, device=self.device, stands_for=self.plan.device
+            sequences, seed=seed, step=step, device=self.device, flash_types=types
         )
 
     def run(
@@ -260,7 +264,7 @@ class TrainingStep:
         parts, together = self.micro_batches(sequences), self.plan.micro_batches_per_pass
         for start in range(0, len(parts), together):
             batches = [
-                self._micro_batch(part, self.settings.train.seed, step)
+                self.micro_batch(part, seed=self.settings.train.seed, step=step)
                 for part in parts[start : start + together]
             ]
             for one in self.network.train(batches, scale=loss_scale / total, phase=self.phase):
@@ -344,7 +348,7 @@ class TrainingStep:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for start in range(0, len(sequences), size):
             part = sequences[start : start + size]
-            batch = self._micro_batch(part, 0, 0)
+            batch = self.micro_batch(part)
             with self.phase("evaluation"):
                 total.add_(self.network.loss(batch, scale=1.0))
         return total, sum(s.target_tokens for s in sequences)
