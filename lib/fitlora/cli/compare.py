@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fitlora.cli.frame import answers, debug_option
+from fitlora.cli.frame import answers, debug_option, examples
 
 if TYPE_CHECKING:
     from fitlora.report.comparison import Comparison
@@ -17,14 +17,10 @@ def _show(found: "Comparison") -> None:
 
 
 @click.command(
-    epilog="\n".join(
-        [
-            "\b",
-            "Examples:",
-            "  fitlora compare outputs other_outputs",
-            "  fitlora compare HEAD~1 .             two revisions whose artifacts DVC has",
-            "  fitlora compare a b --json",
-        ]
+    epilog=examples(
+        "fitlora compare outputs other_outputs",
+        "fitlora compare HEAD~1 .             a revision whose artifacts DVC has, and this folder",
+        "fitlora compare a b --json",
     )
 )
 @answers(_show)
