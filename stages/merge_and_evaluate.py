@@ -1,4 +1,4 @@
-"""Stage: the merged model, and base, 4-bit base, adapter and merged model on held-out rows."""
+"""Stage: the merged model, and base, quantized base, adapter and merged model on held-out rows."""
 
 from fitlora.console import run
 from fitlora.params import read_params

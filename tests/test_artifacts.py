@@ -107,7 +107,7 @@ EXAMPLES: list[Artifact] = [
     ),
     PlanArtifact(plan=PLAN, reasons={"micro_batch_size": "as params say"}),
     Evaluation(
-        rows=3, base=METRICS, quantized_base=METRICS, adapter=METRICS, merged=METRICS,
+        rows=3, base_bits=16, base=METRICS, quantized_base=METRICS, adapter=METRICS, merged=METRICS,
         gate=Gate(
             base="dequantized", bits=16, against="adapter", max_kl_divergence=0.01,
             min_top1_agreement=0.95, max_exact_match_drop=0.01,

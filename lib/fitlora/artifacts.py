@@ -482,14 +482,21 @@ class Sample(Record):
     answers: dict[str, str]
 
 
+def model_titles(base_bits: int) -> dict[str, str]:
+    """What people read of each model that is compared. base_bits: as in `Evaluation`."""
+    quantized = f"{base_bits}-bit base"
+    return {"base": "base", "quantized_base": quantized, "adapter": "adapter", "merged": "merged"}
+
+
 class Evaluation(Artifact):
-    """Base, 4-bit base, adapter and merged model on the same held-out rows."""
+    """Base, quantized base, adapter and merged model on the same held-out rows."""
 
     KIND: ClassVar[str] = "evaluation"
     STAGE: ClassVar[str] = "merge_and_evaluate"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     rows: int
+    base_bits: Literal[16, 4] = Field(description="of the weights that the adapter was trained on")
     base: Metrics
     quantized_base: Metrics
     adapter: Metrics
@@ -501,6 +508,11 @@ class Evaluation(Artifact):
     groups: tuple[Group, ...] = Field(strict=False)
     devices: dict[str, str] = Field(description="where each model was evaluated")
     samples: tuple[Sample, ...] = Field(strict=False)
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What people read, by model, in the order that they are shown."""
+        return model_titles(self.base_bits)
 
 
 class RunFigures(Artifact):

@@ -1,4 +1,4 @@
-"""Talking to what came out: the 4-bit base with its adapter, or the merged model.
+"""Talking to what came out: the quantized base with its adapter, or the merged model.
 
 The model is built by the evaluation's own loader, so what answers here is what was measured. Tokens
 are written as they come. Greedy unless a temperature is given; then the seed is the run's, so that the

@@ -213,7 +213,7 @@ class MemoryEfficientTrainer:
         self.params = with_found(params, found, "this")
 
     def evaluate(self) -> "Evaluation":
-        """Merges the adapter, and compares base, 4-bit base, adapter and merged model."""
+        """Merges the adapter, and compares base, quantized base, adapter and merged model."""
         from fitlora.pipeline.merge_and_evaluate import merge_and_evaluate
 
         self._require(ADAPTER, "train()")

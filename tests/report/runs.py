@@ -71,6 +71,7 @@ def make_evaluation(**changes: Any) -> Evaluation:
     }
     content: dict[str, Any] = {
         "rows": 200,
+        "base_bits": 4,
         **models,
         "gate": gate_of(MergeParams(), "adapter"),
         "fidelity": {

@@ -10,16 +10,11 @@ from fitlora.artifacts import (
     EVALUATION,
     PLAN,
     TRAINING_LOG,
-    Evaluation,
-    Fidelity,
-    Metrics,
     PlanArtifact,
     dump_line,
 )
 from fitlora.cli import main
-from fitlora.evaluation.gate import gate_of
-from fitlora.params import MergeParams
-from fitlora.plan import Plan
+from tests.report.runs import make_evaluation, make_plan
 
 END = {
     "event": "end",
@@ -38,39 +33,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("dvc.yaml").touch()
 
-    def metrics(loss: float, exact_match: float) -> Metrics:
-        return Metrics(
-            loss=loss,
-            perplexity=2.0,
-            exact_match=exact_match,
-            loss_interval=(loss, loss),
-            perplexity_interval=(2.0, 2.0),
-            exact_match_interval=(max(0.0, exact_match - 0.01), exact_match + 0.005),
-        )
-
-    Evaluation(
-        rows=200,
-        base=metrics(2.5, 0.0),
-        quantized_base=metrics(2.53125, 0.005),
-        adapter=metrics(0.03, 0.975),
-        merged=metrics(0.03, 0.97),
-        gate=gate_of(MergeParams(), "adapter"),
-        fidelity={"merged": Fidelity(tokens=9, kl_divergence=2.5e-8, top1_agreement=0.99951)},
-        groups=(),
-        devices={"base": "cpu"},
-        samples=(),
-    ).write(EVALUATION)
-    plan = Plan(
-        device="cpu",
-        effective_batch_size=32,
-        micro_batch_size=8,
-        evaluation_batch_size=8,
-        sequence_length=128,
-        compute_dtype="float32",
-        optimizer="adamw",
-        loss_chunk_tokens=1024,
-    )
-    PlanArtifact(plan=plan, reasons={}).write(PLAN)
+    make_evaluation().write(EVALUATION)
+    PlanArtifact(plan=make_plan(), reasons={}).write(PLAN)
     TRAINING_LOG.write_text(dump_line({"event": "step", "step": 1}) + dump_line(END))
     return tmp_path
 
@@ -92,6 +56,15 @@ def test_table_shows_each_model_the_memory_and_the_places(run: Path) -> None:
     assert "adapter artifacts/adapter" in lines
     assert "merged model artifacts/merged_model" in lines
     assert "\x1b" not in result.output
+
+
+def test_weights_that_stay_in_16_bits_are_called_so(run: Path) -> None:
+    make_evaluation(base_bits=16).write(EVALUATION)
+    lines = [line.split() for line in CliRunner().invoke(main, ["summary"]).output.splitlines()]
+    assert [line[2] for line in lines if line[:2] == ["16-bit", "base"]] == [
+        "2.5312", "artifacts/quantized_model",
+    ]  # fmt: skip
+    assert not any("4-bit" in line for line in lines)
 
 
 def test_json_is_for_programs(run: Path) -> None:

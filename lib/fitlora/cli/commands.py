@@ -114,7 +114,7 @@ main.add_command(plan)
 @answers()
 @project_options
 def quantize(project: Project) -> Any:
-    """Write the model's weights in 4 bits. Needs no GPU and no earlier command."""
+    """Write the model's weights as they are trained on. Needs no GPU and no earlier command."""
     from fitlora.artifacts import QUANTIZED_MODEL
     from fitlora.pipeline.quantize_model import quantize_model
 
@@ -200,7 +200,7 @@ def run(out: Path, force: bool, params_file: Path | None, changes: tuple[str, ..
         "fitlora chat --merged --temperature 0.7 < questions.txt",
     )
 )
-@click.option("--merged", is_flag=True, help="Ask the merged model, not 4-bit base and adapter.")
+@click.option("--merged", is_flag=True, help="Ask the merged model, not the base with its adapter.")
 @click.option("--prompt", metavar="TEXT", help="Ask this, print the answer, and end.")
 @click.option(
     "--temperature",

@@ -156,10 +156,12 @@ def compare(
         say(f"{line} ({place}, {time.monotonic() - start:.1f} s)")
         if model.name == "merged":
             _check_merged(results, gate)
+    (trained_on,) = (model for model in models if model.name == "quantized_base")
     answered = {name: results[name] for name in MODELS}
     everything = range(len(held_out.questions))
     return Evaluation(
         rows=len(held_out.questions),
+        base_bits=trained_on.quantization.bits,
         **{name: result.metrics(everything) for name, result in answered.items()},
         gate=gate,
         fidelity={n: fidelity(r.scores) for n, r in results.items() if n != gate.against},

@@ -1,7 +1,7 @@
 """The four models that are compared, each through the one step that also trains.
 
-Base, 4-bit base, adapter and merged model differ in their folder, in how the weights are stored and in
-whether there are adapters, and in nothing else: the same builder makes them all, so a difference in
+Base, quantized base, adapter and merged model differ in their folder, in how the weights are stored and
+in whether there are adapters, and in nothing else: the same builder makes them all, so a difference in
 the result is the model's and not the harness's.
 
 The Plan is proven for the 4-bit weights. The 16-bit ones of base and merged model may be too large for
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fitlora.adapter import CONFIG, load_adapter
-from fitlora.artifacts import read_json
+from fitlora.artifacts import model_titles, read_json
 from fitlora.errors import ArtifactError
 from fitlora.model import decoder_layers, load_config
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
@@ -93,23 +93,24 @@ def contenders(
     plain = quantization.model_copy(update={"bits": 16})
     config = load_config(original, trust_remote_code=trust_remote_code)
     stored = getattr(config, "quantization_config", None) is not None
-    bits = "4-bit base" if quantization.bits == 4 else "16-bit base"
 
-    def contender(
-        name: str, title: str, folder: Path, how: QuantizationParams, **adapters: Any
-    ) -> Contender:
-        return Contender(name, title, folder, how, trust_remote_code=trust_remote_code, **adapters)
+    titles = {**model_titles(quantization.bits), ON_ORIGINAL: "on 16-bit base"}
+
+    def contender(name: str, folder: Path, how: QuantizationParams, **adapters: Any) -> Contender:
+        return Contender(
+            name, titles[name], folder, how, trust_remote_code=trust_remote_code, **adapters
+        )
 
     with_adapter = {"lora": lora, "adapter": adapter}
     found = (
-        contender("base", "base", original, quantization if stored else plain),
-        contender("quantized_base", bits, quantized, quantization),
-        contender("adapter", "adapter", quantized, quantization, **with_adapter),
-        contender("merged", "merged", merged, plain if merged_bits == 16 else quantization),
+        contender("base", original, quantization if stored else plain),
+        contender("quantized_base", quantized, quantization),
+        contender("adapter", quantized, quantization, **with_adapter),
+        contender("merged", merged, plain if merged_bits == 16 else quantization),
     )
     if stored or quantization.bits == 16:
         return found
-    return (*found, contender(ON_ORIGINAL, "on 16-bit base", original, plain, **with_adapter))
+    return (*found, contender(ON_ORIGINAL, original, plain, **with_adapter))
 
 
 def check_adapter(folder: Path, lora: LoraParams) -> None:

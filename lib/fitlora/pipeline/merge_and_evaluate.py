@@ -35,7 +35,7 @@ from fitlora.report.sections import Trained
 
 @names_remedy
 def merge_and_evaluate(params: Params, root: Path = Path()) -> Evaluation:
-    """Merges the adapter and compares base, 4-bit base, adapter and merged model."""
+    """Merges the adapter and compares base, quantized base, adapter and merged model."""
     planned = PlanArtifact.read(root / PLAN)
     plan, params = planned.plan, with_found(params, planned.found, str(root / PLAN))
     hardware = Hardware.read(root / HARDWARE)

@@ -12,12 +12,6 @@ from fitlora.units import GIB, MIB
 
 Spec = dict[str, Any]
 
-MODELS = {
-    "base": "base",
-    "quantized_base": "4-bit base",
-    "adapter": "adapter",
-    "merged": "merged",
-}
 COMPONENTS = {
     "weights": "weights",
     "adapters": "adapters",
@@ -71,7 +65,7 @@ def loss_by_model(evaluation: Evaluation) -> Spec:
 
 
 def _metrics(evaluation: Evaluation) -> Iterator[tuple[str, Any]]:
-    for name, title in MODELS.items():
+    for name, title in evaluation.titles.items():
         yield title, getattr(evaluation, name)
 
 
@@ -91,7 +85,7 @@ def _bars(rows: Sequence[Mapping[str, Any]], x: Spec, number: str) -> Spec:
         "mark": {"type": "bar", "height": {"band": 0.62}, "cornerRadiusEnd": 3},
         "encoding": {
             "x": {"field": "value", "type": "quantitative", "title": None, **x},
-            "color": _color("model", list(MODELS.values()), legend=False),
+            "color": _color("model", [row["model"] for row in rows], legend=False),
             "tooltip": tooltip,
         },
     }

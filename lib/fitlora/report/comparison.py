@@ -24,7 +24,6 @@ from fitlora.artifacts import (
 )
 from fitlora.errors import UserError
 from fitlora.params import PARAMS_FILE, parse_yaml
-from fitlora.report.charts import MODELS
 from fitlora.report.log import TrainingLog
 from fitlora.units import format_bytes
 
@@ -136,7 +135,7 @@ def _figures(name: str, folder: Path) -> dict[str, dict[str, Value]]:
 
 def _quality(evaluation: Evaluation) -> Iterator[tuple[str, Value]]:
     yield "rows", evaluation.rows
-    for key, title in MODELS.items():
+    for key, title in evaluation.titles.items():
         metrics = getattr(evaluation, key)
         for figure in ("exact_match", "loss", "perplexity"):
             yield f"{title}: {figure.replace('_', ' ')}", getattr(metrics, figure)

@@ -39,7 +39,6 @@ from fitlora.params import (
 )
 from fitlora.plan import Plan
 from fitlora.report.adaptation import adaptation
-from fitlora.report.charts import MODELS
 from fitlora.report.html import Content, Html, chart, escaped, facts, section, table, tag
 from fitlora.report.log import TrainingLog
 from fitlora.units import format_bytes
@@ -164,7 +163,7 @@ def quality(run: Run) -> Html:
     )
     models = table(
         ("model", "exact match", "95% interval", "loss", "95% interval", "perplexity", "where"),
-        (_model_row(found, name) for name in MODELS),
+        (_model_row(found, name) for name in found.titles),
         numbers=(1, 2, 3, 4, 5),
     )
     parts = [pictures, models]
@@ -185,7 +184,7 @@ def _model_row(found: Evaluation, name: str) -> tuple[Content, ...]:
     metrics: Metrics = getattr(found, name)
     low, high = metrics.loss_interval
     return (
-        tag("strong", MODELS[name]),
+        tag("strong", found.titles[name]),
         f"{metrics.exact_match:.1%}",
         _shares(metrics),
         f"{metrics.loss:.4f}",
@@ -204,7 +203,7 @@ def _groups(found: Evaluation) -> Html:
     shown = ("base", "adapter", "merged")
     head = ["held-out rows", "count"]
     for name in shown:
-        head += [f"{MODELS[name]}: exact", "loss"]
+        head += [f"{found.titles[name]}: exact", "loss"]
     rows = []
     for group in found.groups:
         row: list[Content] = [group.name, f"{group.rows:,}"]
@@ -262,7 +261,7 @@ def samples(run: Run) -> Html:
     cards = []
     for sample in run.evaluation.samples:
         answers = []
-        for name, title in MODELS.items():
+        for name, title in run.evaluation.titles.items():
             answer = sample.answers[name]
             right = answer.strip() == sample.expected.strip()
             mark = tag("span", "✓" if right else "✗", class_="right" if right else "wrong")

@@ -11,12 +11,12 @@ from typing import TextIO
 
 from pydantic import BaseModel, ConfigDict
 
-from fitlora import artifacts
 from fitlora.artifacts import (
     ADAPTER,
     EVALUATION,
     MERGED_MODEL,
     PLAN,
+    QUANTIZED_MODEL,
     REPORT,
     TRAINING_LOG,
     Evaluation,
@@ -26,19 +26,8 @@ from fitlora.artifacts import (
     parse_json,
 )
 from fitlora.errors import ArtifactError
-from fitlora.report.charts import MODELS
 from fitlora.report.log import TrainingEnd
 from fitlora.units import format_bytes
-
-PLACES = {
-    "report": REPORT,
-    "adapter": ADAPTER,
-    "merged model": MERGED_MODEL,
-    "4-bit base": artifacts.QUANTIZED_MODEL,
-    "plan": PLAN,
-    "evaluation": EVALUATION,
-    "training log": TRAINING_LOG,
-}
 
 
 class Summary(BaseModel):
@@ -47,6 +36,7 @@ class Summary(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     rows: int
+    titles: dict[str, str]
     models: dict[str, Metrics]
     merge: Fidelity
     device: str
@@ -69,7 +59,8 @@ def summarize(root: Path = Path()) -> Summary:
     end = _read_end(root / TRAINING_LOG)
     return Summary(
         rows=evaluation.rows,
-        models={key: getattr(evaluation, key) for key in MODELS},
+        titles=evaluation.titles,
+        models={key: getattr(evaluation, key) for key in evaluation.titles},
         merge=evaluation.fidelity["merged"],
         device=plan.device,
         plan=plan.describe(),
@@ -77,7 +68,15 @@ def summarize(root: Path = Path()) -> Summary:
         seconds=end.seconds,
         predicted_peak_bytes=end.predicted_peak_bytes,
         measured_peak_bytes=end.measured_peak_bytes,
-        places={name: str(root / path) for name, path in PLACES.items()},
+        places={
+            "report": str(root / REPORT),
+            "adapter": str(root / ADAPTER),
+            "merged model": str(root / MERGED_MODEL),
+            evaluation.titles["quantized_base"]: str(root / QUANTIZED_MODEL),
+            "plan": str(root / PLAN),
+            "evaluation": str(root / EVALUATION),
+            "training log": str(root / TRAINING_LOG),
+        },
     )
 
 
@@ -112,7 +111,7 @@ def show(summary: Summary, file: TextIO | None = None) -> None:
     for key, metrics in summary.models.items():
         low, high = metrics.exact_match_interval
         models.add_row(
-            MODELS[key],
+            summary.titles[key],
             f"{metrics.loss:.4f}",
             f"{metrics.perplexity:.3f}",
             f"{100 * metrics.exact_match:.1f}%",
