@@ -53,6 +53,7 @@ ALSO_LISTED: dict[str, dict[str, str]] = {}
 QUANTIZE_CODE = {
     "stages/quantize_model.py",
     "lib/fitlora/checkpoint.py",
+    "lib/fitlora/conversion.py",
     "lib/fitlora/model.py",
     "lib/fitlora/pipeline/quantize_model.py",
     "lib/fitlora/quantization/codes.py",

@@ -43,6 +43,17 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},  # biases on q, k and v
     "phi3": {"model_type": "phi3"},  # fused qkv_proj and gate_up_proj
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "head_dim": 16,
+    },
+    # a router that is a linear layer with more to it
+    "phimoe": {"model_type": "phimoe", "num_local_experts": 4, "num_experts_per_tok": 2},
+    # dense layers and shared experts beside the others
+    "glm4_moe": {
+        "model_type": "glm4_moe", "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    },
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
 

@@ -1,5 +1,6 @@
 """Reading a model's safetensors files by tensor name. Nothing else is ever read back."""
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fitlora.artifacts import read_json
+from fitlora.conversion import Conversion, conversions
 from fitlora.errors import ArtifactError, UserError
 
 # The dtypes of the safetensors format that FitLoRA reads; float8 and the like are refused by name.
@@ -33,7 +35,10 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """The safetensors files of a model's folder, by tensor name. Files are opened when needed."""
+    """The safetensors files of a model's folder, by tensor name. Files are opened when needed.
+
+    shards: the file of each tensor, by the name that it is stored under.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,10 +76,25 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.shards
 
+    @functools.cached_property
+    def converted(self) -> dict[str, Conversion]:
+        """The model's tensors that are stored under other names, or in parts, by the model's names."""
+        return conversions(self.folder, self.shards)
+
     def tensor(self, name: str) -> Tensor:
-        """The tensor, on the CPU; raises ArtifactError where there is none of that name."""
+        """The tensor, on the CPU; raises ArtifactError where there is none of that name.
+
+        name: as it is stored, or as the model has it.
+        """
         if name not in self.shards:
-            raise ArtifactError(f"{self.folder} has no tensor {name}")
+            if name not in self.converted:
+                raise ArtifactError(f"{self.folder} has no tensor {name}")
+            try:
+                return self.converted[name].make(self.tensor)
+            except RuntimeError as error:  # parts of unlike shapes, or fewer of one kind
+                raise ArtifactError(
+                    f"{self.folder}: the parts of {name} do not fit together: {error}"
+                ) from None
         from safetensors import SafetensorError
 
         try:

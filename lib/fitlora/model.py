@@ -80,15 +80,27 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def linear_names(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[str]:
     """The linear layers that are quantized: all but the head and those that `keep` matches.
 
-    keep: parts of names, or patterns with `*`.
+    keep: parts of names, or patterns with `*`. Layers with a forward of their own (some routers of
+    experts) are no linear layers.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or module is head:
+        if type(module).forward is not nn.Linear.forward or module is head:
             continue
         if any(part in name.split(".") or fnmatch.fnmatch(name, part) for part in keep):
             continue
         yield name
+
+
+def expert_names(model: nn.Module) -> list[str]:
+    """Weights of many linear layers in one tensor, (experts, out, in); no convolution's."""
+    return [
+        f"{prefix}.{leaf}"
+        for prefix, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    ]
 
 
 def empty_model(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:

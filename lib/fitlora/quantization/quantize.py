@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fitlora.checkpoint import Checkpoint, TensorInfo
 from fitlora.console import say
 from fitlora.errors import UserError
-from fitlora.model import empty_model, linear_names, load_config
+from fitlora.model import empty_model, expert_names, linear_names, load_config
 from fitlora.progress import progress
 from fitlora.quantization.layout import (
     QuantSpec,
@@ -87,7 +87,7 @@ def quantize_checkpoint(
         )
     weights = {f"{name}.weight": cast(nn.Linear, model.get_submodule(name)) for name in layers}
     infos = {name: checkpoint.info(name) for name in sorted(checkpoint.shards)}
-    _check_names(source, model, weights, infos)
+    _check_names(model, weights, checkpoint)
     done = _check_stored(source, content, checkpoint, spec, weights)
     if not done:
         _check_weights(source, weights, infos)
@@ -266,31 +266,23 @@ def _check_keep(keep: Sequence[str], everywhere: list[str], model: nn.Module) ->
             )
 
 
-def _expert_weights(model: nn.Module) -> list[str]:
-    """Weights of many linear layers in one tensor, (experts, out, in); no convolution's."""
-    return [
-        f"{prefix}.{leaf}"
-        for prefix, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3
-    ]
-
-
-def _check_names(
-    source: Path, model: nn.Module, weights: Iterable[str], infos: dict[str, TensorInfo]
-) -> None:
+def _check_names(model: nn.Module, weights: Iterable[str], checkpoint: Checkpoint) -> None:
     """Files may hold more than the model has (old buffers), and nothing less.
 
-    A mixture of experts may be stored under other names than the model's, which transformers
-    translates on loading; there, the linear layers alone are looked for.
+    weights: of linear layers that are quantized, which have to be stored as the model has them.
     """
-    wanted = set(weights)
-    if not _expert_weights(model):
-        wanted |= {name for name, _ in model.named_parameters()}  # tied ones once
-    missing = wanted - set(infos)
+    source, stored = checkpoint.folder, checkpoint.shards.keys()
+    wanted = {name for name, _ in model.named_parameters()}  # tied ones once
+    missing = wanted - stored - checkpoint.converted.keys()
     if missing:
         raise UserError(f"{source} lacks {len(missing)} tensor(s): {_some(missing)}")
+    other = set(weights) - stored
+    if other:
+        raise UserError(
+            f"{source} stores {len(other)} linear layer(s) under other names than the model has: "
+            f"{_some(other)}; load it in transformers and save_pretrained with "
+            "save_original_format=False"
+        )
 
 
 def _check_stored(
@@ -386,7 +378,7 @@ def _tell(
     """Says what a user might not expect."""
     if done:
         say("the source is quantized in this way already, and goes through as it is")
-    experts = _expert_weights(model)
+    experts = expert_names(model)
     if experts:
         say(
             f"{len(experts)} weights hold many experts in one 3-D tensor and stay in 16 bits: "

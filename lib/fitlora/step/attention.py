@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fitlora.errors import UserError
 from fitlora.step import ops
 from fitlora.step.batch import MicroBatch, StepContext
 
@@ -201,7 +202,10 @@ def attention_forward(
     (1, tokens, heads, d).
     """
     if s_aux is not None:
-        raise NotImplementedError("attention sinks have no kernel here")
+        raise UserError(
+            f"{type(module).__name__} has attention sinks, for which there is no kernel here; take a "
+            "model without"
+        )
     context = cast(StepContext, module.fitlora_context)
     # transformers counts the token itself; FlashAttention counts those to its left
     window = -1 if sliding_window is None else sliding_window - 1

@@ -5,6 +5,7 @@ noise for weights it is the probe; with a checkpoint it trains. Only the `Weight
 in here asks which of them it has.
 """
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fitlora.errors import UserError
-from fitlora.model import decoder_layers
+from fitlora.model import decoder_layers, expert_names
 from fitlora.offload.optimizer import CPUOffloadOptimizer
 from fitlora.offload.transport import Transport
 from fitlora.params import LoraParams, TrainParams
@@ -107,6 +108,11 @@ class StepSkeleton:
 
     def _check_general(self) -> None:
         """What the general way cannot do, said before anything is loaded."""
+        if expert_names(self.model) and self.plan.storage_dtype != "bfloat16":
+            raise UserError(
+                f"the experts of a {type(self.model).__name__} are computed in bfloat16 and not in "
+                f"{self.plan.compute_dtype}; set plan.compute_dtype: bfloat16"
+            )
         kept = set(self.plan.streamed_layers) - set(self.plan.recompute_layers)
         if kept:
             raise UserError(
@@ -210,7 +216,29 @@ def peft_config(model: nn.Module, lora: LoraParams) -> Any:
         task_type="CAUSAL_LM",
     )
     config._register_custom_module({Linear4bit: LoraLinear, FrozenLinear: LoraLinear})
+    _check_experts(config, model)
     return config
+
+
+def _check_experts(config: Any, model: nn.Module) -> None:
+    """Raises UserError where peft takes names of layers for those of a mixture's experts.
+
+    It would leave layers of that name out, when the adapter is made and whenever one is loaded.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    asked, wanted = set(config.target_modules), copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(wanted, model, None)
+        taken = asked - set(wanted.target_modules)
+    except ValueError:  # some of what experts have, and not all
+        taken = asked & {"gate_proj", "up_proj", "down_proj"}
+    if taken:
+        rest = ", ".join(sorted(asked - taken))
+        raise UserError(
+            f"lora.target_modules: of a {type(model).__name__}, PEFT has {', '.join(sorted(taken))} "
+            f"mean the experts, which are not trained here; set lora.target_modules: [{rest}]"
+        )
 
 
 def add_adapters(model: nn.Module, lora: LoraParams) -> None:
