@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, get_args
 
 import click
 import pytest
@@ -20,6 +21,7 @@ from fitlora.artifacts import Hardware, ModelFacts
 from fitlora.cli import frame, main
 from fitlora.errors import UserError
 from fitlora.params import read_params
+from fitlora.plan import ComputeDtype, Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 FITLORA = str(Path(sys.executable).parent / "fitlora")
@@ -104,6 +106,53 @@ def test_estimate_takes_a_whole_plan_and_says_what_is_lacking(tmp_path: Path) ->
     assert "activations" in done.stdout
 
 
+# Every decision of a Plan by an option, otherwise than by default; what does not go together is apart.
+KNOBS = (
+    "--accumulation 3 --micro-batch 2 --micro-batches-per-pass 2 --devices 2 --evaluation-batch 3 "
+    "--seq-length 64 --recompute 0-1,3 --keep attention --keep mlp --freeze 1 --layer-dtype float32 "
+    "--compute-dtype float16 --stream 0,2-3 --slots 3 --disk 1 --checkpoints host --embedding host "
+    "--head host --optimizer-device host --loss-chunk 7 --mlp-chunk 0",
+    "--layers-per-device 1,3 --attention plain",
+    "--optimizer paged_adamw_8bit --recompute none --stream none --freeze none",
+)
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, options: str) -> dict[str, Any]:
+    """The plan that options ask for; nothing is traced."""
+    monkeypatch.setattr(
+        "fitlora.cli.estimate._answer",
+        lambda question, model: {"plan": question.plan.model_dump(mode="json")},
+    )
+    done = fitlora("estimate", MODEL, "--gpu-memory", "8GiB", "--json", *options.split())
+    assert done.exit_code == 0, done.output
+    plan: dict[str, Any] = json.loads(done.stdout)["plan"]
+    return plan
+
+
+def test_every_decision_of_a_plan_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = planned(monkeypatch, "")
+    found = [planned(monkeypatch, options) for options in KNOBS]
+    decided = {name for plan in found for name in plan if plan[name] != usual[name]}
+    assert set(Plan.model_fields) - decided == {"device"}  # which is the card's
+    first = found[0]
+    assert first["recompute_layers"] == [0, 1, 3]
+    assert first["streamed_layers"] == [0, 2, 3]
+    assert first["frozen_layers"] == [0]
+    assert first["recompute_keeps"] == ["attention", "mlp"]
+    assert first["effective_batch_size"] == 12
+    assert first["mlp_chunk_tokens"] is None
+
+
+@pytest.mark.parametrize("dtype", get_args(ComputeDtype))
+def test_every_precision_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    assert planned(monkeypatch, f"--compute-dtype {dtype}")["compute_dtype"] == dtype
+
+
+def test_precision_is_what_the_card_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [planned(monkeypatch, f"--capability {version}") for version in ("7.5", "8.6")]
+    assert [plan["compute_dtype"] for plan in found] == ["float16", "bfloat16"]
+
+
 def test_the_table_of_a_model() -> None:
     asked = ("estimate", MODEL, "--table", "--seq-length", "64")
     standard, qlora = fitlora(*asked).stdout.splitlines()[1:3]
@@ -126,6 +175,53 @@ def test_the_table_of_a_model() -> None:
         (("estimate", "nowhere", "--gpu-memory", "8GiB"), "neither a folder nor a hub id"),
         (("estimate", MODEL, "--gpu-memory", "8GiB", "--recompute", "99"), "a number up to"),
         (("estimate", MODEL, "--gpu-memory", "8GiB", "--stream", "99"), "the model has"),
+        (("estimate", MODEL, "--gpu-memory", "8GiB", "--freeze", "0-9"), "the model has 4 layers"),
+        (("estimate", MODEL, "--gpu-memory", "8GiB", "--stream", "3-2"), "like 0-7,12"),
+        (("estimate", MODEL, "--gpu-memory", "8GiB", "--disk", "1"), "0 layers are streamed"),
+        (("estimate", MODEL, "--gpu-memory", "8GiB", "--layers-per-device", "2+2"), "like 2,2"),
+        (
+            ("estimate", MODEL, "--gpu-memory", "8GiB", "--layers-per-device", "2,3"),
+            "the model has",
+        ),
+        (
+            (
+                "estimate",
+                MODEL,
+                "--gpu-memory",
+                "8GiB",
+                "--capability",
+                "8.6",
+                "--layer-dtype",
+                "float8",
+            ),
+            "layer_dtype is float8, which 8GiB lacks",
+        ),
+        (
+            (
+                "estimate",
+                MODEL,
+                "--gpu-memory",
+                "8GiB",
+                "--capability",
+                "7.5",
+                "--compute-dtype",
+                "bfloat16",
+            ),
+            "which 8GiB lacks; use float16",
+        ),
+        (
+            (
+                "estimate",
+                MODEL,
+                "--gpu-memory",
+                "8GiB",
+                "--capability",
+                "7.5",
+                "--attention",
+                "flash",
+            ),
+            "8GiB has no FlashAttention; use plain",
+        ),
         (("estimate", MODEL, "--gpu-memory", "8GiB", "--plan", "no.json"), "has no Plan"),
         (("estimate", MODEL, "--gpu-memory", "8GiB", "--target", "nothing"), "nothing"),
     ],

@@ -5,7 +5,8 @@ Each decision of a Plan is an option; `--plan` takes a whole one. Nothing of a p
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,14 +22,18 @@ from fitlora.cli.frame import (
     set_option,
 )
 from fitlora.errors import UserError
-from fitlora.plan import KEPT, Optimizer, Plan
+from fitlora.plan import KEPT, AttentionKernel, ComputeDtype, Optimizer, Plan
+from fitlora.planner.search import MLP_CHUNK_TOKENS
 from fitlora.units import GIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from fitlora.artifacts import Estimate, Hardware
     from fitlora.memory.question import Question
+    from fitlora.params import Params
+    from fitlora.planner.size import ModelSize
 
 _SIDE = click.Choice(["device", "host"])
+_LAYERS = "none|all|N|LIST"
 
 _OPTIONS = (
     click.option("--revision", help="Of a hub id: the full commit."),
@@ -61,12 +66,32 @@ _OPTIONS = (
         show_default=True,
         help="Micro-batches of an optimizer step.",
     ),
+    click.option(
+        "--micro-batches-per-pass",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Of them, how many go through each layer together.",
+    ),
+    click.option(
+        "--devices",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="GPUs that share a batch, each with --accumulation micro-batches.",
+    ),
+    click.option(
+        "--layers-per-device",
+        metavar="N,N",
+        help="Of GPUs that one process spreads the layers over, in place of --devices.",
+    ),
     click.option("--evaluation-batch", type=click.IntRange(1), help="As --micro-batch by default."),
     click.option(
         "--recompute",
+        metavar=_LAYERS,
         default="all",
         show_default=True,
-        help="Layers whose activations are recomputed: none, all, or how many.",
+        help="Layers whose activations are recomputed: how many of the lowest, or which (0-7,12).",
     ),
     click.option(
         "--keep",
@@ -75,8 +100,33 @@ _OPTIONS = (
         type=click.Choice(KEPT),
         help="What layers that recompute keep all the same. May be repeated.",
     ),
-    click.option("--stream", default=0, type=click.IntRange(0), help="Layers from host memory."),
-    click.option("--slots", default=2, type=click.IntRange(1), help="Streamed layers at one time."),
+    click.option(
+        "--freeze",
+        metavar=_LAYERS,
+        default="none",
+        show_default=True,
+        help="Layers whose adapters are not trained: how many of the lowest, or which.",
+    ),
+    click.option(
+        "--stream",
+        metavar=_LAYERS,
+        default="none",
+        show_default=True,
+        help="Layers whose weights come from host memory: how many, evenly, or which.",
+    ),
+    click.option(
+        "--slots",
+        default=2,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Streamed layers on the device at one time.",
+    ),
+    click.option(
+        "--disk",
+        default=0,
+        type=click.IntRange(0),
+        help="Of the streamed layers, how many are read from disk.",
+    ),
     click.option(
         "--checkpoints",
         type=_SIDE,
@@ -114,12 +164,29 @@ _OPTIONS = (
     ),
     click.option(
         "--compute-dtype",
-        type=click.Choice(["bfloat16", "float32"]),
-        default="bfloat16",
+        type=click.Choice(["auto", *get_args(ComputeDtype)]),
+        default="auto",
         show_default=True,
-        help="What products are computed in.",
+        help="What products are computed in; auto: as plan.compute_dtype has it.",
+    ),
+    click.option(
+        "--layer-dtype",
+        type=click.Choice(get_args(ComputeDtype)),
+        help="What decoder layers compute in instead, after a switch of precision.",
+    ),
+    click.option(
+        "--attention",
+        type=click.Choice(get_args(AttentionKernel)),
+        help="What it is done with; by default FlashAttention where the card has it.",
     ),
     click.option("--loss-chunk", type=click.IntRange(1), help="Rows of logits at one time."),
+    click.option(
+        "--mlp-chunk",
+        type=click.IntRange(0),
+        default=MLP_CHUNK_TOKENS,
+        show_default=True,
+        help="Tokens that go through an MLP at one time; 0: all.",
+    ),
     click.option(
         "--rank", type=click.IntRange(1), default=16, show_default=True, help="Of the adapters."
     ),
@@ -165,53 +232,102 @@ def _question(model: str, asked: dict[str, Any], hardware: "Hardware") -> "Quest
     from fitlora.memory.question import Question
     from fitlora.model import load_config, resolve_model
     from fitlora.params import check_params
+    from fitlora.planner.model import model_size
+    from fitlora.planner.search import attention_kernel, check_dtype
     from fitlora.step.settings import StepSettings
 
     config = load_config(resolve_model(model, asked["revision"], weights=False))
-    plan = _read_plan(asked["plan_file"]) if asked["plan_file"] else _plan(asked, config, hardware)
+    given = _read_plan(asked["plan_file"]) if asked["plan_file"] else None
     lora = {"r": asked["rank"], "alpha": 2.0 * asked["rank"], "dropout": 0.0}
+    same = ("compute_dtype", "checkpoints", "embedding", "head", "optimizer_device")
     content = {
         "quantization": {"bits": int(asked["bits"]), "type": asked["quant_type"]},
         "lora": {**lora, "target_modules": list(asked["targets"]) or "all-linear"},
-        "train": {"optimizer": plan.optimizer},
+        "plan": {
+            "micro_batch_size": asked["micro_batch"],
+            "evaluation_batch_size": asked["evaluation_batch"] or asked["micro_batch"],
+            **{name: asked[name] for name in same},
+        },
+        "train": {
+            "optimizer": given.optimizer if given else asked["optimizer"],
+            "devices": asked["devices"],
+            "effective_batch_size": asked["micro_batch"] * asked["accumulation"] * asked["devices"],
+        },
     }
-    return Question(config, StepSettings.of(check_params(content, "options")), plan, hardware)
+    params = check_params(content, "options")
+    settings = StepSettings.of(params)
+    size = model_size(config, settings)
+    plan = given or _plan(asked, params, size, hardware)
+    for dtype, name in ((plan.compute_dtype, "compute_dtype"), (plan.layer_dtype, "layer_dtype")):
+        if dtype is not None:
+            check_dtype(dtype, hardware, by_hand=size.by_hand, name=name)
+    kernel, reason = attention_kernel(hardware)
+    if plan.attention == "flash" and kernel == "plain":
+        raise UserError(f"attention is flash, and {reason}; use plain")
+    return Question(config, settings, plan, hardware.among(plan.devices))
 
 
-def _plan(asked: dict[str, Any], config: Any, hardware: "Hardware") -> Plan:
+def _plan(
+    asked: dict[str, Any], params: "Params", model: "ModelSize", hardware: "Hardware"
+) -> Plan:
+    """The Plan that `params` have, and what they do not tell of it."""
     from pydantic import ValidationError
 
     from fitlora.offload.residency import spread
-    from fitlora.planner.search import MLP_CHUNK_TOKENS, attention_kernel, loss_chunk
-    from fitlora.planner.size import ModelSize
+    from fitlora.planner.search import default_plan
 
-    model = ModelSize.of(config)
-    layers = {"none": 0, "all": model.layers}.get(asked["recompute"])
-    if layers is None:
-        if not asked["recompute"].isdigit() or int(asked["recompute"]) > model.layers:
-            raise UserError(f"--recompute is none, all or a number up to {model.layers}")
-        layers = int(asked["recompute"])
-    if asked["stream"] > model.layers:
-        raise UserError(f"--stream is {asked['stream']}, and the model has {model.layers} layers")
-    content = {
-        "device": hardware.device,
-        "attention": attention_kernel(hardware)[0],
-        "effective_batch_size": asked["micro_batch"] * asked["accumulation"],
-        "micro_batch_size": asked["micro_batch"],
-        "evaluation_batch_size": asked["evaluation_batch"] or asked["micro_batch"],
-        "sequence_length": asked["seq_length"],
-        "recompute_layers": tuple(range(layers)),
-        "recompute_keeps": tuple(kind for kind in KEPT if layers and kind in asked["keeps"]),
-        "streamed_layers": spread(model.layers, asked["stream"]),
+    tokens = asked["seq_length"]
+    plan = default_plan(params, hardware, model, lambda size: size * tokens, sequence_length=tokens)
+    recomputed = _layers(asked, "recompute", model.layers, range)
+    decided = {
+        "micro_batches_per_pass": asked["micro_batches_per_pass"],
+        "recompute_layers": recomputed,
+        "recompute_keeps": [kind for kind in KEPT if recomputed and kind in asked["keeps"]],
+        "frozen_layers": _layers(asked, "freeze", model.layers, range),
+        "streamed_layers": _layers(
+            asked, "stream", model.layers, lambda count: spread(model.layers, count)
+        ),
         "streaming_slots": asked["slots"],
-        "loss_chunk_tokens": asked["loss_chunk"] or loss_chunk(model.vocabulary),
-        "mlp_chunk_tokens": MLP_CHUNK_TOKENS,
+        "disk_layers": asked["disk"],
+        "layer_dtype": asked["layer_dtype"],
+        "attention": asked["attention"] or plan.attention,
+        "loss_chunk_tokens": asked["loss_chunk"] or plan.loss_chunk_tokens,
+        "mlp_chunk_tokens": asked["mlp_chunk"] or None,
+        "layers_per_device": _counts(asked["layers_per_device"], model.layers),
     }
-    same = ("compute_dtype", "optimizer", "checkpoints", "embedding", "head", "optimizer_device")
     try:
-        return Plan.model_validate({**content, **{name: asked[name] for name in same}})
+        return plan.replace(**decided)
     except ValidationError as error:
-        raise UserError(f"the plan cannot be: {error.errors()[0]['msg']}") from None
+        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"the plan cannot be: {problem}") from None
+
+
+def _layers(
+    asked: dict[str, Any], name: str, count: int, some: Callable[[int], Iterable[int]]
+) -> list[int]:
+    """Decoder layers: none, all of `count`, `some` of so many, or those that are listed."""
+    text = {"none": "0", "all": str(count)}.get(asked[name], asked[name])
+    if text.isdigit() and int(text) <= count:
+        return list(some(int(text)))
+    parts = [part.partition("-") for part in text.split(",")]
+    with suppress(ValueError):
+        ends = [(int(low), int(high or low)) for low, _, high in parts]
+        if not text.isdigit() and all(low <= high < count for low, high in ends):
+            return sorted({layer for low, high in ends for layer in range(low, high + 1)})
+    raise UserError(
+        f"--{name} is none, all, a number up to {count} or some of the layers 0 to {count - 1}, "
+        f"like 0-7,12; it is {asked[name]}, and the model has {count} layers"
+    )
+
+
+def _counts(text: str | None, layers: int) -> list[int]:
+    """Layers of each device, from `40,40`."""
+    parts = (text or "").split(",") if text else []
+    if not all(part.strip().isdigit() for part in parts):
+        raise UserError(
+            f"--layers-per-device is {text}; write it like {layers // 2},{-(-layers // 2)}"
+        )
+    return [int(part) for part in parts]
 
 
 def _read_plan(file: Path) -> Plan:
@@ -427,8 +543,6 @@ def probe(model: str, asked: dict[str, Any]) -> Any:
         }
     }
     hardware = profile(check_params(content, "options").hardware, Path(".fitlora"))
-    if hardware.device == "cpu":
-        asked["compute_dtype"] = "float32"
     question = _question(model, asked, hardware)
     predicted, plan = question.estimate(), question.plan
     count = max(plan.micro_batch_size, plan.evaluation_batch_size)

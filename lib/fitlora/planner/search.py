@@ -104,30 +104,31 @@ def compute_dtype(
 ) -> tuple[ComputeDtype, str]:
     """What products are computed in, and why; raises UserError for what the device lacks."""
     asked = params.plan.compute_dtype
-    has_bf16 = hardware.device == "cuda" and all(gpu.bf16 for gpu in hardware.gpus)
     if asked == "auto":
         if hardware.device == "cpu":
             return "float32", "the CPU computes float32 fastest"
-        if has_bf16:
+        if all(gpu.bf16 for gpu in hardware.gpus):
             return "bfloat16", "the GPU has it"
         return "float16", "the GPU has no bfloat16; losses are scaled"
-    if asked == "bfloat16" and hardware.device == "cuda" and not has_bf16:
-        raise UserError(
-            f"plan.compute_dtype is bfloat16, which {hardware.gpus[0].name} lacks; use float16 or "
-            "float32"
-        )
-    if asked == "float8":
+    check_dtype(asked, hardware, by_hand=by_hand)
+    return asked, "as params say"
+
+
+def check_dtype(
+    dtype: ComputeDtype, hardware: Hardware, *, by_hand: bool, name: str = "plan.compute_dtype"
+) -> None:
+    """Raises UserError where the device, or the step of the model, lacks what `name` asks for."""
+    where = "the CPU" if hardware.device == "cpu" else hardware.gpus[0].name
+    if dtype == "bfloat16" and not all(gpu.bf16 for gpu in hardware.gpus):
+        raise UserError(f"{name} is bfloat16, which {where} lacks; use float16 or float32")
+    if dtype == "float8":
         if hardware.device == "cpu" or not all(gpu.fp8 for gpu in hardware.gpus):
-            where = "the CPU" if hardware.device == "cpu" else hardware.gpus[0].name
-            raise UserError(
-                f"plan.compute_dtype is float8, which {where} lacks; use bfloat16 or auto"
-            )
+            raise UserError(f"{name} is float8, which {where} lacks; use bfloat16 or auto")
         if not by_hand:
             raise UserError(
-                "plan.compute_dtype is float8, which needs a family of models that FitLoRA does by "
-                "hand; use bfloat16 or auto"
+                f"{name} is float8, which needs a family of models that FitLoRA does by hand; use "
+                "bfloat16 or auto"
             )
-    return asked, "as params say"
 
 
 def attention_kernel(hardware: Hardware) -> tuple[AttentionKernel, str]:
