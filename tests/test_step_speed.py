@@ -4,8 +4,17 @@ import json
 from typing import Any
 
 from benchmarks.common import ROOT
-from benchmarks.speed_plot import PLOT, README, frontier, not_beaten, plot_of, with_table
-from benchmarks.step_speed import best_within, case_of, merged, process_of
+from benchmarks.speed_plot import (
+    PLOT,
+    README,
+    SERIES,
+    frontier,
+    measured,
+    not_beaten,
+    plot_of,
+    with_table,
+)
+from benchmarks.step_speed import SYSTEMS, best_within, case_of, merged, process_of
 from fitlora.units import GIB
 
 COMMITTED = json.loads((ROOT / "benchmarks/results/step_speed.h200.json").read_text())
@@ -59,6 +68,12 @@ def test_no_case_of_the_baseline_beats_ours() -> None:
     """Where both fit, ours is neither slower nor larger than transformers + peft."""
     assert any(r["system"] == "peft" for r in COMMITTED["rows"])
     assert not_beaten(COMMITTED["rows"]) == []
+
+
+def test_every_system_that_was_measured_is_shown() -> None:
+    kinds = {(r["system"], r["compute_dtype"]) for r in measured(COMMITTED["rows"])}
+    assert kinds <= set(SERIES)
+    assert {system for system, _ in SERIES} == set(SYSTEMS)
 
 
 def test_the_readme_shows_the_committed_rows() -> None:

@@ -251,6 +251,18 @@ def test_recomputation_costs_by_what_is_made_again() -> None:
     assert seconds[-1] < 1.34 * seconds[0]
 
 
+def test_kinds_are_worth_keeping_alike() -> None:
+    """By the byte, so that one choice may serve all layers that recompute."""
+    every = range(LAYERS)
+    nothing = told(recompute_layers=every).step_seconds
+    worth = [
+        (nothing - told(recompute_layers=every, recompute_keeps=(kind,)).step_seconds)
+        / shape().kept_bytes((kind,))
+        for kind in KEPT
+    ]
+    assert 0 < max(worth) < 1.3 * min(worth)
+
+
 def test_many_tokens_hide_the_link_and_few_do_not() -> None:
     slow = H200.model_copy(update={"host_to_device_bytes_per_second": 12 * 10**9})
     for tokens, bound in ((16384, "compute"), (512, "link")):
