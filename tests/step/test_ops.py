@@ -286,6 +286,27 @@ def test_attention_in_16_bits_is_near_the_truth(
         assert torch.linalg.vector_norm(a.double() - b) <= bound * torch.linalg.vector_norm(b)
 
 
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+@pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "gradient"])
+def test_float16_that_overflows_is_seen_behind_attention(which: int, device: str) -> None:
+    """No kernel may make a number of it again: the guard of steps reads the loss and the gradients."""
+    lengths = [33, 7]
+    qkv, g, starts = inputs(lengths, 4, 2)
+    given = [x.to(device, torch.float16) for x in (*qkv, g)]
+    given[which][7, 0, 3] = math.inf
+    *low, g = given
+    arguments = (starts.to(device), lengths, 0.3, -1)
+    made = torch.ops.fitlora.attention(*low, *arguments)
+    gradients = torch.ops.fitlora.attention_backward(g, *low, *made, *arguments)
+    assert not all(x.isfinite().all() for x in gradients)
+
+
 @pytest.mark.parametrize("window", [-1, 3])
 def test_attention_on_slices_of_one_tensor(window: int) -> None:
     """As models hand them over: transposed views that are not contiguous."""
