@@ -98,8 +98,8 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     for part in (
         "model.idd: no such key; did you mean model.id?",
         "quantization.bits: found 8; LLM.int8 rounds activations too",
-        "plan.recompute: found 'some'; should be 'auto', 'none' or 'all', or a valid integer",
-        "train.learning_rate: found 'fast'; should be a valid number (at its highest)",
+        "plan.recompute: found 'some'; should be 'auto', 'none' or 'all', or a whole number",
+        "train.learning_rate: found 'fast'; should be a number (at its highest)",
         "train.max_steps: found 0; should be greater than or equal to 1",
         "nonsense: no such key",
     ):
@@ -127,7 +127,7 @@ def test_the_nearest_key_is_named(content: Any, hint: str) -> None:
     ("section", "key", "value", "found"),
     [
         ("plan", "micro_batch_size", 0, "found 0; should be 'auto', or greater than or equal to 1"),
-        ("plan", "micro_batch_size", "all", "found 'all'; should be 'auto', or a valid integer"),
+        ("plan", "micro_batch_size", "all", "found 'all'; should be 'auto', or a whole number"),
         ("plan", "recompute", -1, "found -1; should be 'auto', 'none' or 'all', or greater than"),
         ("lora", "target_modules", "q_proj", "found 'q_proj'; should be 'all-linear', or a list"),
         (
@@ -199,7 +199,7 @@ def test_sizes_that_are_read(size: str) -> None:
     assert check_params({"hardware": {"memory_budget": size}}).hardware.memory_budget == size
 
 
-@pytest.mark.parametrize("size", ["8 XB", "", "-1GiB", "0GiB", "GiB", "8 GiB or so", 8, True])
+@pytest.mark.parametrize("size", ["8 XB", "", "-1GiB", "0GiB", "GiB", "8 GiB or so", "8", 8, True])
 def test_sizes_that_are_not(size: Any) -> None:
     assert problems({"hardware": {"memory_budget": size}})[0].startswith(
         f"hardware.memory_budget: found {size!r}; "

@@ -103,6 +103,10 @@ def write(name: str, content: str | bytes) -> Setup:
     return setup
 
 
+def make(name: str) -> Setup:
+    return lambda: Path(name).mkdir()
+
+
 def append(name: str, line: str) -> Setup:
     return lambda: Path(name).write_text(f"{Path(name).read_text()}\n{line}\n")
 
@@ -175,7 +179,7 @@ CASES = (
     Case(
         "a number that is text to YAML 1.1",
         "profile --set train.learning_rate=fast",
-        ("train.learning_rate: found 'fast'", "should be a valid number"),
+        ("train.learning_rate: found 'fast'", "should be a number"),
     ),
     Case(
         "--set of a key that is misspelled",
@@ -190,7 +194,7 @@ CASES = (
     Case(
         "--set below a number",
         "train --set lora.r.x=1",
-        ("lora.r: found {'x': 1}", "should be 'auto', or a valid integer"),
+        ("lora.r: found {'x': 1}", "should be 'auto', or a whole number"),
     ),
     Case(
         "--set with broken YAML",
@@ -279,7 +283,7 @@ CASES = (
     Case(
         "a hub model that cannot be fetched",
         f"estimate --set model.id=owner/name --set model.revision='{COMMIT}'",
-        (f"model.id owner/name at {COMMIT} could not be fetched",),
+        (f"model.id owner/name at {COMMIT} could not be fetched", "give a folder"),
     ),
     Case(
         "a folder without a config",
@@ -370,7 +374,7 @@ CASES = (
     Case(
         "no such file",
         "estimate --set data.train=nowhere.jsonl",
-        ("nowhere.jsonl", "missing", "data.train"),
+        ("nowhere.jsonl is missing (data.train)", "no such file or folder in /"),
     ),
     Case(
         "bad rows",
@@ -381,7 +385,7 @@ CASES = (
     Case(
         "no rows",
         "estimate --set data.validation=empty.jsonl",
-        ("empty.jsonl", "no rows"),
+        ("empty.jsonl has no rows", "add some, or name another file (data.train, data.validation)"),
         write("empty.jsonl", ""),
     ),
     Case(
@@ -523,6 +527,12 @@ CASES = (
     Case("an output below a file", "run --out train.jsonl/x", ("cannot be written",)),
     Case("a root that is not there", "summary --root nowhere", ("--root nowhere is not a folder",)),
     Case("a params.yaml that is there", "init", ("params.yaml is there already", "--force")),
+    Case(
+        "a folder for a params.yaml",
+        "init --params my",
+        ("my is a folder", "name a file"),
+        make("my"),
+    ),
     Case("an unknown preset", "init --preset 12gb", ("'12gb' is not one of", "'8gb'")),
     Case("an unknown option", "train --learning-rate 1", ("No such option",)),
     Case("an empty question", "chat --prompt=", ("--prompt is empty",)),

@@ -41,7 +41,8 @@ def resolve_model(model_id: str, revision: str | None, *, weights: bool) -> Path
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"model.id {model_id} at {revision} could not be fetched: {error}"
+            f"model.id {model_id} at {revision} could not be fetched: {error}; where the hub cannot be "
+            "reached, give a folder that has the model"
         ) from None
 
 

@@ -549,6 +549,10 @@ _WORDS = {
     "tuple_type": "should be a list",
     "model_type": "should be a section with keys of its own",
     "string_type": "should be text",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "bool_type": "should be true or false",
     "missing": "is missing",
     "too_short": "should not be empty",
 }
@@ -569,6 +573,7 @@ def _explain(errors: Sequence[Any]) -> list[str]:
             path.pop()
         message = _WORDS.get(error["type"], error["msg"])
         message = message.removeprefix("Value error, ").replace("Input should", "should", 1)
+        message = message.replace("String should", "should", 1)
         found = "" if error["type"] == "missing" else f"found {error['input']!r}; "
         messages = wrong.setdefault(".".join(path), (found, []))[1]
         if message not in messages:

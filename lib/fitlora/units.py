@@ -28,6 +28,8 @@ def parse_bytes(text: str | int) -> int:
         if match is None or match[2].lower() not in _UNITS:
             raise UserError(f"{text!r} is not a size; write it like 8GiB, 7800MiB or 8.5GB")
         value, unit = float(match[1]), match[2].lower()
+        if not unit and value < MIB:  # 8, where 8GiB was meant
+            raise UserError(f"{text!r} would be bytes; write it with its unit, like {text}GiB")
     size = int(value * _UNITS[unit])
     if size <= 0:
         raise UserError(f"{text!r} is not a size above zero")

@@ -217,7 +217,7 @@ def test_a_line_separator_in_a_text_ends_no_line(write: Write) -> None:
 
 def test_a_file_without_rows(plain: Any, write: Write) -> None:
     path = write(b" ")
-    with pytest.raises(UserError, match=r"rows\.jsonl: no rows$"):
+    with pytest.raises(UserError, match=r"rows\.jsonl has no rows; add some"):
         split(path, plain)
 
 

@@ -77,7 +77,7 @@ def test_bad_rows_are_skipped_and_counted(
     # rows and sequences stay together
     assert [r.answer for r in rows_of(other, data, None)] == ["answer 2", "answer 3"]
     assert [r.answer for r in rows_of(other, data, 1)] == ["answer 2"]
-    with pytest.raises(UserError, match=r"train\.jsonl: no rows are left"):
+    with pytest.raises(UserError, match=r"train\.jsonl has no rows that are good"):
         load(model, train=write(tmp_path / "train.jsonl", "{\n"), validation=held_out,
              on_bad_row="skip")  # fmt: skip
 

@@ -81,10 +81,10 @@ def init(preset: str | None, force: bool, params_file: Path, changes: tuple[str,
     from fitlora.artifacts import write_text_atomically
     from fitlora.presets import preset_params, preset_text
 
-    if params_file.exists() and not force:
-        raise UserError(f"{params_file} is there already; --force replaces it")
     if params_file.is_dir():
         raise UserError(f"{params_file} is a folder; name a file")
+    if params_file.exists() and not force:
+        raise UserError(f"{params_file} is there already; --force replaces it")
     params = preset_params(preset, changes, params_file.parent)
     write_text_atomically(params_file, preset_text(preset, params))
     click.echo(

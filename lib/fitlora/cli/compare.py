@@ -27,9 +27,10 @@ def _show(found: "Comparison") -> None:
 @click.argument("runs", metavar="RUN RUN...", nargs=-1, required=True)
 @debug_option
 def compare(runs: tuple[str, ...]) -> Any:
-    """Show runs side by side: params and plan where they differ, memory, speed, quality.
+    """Show runs side by side.
 
-    A run is a folder with artifacts, or a revision of this repository.
+    Params and plan where they differ, memory, speed and quality. A run is a folder with artifacts, or a
+    revision of this repository.
     """
     from fitlora.errors import UserError
     from fitlora.report.comparison import compare_runs

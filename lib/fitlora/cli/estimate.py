@@ -527,9 +527,10 @@ def _show_probe(found: dict[str, Any]) -> None:
 @_asked
 @debug_option
 def probe(model: str, asked: dict[str, Any]) -> Any:
-    """Run a training step with noise for weights, and compare its memory with the estimate.
+    """Run a training step, and hold its memory against the estimate.
 
-    It takes the options of `fitlora estimate MODEL`. --gpu-memory holds it to less than there is.
+    Its weights are noise. It takes the options of `fitlora estimate MODEL`. --gpu-memory holds it to
+    less than there is.
     """
     from fitlora.hardware import profile
     from fitlora.memory.estimate import Load

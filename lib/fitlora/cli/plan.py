@@ -101,8 +101,8 @@ def plan(
     """Find how a training step is split up to fit, and prove it.
 
     The step that is found runs once on the device, with noise for weights. Needs estimate. With MODEL, a
-    folder with a config.json or a hub id, and --gpu it needs no project and no GPU, and nothing runs:
-    `fitlora init --help` tells of the keys that --set changes.
+    folder with a config.json or a hub id, and --gpu it needs no project and no GPU, and nothing runs.
+    `fitlora init` writes a file with every key that --set changes.
     """
     if (model is None) != (gpu is None):
         raise UserError(

@@ -51,7 +51,9 @@ def find_source(name: str, key: str, split: str, revision: str | None) -> Source
             raise UserError(f"{name}: rows are read from {_either(KINDS)} files ({key})")
         return Source(name, (path,))
     if path.suffix.lower() in KINDS or not _HUB_ID.fullmatch(name):
-        raise UserError(f"{name} is missing ({key}): there is no such file or folder")
+        raise UserError(
+            f"{name} is missing ({key}): there is no such file or folder in {Path.cwd()}"
+        )
     if revision is None:
         raise UserError(
             f"{key} {name} is missing: there is no such file or folder here. As a hub dataset it needs "

@@ -137,7 +137,10 @@ def tokenize(
 
 def _check_some(found: _Tokens) -> None:
     if not found.sequences:
-        raise UserError(f"{found.source.name}: no rows{' are left' if found.bad else ''}")
+        raise UserError(
+            f"{found.source.name} has no rows{' that are good' if found.bad else ''}; add some, or name "
+            "another file (data.train, data.validation)"
+        )
 
 
 def _tokenize(
