@@ -61,7 +61,9 @@ from fitlora.plan import Plan
 from fitlora.planner.search import loss_chunk
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import RandomWeights
+from fitlora.training.recovery import Learned
 from fitlora.units import GIB, MIB
 
 SEED, FIT_SEED, COUNT, FIT_COUNT, TINY_COUNT = 20261123, 7, 64, 24, 8
@@ -358,6 +360,8 @@ def predict_case(case: Case, hardware: Hardware, tiny: bool) -> dict[str, Any]:
         "predicted_paged_bytes": found.paged_bytes,
         "predicted_process_bytes": reserved + found.paged_bytes + hardware.context_bytes,
         "predicted_host_pinned_bytes": found.host_pinned_bytes,
+        "predicted_host_anonymous_bytes": found.host_bytes,
+        "predicted_host_copies_bytes": found.host_copies_bytes,
         "instant": found.instant,
         "estimate_seconds": time.perf_counter() - start,
         "estimate_cpu_seconds": time.process_time() - cpu,
@@ -396,6 +400,7 @@ def measure(
             break
         try:
             found = _measure_case(case, hardware, used_before, tiny)
+            found["first_of_process"] = case is cases[0]
         # whatever a case comes to is its row; only a device that is gone ends them all
         except Exception as error:
             traceback.print_exc()
@@ -454,12 +459,27 @@ def _measure_case(
         "by_hand": bool(getattr(step.network, "layers", None)),
         "build_seconds": built - start,
         "measure_seconds": time.perf_counter() - start,
+        **_copied(step, device),
     }
     del step, transport
     give_back_memory()
     # what libraries have taken in the allocator and keep
     found["measured_workspace_bytes"] = torch.cuda.memory_allocated(device)
     return found
+
+
+def _copied(step: TrainingStep, device: torch.device) -> dict[str, int]:
+    """What the copies take that a run keeps of what is learned: of the host, and of the device, where it
+    is to be nothing."""
+    torch.cuda.reset_peak_memory_stats(device)
+    at_start, anonymous = torch.cuda.memory_allocated(device), anonymous_bytes()
+    kept = step.adapter_state(), Learned.of(step)
+    taken = anonymous_bytes() - anonymous
+    del kept
+    return {
+        "measured_host_copies_bytes": taken,
+        "measured_save_device_bytes": torch.cuda.max_memory_allocated(device) - at_start,
+    }
 
 
 def _device_used() -> int | None:
@@ -500,8 +520,8 @@ def _words(error: BaseException) -> str:
 
 
 def error_share(predicted: float | None, measured: float | None) -> float | None:
-    """(predicted - measured) / measured; None where one of them is not there."""
-    if predicted is None or not measured:
+    """(predicted - measured) / measured; None where one of them is not there, or is nothing."""
+    if not predicted or not measured:
         return None
     return predicted / measured - 1
 
@@ -510,10 +530,12 @@ def make_row(found: dict[str, Any], hardware: Hardware) -> dict[str, Any]:
     """What was asked, measured and predicted, with the errors of what is there of both sides."""
     row = {**found, "context_bytes": hardware.context_bytes}
     row["workspace_bytes"] = hardware.workspace_bytes
-    for name in ("allocated", "reserved", "host_pinned"):
+    for name in ("allocated", "reserved", "host_pinned", "host_anonymous", "host_copies"):
         row[f"{name}_error"] = error_share(
             row.get(f"predicted_{name}_bytes"), row.get(f"measured_{name}_bytes")
         )
+    if row.get("first_of_process"):  # and has libraries' first use in it
+        row["host_anonymous_error"] = None
     process = row.get("nvml_process_bytes") or row.get("nvml_device_grown_bytes")
     row["process_error"] = error_share(row.get("predicted_process_bytes"), process)
     row["safe_margin"] = error_share(row.get("safe_peak_bytes"), row.get("measured_reserved_bytes"))
@@ -528,7 +550,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "failed": sum("error" in row or "predict_error" in row for row in rows),
         "families": len({row["family"] for row in rows}),
     }
-    for name in ("allocated", "reserved", "process", "host_pinned"):
+    for name in (
+        "allocated", "reserved", "process", "host_pinned", "host_anonymous", "host_copies",
+    ):  # fmt: skip
         errors = [abs(e) for row in rows if (e := row[f"{name}_error"]) is not None]
         if errors:
             summary[f"{name}_mean_error"] = statistics.fmean(errors)
@@ -536,6 +560,13 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     margins = [row["safe_margin"] for row in rows if row["safe_margin"] is not None]
     if margins:
         summary |= {"safe_least_margin": min(margins), "safe_most_margin": max(margins)}
+    beside = [
+        row["measured_host_anonymous_bytes"] - row["predicted_host_anonymous_bytes"]
+        for row in rows
+        if {"measured_host_anonymous_bytes", "predicted_host_anonymous_bytes"} <= row.keys()
+    ]
+    if beside:  # what is not told of the host: a bound for the next
+        summary["host_beside_most_bytes"] = max(beside)
     seconds = [row["estimate_cpu_seconds"] for row in rows if "estimate_cpu_seconds" in row]
     if seconds:
         summary["estimate_cpu_seconds_mean"] = statistics.fmean(seconds)

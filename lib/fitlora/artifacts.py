@@ -347,6 +347,13 @@ class Estimate(Record):
     host_pinned_bytes: int = Field(
         0, description="of a host's memory, for what is not on its devices; by all processes there"
     )
+    host_unpinned_bytes: int = Field(
+        0, description="the same, not pinned: the optimizer's states, where they are there"
+    )
+    host_copies_bytes: int = Field(
+        0,
+        description="the same, in a training run: the best adapter, and a checkpoint that is written",
+    )
     device_peak_bytes: tuple[int, ...] = Field(
         (),
         strict=False,
@@ -357,6 +364,11 @@ class Estimate(Record):
     instant: str = Field(description="when the peak is reached: phase and module")
     phase_peak_bytes: dict[str, int]
     components: Components
+
+    @property
+    def host_bytes(self) -> int:
+        """Of a host's memory, what the step has there all along."""
+        return self.host_pinned_bytes + self.host_unpinned_bytes
 
     @property
     def heaviest_device(self) -> int:

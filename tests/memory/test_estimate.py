@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma3TextConfig, Olmo2Config, Qwen2Config
 
 from fitlora.artifacts import Hardware, Rates, SequenceSize
@@ -21,14 +22,19 @@ from fitlora.memory.estimate import (
     count_parameters,
     estimate,
     layer_kinds,
+    rehearse,
     sequences_of,
     trace_run,
     trace_step,
 )
+from fitlora.offload.optimizer import STATE_PURPOSE, CPUOffloadOptimizer
 from fitlora.offload.residency import spread
+from fitlora.offload.transport import HostTransport, tensor_bytes
 from fitlora.plan import Plan
+from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
 from fitlora.step.weights import RandomWeights, Weights
+from fitlora.training.recovery import Learned
 from tests.step import steps
 
 CONFIG = steps.config()
@@ -340,7 +346,8 @@ def check_few_tell_of_many(config: Any, plan: Plan) -> None:
     full = trace_run(config, plan, SETTINGS, LOAD)
     assert happened(found) == happened(full)
     assert found.levels == full.levels
-    assert (found.pinned.all, found.pinned.shared) == (full.pinned.all, full.pinned.shared)
+    for name in ("pinned", "shared", "masters", "adapters", "states"):
+        assert getattr(found.host, name) == getattr(full.host, name)
     assert found.paged_bytes == full.paged_bytes
     assert all(len(layers) < config.num_hidden_layers for _, layers in short._traces), (
         "no full trace"
@@ -351,6 +358,74 @@ def check_few_tell_of_many(config: Any, plan: Plan) -> None:
 def test_few_layers_tell_of_many(layers: int, recomputed: int, changes: dict[str, Any]) -> None:
     plan = steps.plan(recompute_layers=tuple(range(recomputed)), **changes)
     check_few_tell_of_many(steps.config(num_hidden_layers=layers), plan)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer_device": "host"},
+        {"optimizer_device": "host", "frozen_layers": (0,), "checkpoints": "host"},
+        {"optimizer": "adamw_8bit"},
+        {"frozen_layers": (1,)},
+    ],
+    ids=str,
+)
+def test_what_is_told_of_the_host_is_what_a_step_has_there(changes: dict[str, Any]) -> None:
+    plan = steps.plan(recompute_layers=(0, 1), **changes)
+    found = Estimator(CONFIG, SETTINGS, LOAD, hardware())(plan)
+    transport = HostTransport(torch.device("cpu"))
+    step = build_step(CONFIG, plan, SETTINGS, RandomWeights(torch.device("cpu")), transport)
+    rehearse(step, LOAD)
+    if isinstance(step.optimizer, CPUOffloadOptimizer):
+        step.optimizer.join()
+    assert found.host_pinned_bytes == transport.pinned_bytes
+    assert found.host_unpinned_bytes == transport.memory.taken.get(STATE_PURPOSE, 0)
+    assert (found.host_unpinned_bytes > 0) is (plan.optimizer_device == "host")
+    assert found.host_bytes == transport.memory.bytes
+    learned = Learned.of(step)
+    copies = [*step.adapter_state().values(), *learned.adapter.values()]
+    copies += learned.optimizer.values()
+    assert found.host_copies_bytes == sum(map(tensor_bytes, copies))
+
+
+def test_states_on_the_host_count_against_its_budget() -> None:
+    plan = steps.plan(device="cuda", optimizer_device="host")
+    needed = Estimator(CONFIG, SETTINGS, LOAD, hardware(device="cuda"))(plan).host_bytes
+    for budget, fits in ((needed, True), (needed - 1, False)):
+        here = hardware(device="cuda", host_budget_bytes=budget)
+        assert Estimator(CONFIG, SETTINGS, LOAD, here)(plan).fits is fits
+
+
+class _Copies(TorchDispatchMode):
+    """Counts copies of contiguous tensors to the host, for which a GPU allocates nothing, and allows
+    nothing else."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func._schema.name == "aten::_to_copy":
+            assert kwargs["device"] == torch.device("cpu")
+            assert kwargs.get("dtype") in (None, args[0].dtype)
+            assert args[0].is_contiguous()
+            self.count += 1
+        else:
+            assert func._schema.name == "aten::detach"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer": "adamw_8bit"}, {"optimizer_device": "host"}], ids=str
+)
+def test_saving_takes_nothing_of_the_device(changes: dict[str, Any]) -> None:
+    """So that a checkpoint needs no phase of its own in an estimate."""
+    plan = steps.plan(recompute_layers=(0, 1), **changes)
+    step = build_step(CONFIG, plan, SETTINGS, RandomWeights(torch.device("cpu")))
+    rehearse(step, LOAD)
+    with _Copies() as copies:
+        learned = Learned.of(step)
+    assert copies.count == len(learned.adapter) + len(learned.optimizer) > 0
 
 
 def test_layers_on_disk_pin_their_buffers_alone() -> None:
@@ -366,7 +441,7 @@ def test_layers_on_disk_pin_their_buffers_alone() -> None:
         assert found.host_pinned_bytes == (12 - count + min(3, count)) * bytes_each
         assert found.peak_allocated_bytes == estimator(whole).peak_allocated_bytes
     full = trace_run(config, plan, SETTINGS, LOAD)
-    assert full.pinned.all == found.host_pinned_bytes
+    assert full.host.pinned == found.host_pinned_bytes
 
 
 @pytest.mark.parametrize("changes", [changes for *_, changes in OFFLOADED], ids=str)

@@ -188,7 +188,7 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
         first(made)
     made = make(Truth(), 80, host=GIB, stream_layers=LAYERS)
     with pytest.raises(
-        UserError, match=r"larger hardware\.host_memory_budget: the plan pins 3\.\d+ GiB"
+        UserError, match=r"larger hardware\.host_memory_budget: the plan takes 3\.\d+ GiB"
     ):
         first(made)
 

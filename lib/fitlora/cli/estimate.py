@@ -443,6 +443,8 @@ def _parts(estimate: "Estimate") -> Iterator[str]:
         "paged states": estimate.paged_bytes,
         "whole process": estimate.process_bytes,
         "pinned on the host": estimate.host_pinned_bytes,
+        "there, not pinned": estimate.host_unpinned_bytes,
+        "there, copies": estimate.host_copies_bytes,
     }
     for name, count in rows.items():
         yield f"  {name:<20}{format_bytes(count):>12}"

@@ -148,8 +148,8 @@ class Rivals:
 
     def _may_fit(self, plan: Plan, seen: Sequence[Estimate], limit: int) -> bool:
         like = self._like(plan, seen)
-        pinned = like.host_pinned_bytes + self._host(plan) - self._host(like.plan)
-        if pinned > self.hardware.host_budget_bytes:
+        held = like.host_bytes + self._host(plan) - self._host(like.plan)
+        if held > self.hardware.host_budget_bytes:
             return False
         return self._guess(plan, seen) <= limit
 

@@ -348,7 +348,7 @@ class Search:
         return found.process_bytes <= limit and self._host_has_room(found)
 
     def _host_has_room(self, found: Estimate) -> bool:
-        return found.host_pinned_bytes <= self.hardware.host_budget_bytes
+        return found.host_bytes <= self.hardware.host_budget_bytes
 
     def fitting(self) -> Iterator[Choice]:
         """Plans that fit, the preferred one first, each traced itself.
@@ -413,7 +413,7 @@ class Search:
         if over > 0:
             why = f"lacks {format_bytes(over)}"
         elif not self._host_has_room(found):
-            over = found.host_pinned_bytes - self.hardware.host_budget_bytes
+            over = found.host_bytes - self.hardware.host_budget_bytes
             why = f"lacks {format_bytes(over)} of the host's memory"
         elif speed is None or mine is None:
             why = "fits, and comes later in the order of preference"
@@ -523,9 +523,9 @@ class Search:
     def _most_streamed(self, before: Plan, corner: Estimate) -> int:
         """How many of the corner's streamed layers the host has room for."""
         streamed = len(corner.plan.streamed_layers) - len(before.streamed_layers)
-        others = self._estimate(before).host_pinned_bytes
+        others = self._estimate(before).host_bytes
         room = self.hardware.host_budget_bytes - others
-        return max(0, streamed * room // max(1, corner.host_pinned_bytes - others))
+        return max(0, streamed * room // max(1, corner.host_bytes - others))
 
     def _last(self, plans: Sequence[Plan], limit: int) -> Estimate:
         """The last of `plans` within `limit` bytes. They are in order of memory; the first fits."""
@@ -668,8 +668,8 @@ class Search:
         ]
         if not self._host_has_room(least):
             ways = [
-                "a larger hardware.host_memory_budget: the plan pins "
-                f"{format_bytes(least.host_pinned_bytes)} of "
+                "a larger hardware.host_memory_budget: the plan takes "
+                f"{format_bytes(least.host_bytes)} of "
                 f"{format_bytes(self.hardware.host_budget_bytes)}"
             ]
         if asked.micro_batch_size != "auto" or asked.recompute != "auto":

@@ -435,7 +435,7 @@ def guess_bytes(plan: Plan, shape: Shape, tokens: int) -> int:
 
 
 def guess_host_bytes(plan: Plan, shape: Shape, tokens: int) -> int:
-    """About what of the host's memory the plan pins; layers on disk come through three buffers."""
+    """About what of the host's memory the plan takes; layers on disk come through three buffers."""
     waiting = _recomputed(plan) if plan.checkpoints == "host" else 0
     together = min(plan.micro_batches_per_pass, plan.accumulation)
     tables = (plan.embedding == "host") + (plan.head == "host")

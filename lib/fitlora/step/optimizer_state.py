@@ -3,7 +3,7 @@
 PyTorch's and bitsandbytes' optimizers make their states inside their first step, one parameter after
 the other, so that running out of memory there leaves a step half done. Made ahead, an update allocates
 nothing. They are put back into the tensors that are there, so that paged ones stay paged. Only an
-optimizer on the host makes and takes its states itself, as it counts them against the host's budget.
+optimizer on the host takes its states back itself, as it counts them against the host's budget.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,16 +26,20 @@ def make_states(
 ) -> None:
     """Allocates what the optimizer would allocate in its first step; what is there stays as it is.
 
-    Parameters that require no gradient get none. A parameter's is made inside of `at` it. Run
-    out of memory, it leaves whole states and none half made.
+    Parameters that require no gradient get none. A parameter's is made inside of `at` it, and where the
+    optimizer is on the host of its master there. Run out of memory, it leaves whole states and none half
+    made.
     """
+    worker: Optimizer = optimizer
+    hidden: Callable[[], AbstractContextManager[None]] = nullcontext
     if isinstance(optimizer, CPUOffloadOptimizer):
-        return
+        worker, hidden = optimizer.inner, optimizer.transport.hidden
     for number, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
             if parameter.requires_grad and not optimizer.state.get(parameter):
-                with at(parameter):
-                    optimizer.state[parameter] = _state(optimizer, parameter, number, index)
+                own = worker.param_groups[number]["params"][index]
+                with at(parameter), hidden():
+                    optimizer.state[parameter] = _state(worker, own, number, index)
 
 
 def _state(optimizer: Optimizer, parameter: Tensor, number: int, index: int) -> dict[str, Any]:
@@ -54,10 +58,10 @@ def _state(optimizer: Optimizer, parameter: Tensor, number: int, index: int) -> 
         optimizer.state.pop(parameter, None)  # it fills a state piece by piece
 
 
-def _entries(
+def entries(
     optimizer: Optimizer, parameters: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Each entry of each state: its name here, the state that holds it, and its key there."""
+    """Each entry of each state that is saved: its name here, the state that holds it, its key there."""
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         for key in state:
@@ -68,14 +72,14 @@ def _entries(
 def _load(
     optimizer: CPUOffloadOptimizer,
     parameters: Mapping[str, Tensor],
-    entries: Mapping[str, Tensor | float],
+    wanted: Mapping[str, Tensor | float],
 ) -> None:
     """Has the optimizer make its states, from what they are to be."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     # those that do not learn have no name here, and no state
     ordered = [names.get(id(p)) for group in optimizer.param_groups for p in group["params"]]
     states: dict[int, dict[str, Tensor | float]] = {}
-    for entry, value in entries.items():
+    for entry, value in wanted.items():
         name, _, key = entry.rpartition("/")
         if name in ordered:
             states.setdefault(ordered.index(name), {})[key] = value
@@ -91,7 +95,7 @@ def take_states(
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, float] = {}
-    for name, state, key in _entries(optimizer, parameters):
+    for name, state, key in entries(optimizer, parameters):
         value = state[key]
         if isinstance(value, Tensor):
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
@@ -113,10 +117,10 @@ def put_states(
     if isinstance(optimizer, CPUOffloadOptimizer):
         _load(optimizer, parameters, {**tensors, **numbers})
     make_states(optimizer)
-    names = {name for name, _, _ in _entries(optimizer, parameters)}
+    names = {name for name, _, _ in entries(optimizer, parameters)}
     if names != tensors.keys() | numbers.keys():
         raise ValueError("the optimizer's states are of another optimizer")
-    for name, state, key in _entries(optimizer, parameters):
+    for name, state, key in entries(optimizer, parameters):
         value = state[key]
         if not isinstance(value, Tensor):
             state[key] = numbers[name]

@@ -238,7 +238,7 @@ def predictor(estimator: Estimator, hardware: Hardware) -> Callable[[Plan, bool]
     def predict(plan: Plan, evaluation: bool) -> int | None:
         with _disable_current_modes():  # a tracker counts the run's tensors, and not the estimate's
             found = estimator(plan)
-        if found.host_pinned_bytes > hardware.host_budget_bytes:
+        if found.host_bytes > hardware.host_budget_bytes:
             return None
         if not evaluation:
             return found.process_bytes
