@@ -50,6 +50,7 @@ from fitlora.offload.residency import spread
 from fitlora.offload.transport import make_transport
 from fitlora.params import Params, check_params
 from fitlora.plan import Plan
+from fitlora.planner import task as planner_task
 from fitlora.planner.find import find_plan
 from fitlora.planner.search import loss_chunk
 from fitlora.planner.speed import Shape, forecast
@@ -209,7 +210,7 @@ def choose(asked: Question, hardware: Hardware) -> Row:
     start, cpu = time.perf_counter(), time.process_time()
     row: Row = asdict(asked)
     try:
-        choice, _ = find_plan(config, params, StepSettings.of(params), asked.load(), there)
+        choice, _ = find_plan(planner_task.Task(config, params, asked.load(), there))
     except UserError as error:
         row |= {"plan": None, "refused": str(error)}
     else:

@@ -236,7 +236,7 @@ CASES = (
     Case(
         "a budget that nothing fits",
         "plan",
-        ("nothing fits 1.00 MiB", "Ways out: a budget of", "a lower lora.r"),
+        ("nothing fits 1.00 MiB", "Ways out", "a budget of 0.25GiB", "data.max_length 64"),
         edit_json(HARDWARE, budget_bytes=2**20),
     ),
     Case(

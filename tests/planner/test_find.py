@@ -2,10 +2,12 @@
 
 import json
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fitlora.artifacts import Estimate, Hardware, Rates
 from fitlora.errors import UserError
@@ -13,12 +15,17 @@ from fitlora.memory.estimate import Load, estimate
 from fitlora.params import Params, check_params
 from fitlora.plan import Plan
 from fitlora.planner import find
-from fitlora.planner.find import MAX_PROBES, find_plan
-from fitlora.planner.probe import ProbeResult, probe, write_log
+from fitlora.planner.find import MAX_PROBES, _faster, find_plan
+from fitlora.planner.probe import ProbeResult, probe, time_step, write_log
+from fitlora.planner.search import Choice, Search
 from fitlora.planner.size import ModelSize
+from fitlora.planner.task import Task
 from fitlora.report.memory import plan_lines
+from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
+from fitlora.step.weights import RandomWeights
 from fitlora.units import GIB, format_bytes
+from tests.planner.test_rivals import Truth, make
 from tests.planner.test_search import NO_HOST, Linear, hardware
 from tests.planner.test_search import estimate as fake_estimate
 from tests.step import steps
@@ -45,16 +52,16 @@ def cpu(budget: int = GIB, **changes: Any) -> Hardware:
 
 
 def run(here: Hardware, asked: Params | None = None, **options: Any) -> Any:
-    asked = asked or params()
-    return find_plan(CONFIG, asked, StepSettings.of(asked), LOAD, here, **options)
+    return find_plan(Task(CONFIG, asked or params(), LOAD, here), **options)
 
 
 def fake_probe(monkeypatch: pytest.MonkeyPatch, fits: list[bool]) -> list[ProbeResult]:
-    """Probes that fit as listed; those made are in what comes back."""
+    """Probes that fit as listed, one as fast as the other; those made are in what comes back."""
     made: list[ProbeResult] = []
 
     def answer(config: Any, plan: Any, *rest: Any) -> ProbeResult:
-        made.append(ProbeResult(plan, fits[len(made)], 1, None, None, None))
+        rate = 1.0 if fits[len(made)] else None
+        made.append(ProbeResult(plan, fits[len(made)], 1, None, rate, rate))
         return made[-1]
 
     monkeypatch.setattr(find, "probe", answer)
@@ -63,24 +70,18 @@ def fake_probe(monkeypatch: pytest.MonkeyPatch, fits: list[bool]) -> list[ProbeR
 
 def fake_estimates(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
     """Estimates by a formula, for a model of 32 layers."""
-    real = find.Search
 
-    def search(**options: Any) -> find.Search:
-        def estimator(plan: Plan) -> Estimate:
-            return fake_estimate(plan, Linear()(plan), budget)
+    def estimator(plan: Plan) -> Estimate:
+        return fake_estimate(plan, Linear()(plan), budget)
 
-        return real(**{**options, "estimator": estimator})
-
-    monkeypatch.setattr(find, "Search", search)
-    monkeypatch.setattr(find, "model_size", lambda *_: ModelSize(32, 32_000))
+    monkeypatch.setattr(Task, "estimator", staticmethod(estimator))
+    monkeypatch.setattr(Task, "size", ModelSize(32, 32_000))
 
 
 def find_large(budget: int, **options: Any) -> Any:
     """`find_plan` on the formula: 32 sequences of 1024 tokens."""
     asked = check_params({"plan": {**NO_HOST, **options.pop("plan", {})}})
-    return find_plan(
-        CONFIG, asked, StepSettings.of(asked), Load.uniform(32, 1024), hardware(budget, **options)
-    )
+    return find_plan(Task(CONFIG, asked, Load.uniform(32, 1024), hardware(budget, **options)))
 
 
 def test_the_probe_takes_what_was_estimated() -> None:
@@ -196,6 +197,101 @@ def test_nothing_fits_before_anything_is_probed(monkeypatch: pytest.MonkeyPatch)
     assert made == []
 
 
+@dataclass
+class Measured:
+    """A search with rates, its first choice, and a prober by which each plan has a rate."""
+
+    first: Choice
+    search: Search
+    rates: dict[Plan, float | None] = field(default_factory=dict)
+
+    def chosen(self, share: float) -> tuple[Choice, list[ProbeResult]]:
+        """What is chosen where the first plan reaches this share of its forecast."""
+        rate = share * forecast_of(self.first)
+        probes = [self._result(self.first.plan, rate)]
+        return _faster(self.search, self.first, probes, self.probe), probes
+
+    def probe(self, plan: Plan) -> ProbeResult:
+        return self._result(plan, self.rates.get(plan))
+
+    def _result(self, plan: Plan, rate: float | None) -> ProbeResult:
+        return ProbeResult(plan, rate is not None, 1, 1, rate and 1.0, rate)
+
+
+def forecast_of(choice: Choice) -> float:
+    assert choice.forecast is not None
+    return choice.forecast.tokens_per_second
+
+
+@pytest.fixture
+def measured() -> Measured:
+    search = make(Truth(), 9)
+    return Measured(next(search.fitting()), search)
+
+
+def test_a_plan_that_is_as_fast_as_promised_is_probed_alone(measured: Measured) -> None:
+    choice, probes = measured.chosen(0.97)
+    assert choice is measured.first
+    assert len(probes) == 1
+
+
+@pytest.mark.parametrize(("gain", "changes"), [(1.04, False), (1.06, True)])
+def test_a_probe_changes_the_plan_only_for_a_clear_gain(
+    measured: Measured, gain: float, changes: bool
+) -> None:
+    second = next(measured.search.instead(measured.first))
+    share = 0.9 * forecast_of(second) / forecast_of(measured.first)
+    measured.rates[second.plan] = gain * share * forecast_of(measured.first)
+    choice, probes = measured.chosen(share)
+    assert choice.plan == (second if changes else measured.first).plan
+    assert len(probes) > 1
+    assert any("as probes measured it" in why for why in choice.reasons.values()) is changes
+
+
+def test_the_fastest_that_was_probed_is_taken_after_no_more_probes_than_allowed(
+    measured: Measured,
+) -> None:
+    others = [other.plan for other in measured.search.instead(measured.first)]
+    assert len(others) >= MAX_PROBES
+    for number, plan in enumerate(others):
+        measured.rates[plan] = (0.6 + 0.01 * number) * forecast_of(measured.first)
+    choice, probes = measured.chosen(0.5)
+    assert [made.plan for made in probes[1:]] == others[: MAX_PROBES - 1]
+    assert choice.plan == others[MAX_PROBES - 2]
+    lines = list(plan_lines(choice, 9 * GIB, probes))
+    assert sum(line.startswith("probed peak") for line in lines) == MAX_PROBES
+
+
+def test_another_plan_that_overflows_changes_nothing(measured: Measured) -> None:
+    choice, probes = measured.chosen(0.5)
+    assert choice is measured.first
+    assert [made.fits for made in probes] == [True, False, False]
+
+
+def test_after_an_overflow_no_other_plan_is_tried(measured: Measured) -> None:
+    probes = [ProbeResult(measured.first.plan, False, 0, None, None, None)]
+    probes.append(ProbeResult(measured.first.plan, True, 1, 1, 1.0, 1.0))
+    assert _faster(measured.search, measured.first, probes, measured.probe) is measured.first
+    assert len(probes) == 2
+
+
+def test_the_speed_is_that_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passes of two sequences are timed, of the three that seven sequences take."""
+    asked = params(micro_batch_size=2)
+    now, ran = [0.0], []
+    plan = run(cpu(), asked)[0].plan.replace(effective_batch_size=7)
+    step = build_step(CONFIG, plan, StepSettings.of(asked), RandomWeights(torch.device("cpu")))
+
+    def timed(sequences: Any, **options: Any) -> None:
+        ran.append(len(sequences))
+        now[0] += 4.0
+
+    monkeypatch.setattr(step, "run", timed)
+    monkeypatch.setattr("fitlora.planner.probe.time.perf_counter", lambda: now[0])
+    assert time_step(step, Load.uniform(7, 60)) == (7.0, 7 * 60)
+    assert ran == [4]
+
+
 def test_the_log(tmp_path: Path) -> None:
     choice, probes = run(cpu())
     path = tmp_path / "logs" / "probe.json"
@@ -226,7 +322,7 @@ def test_what_the_device_has_no_room_for_goes_to_the_host() -> None:
     def plan_for(budget: int, host: int, **plan: Any) -> Any:
         here = hardware(budget, host_budget_bytes=host, target="a card")
         given = params(**plan) if plan else asked
-        choice, _ = find_plan(config, given, settings, load, here)
+        choice, _ = find_plan(Task(config, given, load, here))
         quick = estimate(config, choice.plan, settings, load, here)
         assert choice.estimate.peak_allocated_bytes == quick.peak_allocated_bytes
         assert choice.estimate.peak_reserved_bytes is not None

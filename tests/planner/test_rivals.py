@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,14 @@ from fitlora.params import check_params
 from fitlora.plan import Plan
 from fitlora.planner.chain import segments
 from fitlora.planner.rivals import Rivals
-from fitlora.planner.search import MOST_RIVALS, Search, default_plan, smallest_plan
+from fitlora.planner.search import (
+    LOSS_CHUNK_BYTES,
+    MOST_RIVALS,
+    NothingFits,
+    Search,
+    default_plan,
+    smallest_plans,
+)
 from fitlora.planner.size import ModelSize
 from fitlora.planner.speed import forecast, guess_bytes, guess_host_bytes
 from fitlora.units import GIB
@@ -98,7 +105,7 @@ def test_without_rates_the_first_of_the_chain_that_fits(gib: int) -> None:
 def test_what_neither_memory_has_room_for_is_read_from_disk() -> None:
     """The device has room for the smallest plan alone, and the host not for all of its share."""
     ample = make(Truth(), 4, rates=NOT_MEASURED, micro_batch_size=1)
-    whole = smallest_plan(ample.params, ample.model, ample.start, host=True)
+    whole = smallest_plans(ample.params, ample.model, ample.start, host=True)[0]
     gib, pinned = Truth()(whole) / GIB, guess_host_bytes(whole, shape(), TOKENS)
     for short, count in ((0, 0), (1, 4), (shape().layer_bytes + 1, 5)):
         made = make(Truth(), gib, rates=NOT_MEASURED, host=pinned - short, micro_batch_size=1)
@@ -180,17 +187,16 @@ def test_every_decision_has_its_reason() -> None:
         assert {"streamed_layers", *PLACES} <= set(choice.reasons) <= set(Plan.model_fields)
 
 
-def test_what_cannot_fit_is_refused_with_what_would() -> None:
+def test_what_cannot_fit_is_refused_with_the_least() -> None:
     made = make(Truth(), 5, stream_layers=0, embedding="device", head="device")
-    with pytest.raises(
-        UserError, match=r"auto for plan\.stream_layers, plan\.embedding, plan\.head"
-    ):
+    with pytest.raises(NothingFits) as caught:
         first(made)
+    assert caught.value.least.process_bytes > 5 * GIB
     made = make(Truth(), 80, host=GIB, stream_layers=LAYERS)
-    with pytest.raises(
-        UserError, match=r"larger hardware\.host_memory_budget: the plan takes 3\.\d+ GiB"
-    ):
+    with pytest.raises(NothingFits) as caught:
         first(made)
+    assert caught.value.least.process_bytes < 80 * GIB
+    assert caught.value.least.host_pinned_bytes > GIB
 
 
 @pytest.mark.parametrize(
@@ -275,12 +281,15 @@ def test_drawn_budgets_never_pass_what_fits() -> None:
 
 def test_the_smallest_plan_with_the_host_and_without() -> None:
     made = make(Truth(), 40)
-    here = smallest_plan(made.params, made.model, made.start, host=False)
-    moved = smallest_plan(made.params, made.model, made.start, host=True)
+    (here,) = smallest_plans(made.params, made.model, made.start, host=False)
+    moved, but_the_head = smallest_plans(made.params, made.model, made.start, host=True)
     assert here.micro_batch_size == moved.micro_batch_size == 1
     assert len(here.recompute_layers) == len(moved.streamed_layers) == LAYERS
     assert hosted(here) == []
     assert hosted(moved) == list(PLACES)
+    assert but_the_head == moved.replace(head="device")
+    large = replace(made.model, table_bytes=2 * LOSS_CHUNK_BYTES + 1)
+    assert smallest_plans(made.params, large, made.start, host=True) == [moved]
 
 
 def test_a_stack_may_be_half_recomputed_and_half_streamed() -> None:

@@ -343,10 +343,9 @@ def test_nothing_fits() -> None:
     text = str(caught.value)
     least = bytes_of(made.start.replace(micro_batch_size=1, recompute_layers=range(LAYERS)))
     assert least == int(4.25 * GIB)
-    assert "nothing fits 4.00 GiB: the smallest plan tried needs 4.25 GiB" in text
-    assert "a budget of 4.25 GiB" in text
-    assert "data.max_length" in text
-    assert "auto leave more choice" not in text
+    assert "nothing fits 4.00 GiB" in text
+    assert "needs 4.25 GiB" in text
+    assert calls(made) <= 2
     assert first(search(bytes_of, least)).plan.micro_batch_size == 1  # the budget named is enough
 
 
@@ -361,8 +360,6 @@ def test_nothing_fits_of_what_the_user_allows() -> None:
         first(made)
     least = bytes_of(base.replace(micro_batch_size=8, recompute_layers=range(LAYERS)))
     assert f"needs {least / GIB:.2f} GiB" in str(caught.value)
-    assert "plan.micro_batch_size and plan.recompute: auto leave more choice" in str(caught.value)
-    assert "a lower plan.evaluation_batch_size" in str(caught.value)
 
 
 def test_estimates_that_are_there_are_not_made_again() -> None:

@@ -44,8 +44,8 @@ def _plan_for(params: "Params") -> Any:
     from fitlora.model import load_config, resolve_model
     from fitlora.planner.find import find_plan
     from fitlora.planner.search import device_count
+    from fitlora.planner.task import Task
     from fitlora.report.memory import plan_lines
-    from fitlora.step.settings import StepSettings
 
     if "auto" in (params.lora.r, params.lora.alpha, params.data.max_length):
         raise UserError(
@@ -62,7 +62,7 @@ def _plan_for(params: "Params") -> Any:
         trust_remote_code=params.model.trust_remote_code,
     )
     load = Load.uniform(params.train.effective_batch_size, params.data.max_length)
-    choice, probes = find_plan(config, params, StepSettings.of(params), load, hardware)
+    choice, probes = find_plan(Task(config, params, load, hardware))
     for line in plan_lines(choice, hardware.budget_bytes, probes):
         say(line)
     return PlanArtifact(plan=choice.plan, reasons=choice.reasons)

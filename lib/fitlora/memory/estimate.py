@@ -521,8 +521,8 @@ class Estimator:
 
     def __init__(self, config: Any, settings: StepSettings, load: Load, hardware: Hardware) -> None:
         self.config, self.settings, self.load, self.hardware = config, settings, load, hardware
-        self._kinds = layer_kinds(config)
-        self._numbers = [self._kinds.index(kind) for kind in self._kinds]
+        self.kinds = layer_kinds(config)
+        self._numbers = [self.kinds.index(kind) for kind in self.kinds]
         self._traces: dict[tuple[Plan, tuple[Any, ...]], Traced] = {}
         self._nearest = 1  # neighbours that are known to matter
 
@@ -638,11 +638,11 @@ class Estimator:
 
     def _trace(self, plan: Plan, layers: Sequence[int]) -> Traced:
         """The plan on a model with these layers alone. Raises Irregular where there is none."""
-        kinds = [self._kinds[layer] for layer in layers]
+        kinds = [self.kinds[layer] for layer in layers]
         key = (plan, tuple(kinds))
         if key not in self._traces:
             config = self.config
-            if len(layers) < len(self._kinds):
+            if len(layers) < len(self.kinds):
                 config = shallow(self.config, layers)
                 if layer_kinds(config) != kinds:
                     raise Irregular("the config does not say what its layers are one by one")

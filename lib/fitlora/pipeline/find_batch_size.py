@@ -20,8 +20,8 @@ from fitlora.params import Params, with_found
 from fitlora.planner.find import find_plan
 from fitlora.planner.probe import write_log
 from fitlora.planner.search import device_count
+from fitlora.planner.task import Task
 from fitlora.report.memory import plan_lines
-from fitlora.step.settings import StepSettings
 
 
 def find_batch_size(params: Params, root: Path = Path()) -> PlanArtifact:
@@ -34,12 +34,7 @@ def find_batch_size(params: Params, root: Path = Path()) -> PlanArtifact:
     folder = resolve_model(params.model.id, params.model.revision, weights=False)
     config = load_config(folder, trust_remote_code=params.model.trust_remote_code)
     choice, probes = find_plan(
-        config,
-        params,
-        StepSettings.of(params),
-        load,
-        hardware,
-        known=[known.default, *known.neighbours.values()],
+        Task(config, params, load, hardware), known=[known.default, *known.neighbours.values()]
     )
     artifact = PlanArtifact(plan=choice.plan, reasons=choice.reasons, found=known.found)
     artifact.write(root / PLAN)

@@ -1,82 +1,87 @@
-"""From a model and a machine to a proven Plan: search by estimates, then probe what was found."""
+"""From a model and a machine to a proven Plan: search by estimates, then probe what was found.
+
+The first plan that fits in truth is the Plan, unless its probe says that it is slower than another one
+promises to be. Then that one is probed as well, and takes its place only where it is faster by `SWITCH`:
+a Plan should not change with a measurement's noise.
+"""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
-from fitlora.artifacts import Estimate, Hardware
+from fitlora.artifacts import Estimate
 from fitlora.errors import UserError
-from fitlora.memory.estimate import Estimator, Load
-from fitlora.params import Params
 from fitlora.plan import Plan
-from fitlora.planner.model import model_size
 from fitlora.planner.probe import ProbeResult, probe
-from fitlora.planner.search import Choice, Search, default_plan
+from fitlora.planner.refusal import refused
+from fitlora.planner.search import Choice, NothingFits, Search, default_plan
 from fitlora.planner.several import can_spread, spread_forecast, spread_layers, ways
-from fitlora.planner.speed import Shape
-from fitlora.step.settings import StepSettings
+from fitlora.planner.task import Task
 from fitlora.units import format_bytes
 
-# Probes that may fail before we say that the estimate does not hold on this machine.
+# Probes of one search. Where so many overflow, the estimate does not hold on this machine.
 MAX_PROBES = 3
+# How much faster than the first plan another has to be measured to take its place.
+SWITCH = 0.05
+
+Prove = Callable[[Plan], ProbeResult]
 
 
-def find_plan(
-    config: Any,
-    params: Params,
-    settings: StepSettings,
-    load: Load,
-    hardware: Hardware,
-    *,
-    known: Sequence[Estimate] = (),
-) -> tuple[Choice, list[ProbeResult]]:
+def find_plan(task: Task, *, known: Sequence[Estimate] = ()) -> tuple[Choice, list[ProbeResult]]:
     """The preferred plan that fits by its estimate and then in truth, and the probes made.
 
     known: estimates that were made already. A GPU that is described and not here is planned for
-    without a probe. Raises UserError where nothing fits, or where probe after probe overflows.
+    without a probe. Raises UserError where nothing fits, with what would, or where probe after probe
+    overflows.
     """
-    rank = params.lora.r
-    assert rank != "auto", "with_found has the number"
-    model = model_size(config, settings)
-    start = default_plan(
-        params,
-        hardware,
-        model,
-        load.tokens,
-        sequence_length=load.train[0].tokens,
-    )
-    estimator = Estimator(config, settings, load, hardware)
-    search = Search(
-        params=params,
-        hardware=hardware,
-        model=model,
-        start=start,
-        estimator=estimator,
-        tokens=load.tokens,
-        seen=[estimate for estimate in known if _may_be_chosen(estimate.plan, start)],
-        shape=Shape.of(
-            config,
-            bits=params.quantization.bits,
-            rank=rank,
-            dropout=params.lora.dropout > 0,
-            whole=model.trained_whole,
-        ),
-    )
+    try:
+        return _find(task, known)
+    except NothingFits as refusal:
+        raise UserError(refused(task, refusal.least)) from None
+
+
+def _find(task: Task, known: Sequence[Estimate]) -> tuple[Choice, list[ProbeResult]]:
+    hardware, search = task.hardware, task.search(known)
+    spreads = can_spread(task.params, hardware, task.size)
+    choices = _either_way(search) if spreads else search.fitting()
+    if hardware.target is not None:
+        return next(choices), []
+
+    def prove(plan: Plan) -> ProbeResult:
+        return probe(task.config, plan, task.settings, task.load, hardware)
+
     probes: list[ProbeResult] = []
-    for choice in _either_way(search) if can_spread(params, hardware, model) else search.fitting():
-        if hardware.target is not None:
-            return choice, probes
-        probes.append(probe(config, choice.plan, settings, load, hardware))
+    for choice in itertools.islice(choices, MAX_PROBES):
+        probes.append(prove(choice.plan))
         if probes[-1].fits:
-            return choice, probes
-        if len(probes) == MAX_PROBES:
-            break
+            return _faster(search, choice, probes, prove), probes
     raise UserError(
         f"{len(probes)} plan(s) that should fit {format_bytes(hardware.budget_bytes)} overflowed when "
         "they were tried; another process may hold the memory, or the device has less than its budget. "
         "A lower hardware.memory_budget makes room"
     )
+
+
+def _faster(search: Search, first: Choice, probes: list[ProbeResult], prove: Prove) -> Choice:
+    """`first`, which was probed last, or a plan that is faster by `SWITCH`; adds to `probes`.
+
+    Where another plan overflowed before it, estimates are not to be trusted, and no more are tried; of
+    layers that are spread over GPUs there is no other plan.
+    """
+    if len(probes) > 1 or first.plan.layers_per_device:
+        return first
+    measured = probes[0].tokens_per_second
+    assert measured is not None, "it fits"
+    best, goal = first, measured * (1 + SWITCH)
+    for other in search.instead(first):
+        promised = 0.0 if other.forecast is None else other.forecast.tokens_per_second
+        if promised <= goal or len(probes) == MAX_PROBES:
+            break
+        probes.append(prove(other.plan))
+        rate = probes[-1].tokens_per_second
+        if rate is not None and rate > goal:
+            best, goal = other, rate
+    return best
 
 
 def _either_way(parallel: Search) -> Iterator[Choice]:
@@ -159,8 +164,3 @@ def _spread(parallel: Search) -> Iterator[Choice]:
         tokens = parallel.tokens(choice.plan.micro_batch_size)
         told = spread_forecast(choice.plan, shape, hardware.rates, tokens)
         yield replace(choice, forecast=told, limit=None if told is None else told.bound)
-
-
-def _may_be_chosen(plan: Plan, start: Plan) -> bool:
-    """Whether a plan is of the precision and the frozen layers that params ask for."""
-    return plan.layer_dtype is None and plan.frozen_layers == start.frozen_layers

@@ -3,9 +3,11 @@
 Apart from the search, which imports no torch.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from fitlora.memory.estimate import layer_kinds, shallow
 from fitlora.plan import Plan
 from fitlora.planner.size import ModelSize
 from fitlora.step.build import StepSkeleton, step_skeleton
@@ -13,8 +15,14 @@ from fitlora.step.settings import StepSettings
 from fitlora.step.whole import whole_parameters
 
 
-def model_size(config: Any, settings: StepSettings) -> ModelSize:
-    """The model's size, with what the settings make of it. config: a transformers config."""
+def model_size(
+    config: Any, settings: StepSettings, kinds: Sequence[Hashable] | None = None
+) -> ModelSize:
+    """The model's size, with what the settings make of it. config: a transformers config.
+
+    kinds: of its layers, where they are known (`fitlora.memory.estimate.layer_kinds`). Whether a model
+    is done by hand, one layer of each kind tells.
+    """
     any_plan = Plan(
         device="cpu",
         effective_batch_size=1,
@@ -25,7 +33,16 @@ def model_size(config: Any, settings: StepSettings) -> ModelSize:
         optimizer="adamw",
         loss_chunk_tokens=1,
     )
-    return size_of(config, step_skeleton(config, any_plan, settings))
+    few = config
+    if not _trains_whole(settings) and config.get_text_config() is config:
+        kinds = kinds or layer_kinds(config)
+        few = shallow(config, [kinds.index(kind) for kind in dict.fromkeys(kinds)])
+    return size_of(config, step_skeleton(few, any_plan, settings))
+
+
+def _trains_whole(settings: StepSettings) -> bool:
+    lora = settings.lora
+    return lora is not None and (lora.bias != "none" or bool(lora.modules_to_save))
 
 
 def size_of(config: Any, skeleton: StepSkeleton) -> ModelSize:

@@ -20,17 +20,16 @@ from typing import Any
 from fitlora.artifacts import Found, Hardware, SequenceSize
 from fitlora.console import say
 from fitlora.errors import UserError
-from fitlora.memory.estimate import Estimator, Load
+from fitlora.memory.estimate import Load
 from fitlora.model import has_tokenizer
 from fitlora.params import Params, with_found
-from fitlora.planner.model import model_size
-from fitlora.planner.search import Search, default_plan, smallest_plan
+from fitlora.planner.refusal import LOWEST_RANK
+from fitlora.planner.search import NothingFits
 from fitlora.planner.size import ModelSize
-from fitlora.step.settings import StepSettings
+from fitlora.planner.task import Task
 from fitlora.training.data import load_splits
 
 HIGHEST_RANK = 32  # of the templates
-LOWEST_RANK = 4
 SHORTEST = 64  # tokens: a question and an answer
 LONGEST = 32768  # where the model does not say how many positions it has
 
@@ -105,23 +104,19 @@ def _halves(highest: int, lowest: int) -> list[int]:
 
 def _smallest_fits(config: Any, params: Params, tokens: int, hardware: Hardware) -> bool:
     """Whether the smallest layout that params leave fits. tokens: of every sequence."""
-    settings = StepSettings.of(params)
-    size = model_size(config, settings)
     sequences = [SequenceSize(tokens=tokens, target_tokens=tokens - 1)]
     load = Load(sequences * params.train.effective_batch_size, sequences * _held_out(params))
-    start = default_plan(params, hardware, size, load.tokens, sequence_length=tokens)
-    estimator = Estimator(config, settings, load, hardware)
+    task = Task(config, params, load, hardware)
     for host in (False, True):
-        found = estimator(smallest_plan(params, size, start, host=host))
+        found = task.smallest(host=host)
         if found.fits:
             return True
     if found.process_bytes > hardware.budget_bytes:
         return False
     # the device has room where all is moved, and the host has not: a part of it may fit both
-    search = Search(params, hardware, size, start, estimator, load.tokens)
     try:
-        next(search.fitting())
-    except UserError:
+        next(task.search().fitting())
+    except NothingFits:
         return False
     return True
 

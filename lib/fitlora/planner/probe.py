@@ -30,7 +30,10 @@ from fitlora.step.weights import RandomWeights
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe measured. Rates are None where it did not fit, reserved bytes on the CPU too."""
+    """What a probe measured. Rates are None where it did not fit, reserved bytes on the CPU too.
+
+    step_seconds: of an effective batch, as far as one device has it, of its heaviest micro-batches.
+    """
 
     plan: Plan
     fits: bool
@@ -92,13 +95,20 @@ def _probe_cuda(
 
 
 def time_step(step: TrainingStep, load: Load) -> tuple[float, int]:
-    """Seconds and tokens of one micro-batch's optimizer step; on a GPU the rehearsal warmed it up."""
-    batch = sequences_of(load.train[: step.plan.micro_batch_size])
+    """Seconds and tokens of an effective batch on this device; on a GPU the rehearsal warmed it up.
+
+    Timed are as many passes as the rehearsal had, with an update, and taken for all of them: what an
+    update waits for is counted once for two passes.
+    """
+    plan = step.plan
+    batch = sequences_of(load.train[: plan.sequences_per_pass]) * min(2, plan.passes)
     _wait_for(step)
     start = time.perf_counter()
     step.run(batch, step=2, learning_rate=0.0)
     _wait_for(step)
-    return time.perf_counter() - start, sum(len(s.tokens) for s in batch)
+    seconds, tokens = time.perf_counter() - start, sum(len(s.tokens) for s in batch)
+    share = plan.sequences_per_device / len(batch)
+    return seconds * share, round(tokens * share)
 
 
 def _wait_for(step: TrainingStep) -> None:

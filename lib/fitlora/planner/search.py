@@ -18,7 +18,7 @@ This module imports no torch: it is handed the function that estimates.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -34,7 +34,7 @@ from fitlora.planner.rivals import WORTH, Rivals
 from fitlora.planner.several import why_in_parallel
 from fitlora.planner.size import ModelSize
 from fitlora.planner.speed import Forecast, Shape
-from fitlora.units import GIB, MIB, format_bytes
+from fitlora.units import MIB, format_bytes
 
 # Tokens of a micro-batch from which a GPU's products run near their best rate: an 8B shape on an
 # H100 gained under 3% beyond it (benchmarks/results/three_ways.*.json).
@@ -55,8 +55,19 @@ NEAR = 1.25  # times the budget: what takes more is no runner-up
 
 Estimator = Callable[[Plan], Estimate]
 
-
 _BY_SPEED = "part of the fastest plan within the budget, by forecast"
+_BY_PROBE = "part of the fastest plan within the budget, as probes measured it"
+
+
+class NothingFits(UserError):
+    """No plan that params allow fits. least: the smallest that was looked at."""
+
+    def __init__(self, least: Estimate, budget_bytes: int) -> None:
+        self.least = least
+        super().__init__(
+            f"nothing fits {format_bytes(budget_bytes)}: the smallest plan tried "
+            f"({least.plan.describe()}) needs {format_bytes(least.process_bytes)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -273,17 +284,28 @@ def freedom(params: Params, model: ModelSize, start: Plan) -> Freedom:
     )
 
 
-def smallest_plan(params: Params, model: ModelSize, start: Plan, *, host: bool) -> Plan:
-    """The plan that takes the least memory of all that params allow, by its nature and not by trace.
+def smallest_plans(params: Params, model: ModelSize, start: Plan, *, host: bool) -> list[Plan]:
+    """Plans of which one takes the least memory of all that params allow; which, a trace tells.
 
-    host: whether it may move anything to the host that params leave open.
+    A head on the host comes in slices, with logits and a gradient of them beside each, which may be more
+    than its table. host: whether a plan may move anything there that params leave open.
     """
     asked = params.plan
     micro = 1 if asked.micro_batch_size == "auto" else asked.micro_batch_size
     held_out = 1 if asked.evaluation_batch_size == "auto" else asked.evaluation_batch_size
     start = start.replace(micro_batch_size=micro, evaluation_batch_size=held_out)
     free = freedom(params, model, start)
-    return smallest(start, free if host else free.without_host())
+    if not host:
+        free = free.without_host()
+    plans = [smallest(start, free)]
+    if free.head and (model.table_bytes or 0) <= 2 * LOSS_CHUNK_BYTES:
+        plans.append(smallest(start, replace(free, head=False)))
+    return plans
+
+
+def least_of(estimates: Iterable[Estimate]) -> Estimate:
+    """The one that takes the least of the device."""
+    return min(estimates, key=lambda found: found.process_bytes)
 
 
 def _recomputed(params: Params, model: ModelSize) -> tuple[int, ...] | None:
@@ -336,6 +358,18 @@ class Search:
         """What may be chosen beside the micro-batch."""
         return freedom(self.params, self.model, self.start)
 
+    @cached_property
+    def _smallest(self) -> Estimate:
+        """What takes the least of the device, whatever the host has room for."""
+        plans = smallest_plans(self.params, self.model, self.start, host=True)
+        return least_of(map(self._estimate, plans))
+
+    @property
+    def _worth_moving(self) -> Freedom:
+        """The freedom without a head on the host where that takes more than it gives."""
+        head = self.free.head and self._smallest.plan.head == "host"
+        return replace(self.free, head=head)
+
     def _plan(self, micro_batch_size: int, base: Plan | None = None) -> Plan:
         evaluation = self.params.plan.evaluation_batch_size
         return (base or self.start).replace(
@@ -354,15 +388,15 @@ class Search:
         """Plans that fit, the preferred one first, each traced itself.
 
         Whoever asks for another one says that the last did not fit in truth: the next takes
-        `STEP_BACK` less. Raises UserError, with figures, where nothing fits from the start.
+        `STEP_BACK` less. Raises NothingFits where nothing does from the start.
         """
         limit = self.hardware.budget_bytes
         best, least = self._best(limit)
         if best is None:
-            raise UserError(self._nothing_fits(least))
+            raise NothingFits(least, limit)
         while best is not None:
             found = self._faster(best, limit)
-            yield self._choice(found, by_speed=found is not best)
+            yield self._choice(found, _BY_SPEED if found is not best else None)
             limit = int(found.process_bytes * (1 - STEP_BACK))
             best, _ = self._best(limit)
 
@@ -376,14 +410,26 @@ class Search:
     def _forecast(self, plan: Plan) -> Forecast | None:
         return None if self._rivals is None else self._rivals.forecast(plan)
 
-    def _choice(self, found: Estimate, *, by_speed: bool) -> Choice:
+    def instead(self, chosen: Choice) -> Iterator[Choice]:
+        """Plans that lost against `chosen` and fit, as choices: of each kind the fastest by forecast.
+
+        The faster kinds come first, and what is like one that came before it comes last.
+        """
+        estimates = {estimate.plan: estimate for estimate in self.seen}
+        for other in chosen.considered:
+            if other.fits and other.tokens_per_second is not None:
+                yield self._choice(estimates[other.plan], _BY_PROBE)
+
+    def _choice(self, found: Estimate, by_speed: str | None) -> Choice:
+        """by_speed: the reason, where it is not the first in the order of preference."""
         mine = self._forecast(found.plan)
         speed = None if mine is None else mine.tokens_per_second
-        others = [self._considered(e, speed) for e in self.seen if e.plan != found.plan]
+        seen = (e for e in self.seen if e.plan != found.plan)
+        others = [self._considered(e, speed, proven=by_speed is _BY_PROBE) for e in seen]
         worth = (speed or 0.0) * (1 + WORTH)
         held_up = any(not o.fits and (o.tokens_per_second or 0.0) > worth for o in others)
         all_learn = self._all_learn(found.plan)
-        reasons = self._reasons(found.plan, by_speed=by_speed)
+        reasons = self._reasons(found.plan, by_speed)
         if all_learn is not None:
             reasons["frozen_layers"] = self._reason_of_freezing(
                 all_learn.peak_allocated_bytes - found.peak_allocated_bytes
@@ -405,8 +451,8 @@ class Search:
         peak = self.estimator(other).peak_allocated_bytes
         return AllLearn(peak, None if told is None else told.tokens_per_second)
 
-    def _considered(self, found: Estimate, mine: float | None) -> Considered:
-        """Why the plan lost against one of `mine` tokens/s."""
+    def _considered(self, found: Estimate, mine: float | None, *, proven: bool) -> Considered:
+        """Why the plan lost against one of `mine` tokens/s by forecast, or one that probes preferred."""
         told = self._forecast(found.plan)
         speed = told.tokens_per_second if told else None
         over = found.process_bytes - self.hardware.budget_bytes
@@ -419,6 +465,8 @@ class Search:
             why = "fits, and comes later in the order of preference"
         elif speed <= mine:
             why = f"{1 - speed / mine:.1%} slower"
+        elif proven:
+            why = f"{speed / mine - 1:.1%} faster by forecast alone"
         else:
             why = (
                 f"only {speed / mine - 1:.1%} faster by a forecast, which tells no such difference"
@@ -452,7 +500,7 @@ class Search:
     def _best(self, limit: int) -> tuple[Estimate | None, Estimate]:
         """The preferred plan within `limit` bytes, and the smallest that was looked at."""
         found, least = self._in_memory(limit)
-        if found is None and self.free.stream:
+        if found is None and self.free.stream and self._smallest.process_bytes <= limit:
             sizes = self._sizes()
             for micro in dict.fromkeys((enough_sequences(sizes, self.tokens), sizes[-1])):
                 found = found or self._from_disk(micro, limit)
@@ -473,6 +521,8 @@ class Search:
             return self._last([self._plan(size) for size in larger], limit), first
         if not self._host_has_room(first):
             return None, first  # what params move there is too much
+        if self._smallest.process_bytes > limit:
+            return None, self._smallest
         found, least = self._along(enough, limit)
         if found is not None or not smaller:
             return found, least
@@ -485,7 +535,7 @@ class Search:
 
     def _along(self, micro: int, limit: int) -> tuple[Estimate | None, Estimate]:
         """The first plan of the micro-batch's chain that fits, and the last corner looked at."""
-        free, start = self.free, self._plan(micro)
+        free, start = self._worth_moving, self._plan(micro)
         while True:
             before, parts = start, segments(start, free)
             if not parts:
@@ -508,7 +558,7 @@ class Search:
         The slowest of all: a disk gives a fraction of what the link does.
         """
         plans = [self._plan(micro)]
-        for part in segments(plans[0], self.free).values():
+        for part in segments(plans[0], self._worth_moving).values():
             plans = [plans[-1], *part]
             if self._estimate(plans[-1]).process_bytes <= limit:
                 break
@@ -563,13 +613,13 @@ class Search:
         ]
         return min(max(1, within[-1] if within else 1), len(plans) - 2)
 
-    def _reasons(self, plan: Plan, *, by_speed: bool) -> dict[str, str]:
+    def _reasons(self, plan: Plan, by_speed: str | None) -> dict[str, str]:
         asked = self.params.plan
         _, dtype_reason = compute_dtype(self.params, self.hardware)
         if asked.micro_batch_size != "auto":
             micro = "as params say"
         elif by_speed:
-            micro = _BY_SPEED
+            micro = by_speed
         elif plan.micro_batch_size == plan.sequences_per_device:
             micro = "the whole effective batch fits at once"
         elif self.tokens(plan.micro_batch_size) >= BUSY_TOKENS:
@@ -581,7 +631,7 @@ class Search:
         elif not self.free.recompute:
             recompute = "no others of this model stream"
         elif by_speed and plan.recompute_layers:
-            recompute = _BY_SPEED
+            recompute = by_speed
         elif not plan.recompute_layers:
             recompute = "all activations fit, so nothing is computed twice"
         elif len(plan.recompute_layers) == self.model.layers:
@@ -621,7 +671,7 @@ class Search:
             "these"
         )
 
-    def _reasons_of_places(self, plan: Plan, by_speed: bool) -> dict[str, str]:
+    def _reasons_of_places(self, plan: Plan, by_speed: str | None) -> dict[str, str]:
         asked = self.params.plan
         streamed = len(plan.streamed_layers)
         if asked.stream_layers != "auto":
@@ -631,7 +681,7 @@ class Search:
         elif not streamed:
             streams = "all layers fit the device"
         elif by_speed:
-            streams = _BY_SPEED
+            streams = by_speed
         elif streamed == self.model.layers:
             streams = "the budget leaves room for no layer's weights"
         else:
@@ -648,7 +698,7 @@ class Search:
                 found[name] = "as params say"
             elif getattr(plan, name) == "host":
                 found[name] = (
-                    _BY_SPEED if by_speed and name in ("head", "optimizer_device") else reason
+                    by_speed if by_speed and name in ("head", "optimizer_device") else reason
                 )
             elif plan.device == "cpu":
                 found[name] = "the device is the host"
@@ -659,33 +709,6 @@ class Search:
         if not plan.recompute_layers and asked.checkpoints == "auto":
             found["checkpoints"] = "there are none"
         return found
-
-    def _nothing_fits(self, least: Estimate) -> str:
-        asked = self.params.plan
-        ways = [
-            f"a budget of {-(-least.process_bytes // (GIB // 4)) / 4:.2f} GiB would carry the "
-            f"smallest plan tried ({least.plan.describe()})"
-        ]
-        if not self._host_has_room(least):
-            ways = [
-                "a larger hardware.host_memory_budget: the plan takes "
-                f"{format_bytes(least.host_bytes)} of "
-                f"{format_bytes(self.hardware.host_budget_bytes)}"
-            ]
-        if asked.micro_batch_size != "auto" or asked.recompute != "auto":
-            ways.append("plan.micro_batch_size and plan.recompute: auto leave more choice")
-        places = ("stream_layers", "checkpoints", "embedding", "head", "optimizer_device")
-        kept = [name for name in places if getattr(asked, name) != "auto"]
-        if kept and self.hardware.device == "cuda":
-            ways.append(f"auto for plan.{', plan.'.join(kept)}, which may use host memory")
-        if asked.evaluation_batch_size not in ("auto", 1):
-            ways.append("a lower plan.evaluation_batch_size")
-        ways += ["a lower data.max_length", "a lower lora.r", "a smaller model"]
-        return (
-            f"nothing fits {format_bytes(self.hardware.budget_bytes)}: the smallest plan tried needs "
-            f"{format_bytes(least.process_bytes)}, of which weights are "
-            f"{format_bytes(least.components.weights)}. Ways out: {'; '.join(ways)}"
-        )
 
 
 def _first(plans: Sequence[Plan], enough: Callable[[Plan], bool]) -> Plan | None:

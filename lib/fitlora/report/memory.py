@@ -95,10 +95,11 @@ def plan_lines(choice: Choice, budget_bytes: int, probes: Sequence[ProbeResult])
         if not probe.fits:
             yield f"probe      {probe.plan.describe()}: overflowed"
             continue
-        speed = (
-            "" if probe.tokens_per_second is None else f", {probe.tokens_per_second:,.0f} tokens/s"
+        which = "" if probe.plan == plan else f" with {_otherwise(probe.plan, plan)}"
+        yield (
+            f"probed peak    {format_bytes(probe.peak_allocated_bytes)}, "
+            f"{probe.tokens_per_second:,.0f} tokens/s{which}"
         )
-        yield f"probed peak    {format_bytes(probe.peak_allocated_bytes)}{speed}"
 
 
 # What holds a plan up, in words.

@@ -1,0 +1,101 @@
+"""What the planner is asked: a model to train as params say, a load to carry, a machine to do it on.
+
+What follows from these is made when it is first wanted, and once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+from fitlora.artifacts import Estimate, Hardware
+from fitlora.memory.estimate import Estimator, Load
+from fitlora.params import Params
+from fitlora.plan import Plan, Side
+from fitlora.planner.model import model_size
+from fitlora.planner.search import Search, default_plan, least_of, smallest_plans
+from fitlora.planner.size import ModelSize
+from fitlora.planner.speed import Shape
+from fitlora.step.settings import StepSettings
+
+
+@dataclass(frozen=True)
+class Task:
+    """config: a transformers config. params: with numbers where they may say auto (`with_found`)."""
+
+    config: Any
+    params: Params
+    load: Load
+    hardware: Hardware
+
+    @cached_property
+    def settings(self) -> StepSettings:
+        return StepSettings.of(self.params)
+
+    @cached_property
+    def size(self) -> ModelSize:
+        return model_size(self.config, self.settings, self.estimator.kinds)
+
+    @cached_property
+    def shape(self) -> Shape | None:
+        """What the model's speed depends on; None where that is not known."""
+        rank = self.params.lora.r
+        assert rank != "auto", "with_found has the number"
+        return Shape.of(
+            self.config,
+            bits=self.params.quantization.bits,
+            rank=rank,
+            dropout=self.params.lora.dropout > 0,
+            whole=self.size.trained_whole,
+        )
+
+    @cached_property
+    def start(self) -> Plan:
+        """The plan that a search begins with."""
+        return default_plan(
+            self.params,
+            self.hardware,
+            self.size,
+            self.load.tokens,
+            sequence_length=self.load.train[0].tokens,
+        )
+
+    @cached_property
+    def estimator(self) -> Estimator:
+        return Estimator(self.config, self.settings, self.load, self.hardware)
+
+    @cached_property
+    def estimate(self) -> Callable[[Plan], Estimate]:
+        """Each plan is estimated once."""
+        return cache(self.estimator)
+
+    def search(self, known: Sequence[Estimate] = ()) -> Search:
+        """known: estimates that were made already, of any plans."""
+        return Search(
+            params=self.params,
+            hardware=self.hardware,
+            model=self.size,
+            start=self.start,
+            estimator=self.estimate,
+            tokens=self.load.tokens,
+            seen=[estimate for estimate in known if self._may_be_chosen(estimate.plan)],
+            shape=self.shape,
+        )
+
+    def _may_be_chosen(self, plan: Plan) -> bool:
+        """Whether a plan is of the precision and the frozen layers that params ask for."""
+        return plan.layer_dtype is None and plan.frozen_layers == self.start.frozen_layers
+
+    def smallest(self, *, host: bool, head: Side | None = None) -> Estimate:
+        """What the smallest layout that params leave takes.
+
+        host: whether it may use the host, and the disk for layers that the host has no room for. head:
+        where its head is, where that is known to be smaller.
+        """
+        plans = smallest_plans(self.params, self.size, self.start, host=host)
+        known = [plan for plan in plans if plan.head == head]
+        found = least_of(map(self.estimate, known or plans))
+        plan, may_read = found.plan, host and self.params.plan.stream_layers == "auto"
+        if may_read and found.host_bytes > self.hardware.host_budget_bytes:
+            found = self.estimate(plan.replace(disk_layers=len(plan.streamed_layers)))
+        return found
