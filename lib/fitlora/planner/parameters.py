@@ -23,10 +23,9 @@ from fitlora.errors import UserError
 from fitlora.memory.estimate import Load
 from fitlora.model import has_tokenizer
 from fitlora.params import Params, with_found
-from fitlora.planner.refusal import LOWEST_RANK
 from fitlora.planner.search import NothingFits
 from fitlora.planner.size import ModelSize
-from fitlora.planner.task import Task
+from fitlora.planner.task import LOWEST_RANK, Task
 from fitlora.training.data import load_splits
 
 HIGHEST_RANK = 32  # of the templates

@@ -15,11 +15,10 @@ from fitlora.params import PlanParams
 from fitlora.plan import Side
 from fitlora.planner.search import least_of
 from fitlora.planner.speed import Shape
-from fitlora.planner.task import Task
+from fitlora.planner.task import LOWEST_RANK, Task
 from fitlora.units import GIB, format_bytes
 
 LENGTHS, LENGTH_STEP = 16, 64  # how many lengths are looked at, in multiples of so many tokens
-LOWEST_RANK = 4
 BUDGETS_PER_GIB = 4
 
 

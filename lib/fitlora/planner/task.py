@@ -18,6 +18,8 @@ from fitlora.planner.size import ModelSize
 from fitlora.planner.speed import Shape
 from fitlora.step.settings import StepSettings
 
+LOWEST_RANK = 4  # that is worth proposing
+
 
 @dataclass(frozen=True)
 class Task:
