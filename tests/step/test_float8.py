@@ -58,6 +58,19 @@ def test_rows_of_zeros() -> None:
     assert out[1, 3].float() * scales[1] == 1
 
 
+@pytest.mark.parametrize("largest", [1e-44, 1e-38, 1e-36, 1e-31, 1e-29, 1e-20, 1e38])
+def test_rows_of_any_size_stay_finite(largest: float) -> None:
+    x = random(3, 64).abs().clamp(max=4) / 4 * largest
+    x[:, 5], x[:, 6] = largest, 0.0
+    out, scales = quantized(x)
+    found = out.float() * scales
+    assert bool(found.isfinite().all())
+    if largest > float8.SMALLEST:
+        torch.testing.assert_close(found, x, rtol=2**-3, atol=largest * 2**-10)
+    else:
+        assert not found.any()
+
+
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize(
     ("shape", "block_size", "quant_type"),

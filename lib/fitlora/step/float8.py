@@ -24,13 +24,16 @@ from torch import Tensor
 from fitlora.step.ops import define, dequantize_4bit, implement
 
 LARGEST = 448.0  # of e4m3
+# Rows that are smaller throughout are taken for zero: what takes them to 448 is beyond float32. Such
+# gradients come from tokens that the loss sees through attention alone, at probabilities near zero.
+SMALLEST = 2.0**-100
 MULTIPLE = 16  # of the contracted and the output dimension; the rows of an activation are free
 _CHUNK_ELEMENTS = 1 << 18
 
 
 def scale_of(largest: Tensor) -> Tensor:
-    """What takes the largest magnitude to 448; 1 for zero, which it leaves zero."""
-    return torch.where(largest > 0, largest / LARGEST, 1.0)
+    """What takes 448 to the largest magnitude; 1 for next to nothing, which becomes zero."""
+    return torch.where(largest > SMALLEST, largest / LARGEST, 1.0)
 
 
 # --- activations ---------------------------------------------------------------------------------

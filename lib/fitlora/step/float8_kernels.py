@@ -11,8 +11,10 @@ from torch import Tensor
 
 from fitlora.quantization.layout import NESTED_BLOCK_SIZE, QuantType
 from fitlora.step.dequantize_kernel import book_on, load_scales
+from fitlora.step.float8 import LARGEST, SMALLEST
 
-_LARGEST = tl.constexpr(448.0)  # of e4m3
+_LARGEST = tl.constexpr(LARGEST)
+_SMALLEST = tl.constexpr(SMALLEST)
 _SCALE_ROWS = 16  # of one program that finds the scales of rows
 _TILE = (4, 128)  # rows and words of eight codes
 _TRANSPOSED_TILE = (128, 8)
@@ -20,7 +22,7 @@ _TRANSPOSED_TILE = (128, 8)
 
 @triton.jit
 def _scale_of(largest):  # type: ignore[no-untyped-def]
-    return tl.where(largest > 0.0, largest / _LARGEST, 1.0)
+    return tl.where(largest > _SMALLEST, largest / _LARGEST, 1.0)
 
 
 # --- activations ---------------------------------------------------------------------------------
