@@ -358,7 +358,8 @@ def predict_case(case: Case, hardware: Hardware, tiny: bool) -> dict[str, Any]:
         "predicted_reserved_bytes": reserved,
         "safe_peak_bytes": found.safe_peak_bytes,
         "predicted_paged_bytes": found.paged_bytes,
-        "predicted_process_bytes": reserved + found.paged_bytes + hardware.context_bytes,
+        # NVML counts managed memory, where paged states are, for no process
+        "predicted_process_bytes": reserved + hardware.context_bytes,
         "predicted_host_pinned_bytes": found.host_pinned_bytes,
         "predicted_host_anonymous_bytes": found.host_bytes,
         "predicted_host_copies_bytes": found.host_copies_bytes,
@@ -727,7 +728,8 @@ def compare(cases: list[Case], args: argparse.Namespace) -> None:
     if args.side == "predicted":
         if "hardware" not in before:
             sys.exit("--side predicted needs --json FILE with what was measured")
-        about = {name: before[name] for name in ("device", "device_label")}
+        about = {name: before[name] for name in ("device", "device_label", "versions")}
+        about["measured_commit"] = before.get("measured_commit", before["commit"])
         described.write_text(json.dumps(before["hardware"]))
     else:
         about = describe(args)
