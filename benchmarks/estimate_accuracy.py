@@ -554,7 +554,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name in (
         "allocated", "reserved", "process", "host_pinned", "host_anonymous", "host_copies",
     ):  # fmt: skip
-        errors = [abs(e) for row in rows if (e := row[f"{name}_error"]) is not None]
+        errors = [abs(e) for row in rows if (e := row.get(f"{name}_error")) is not None]
         if errors:
             summary[f"{name}_mean_error"] = statistics.fmean(errors)
             summary[f"{name}_worst_error"] = max(errors)

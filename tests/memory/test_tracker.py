@@ -173,14 +173,26 @@ def test_a_peak_in_a_forward_or_an_evaluation_is_told_apart_too(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_is_measured_can_go_meanwhile(tmp_path: Path, device: str) -> None:
+def test_what_is_measured_can_go_meanwhile(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step that overflows is put away for one with more on the host, and wants no memory then."""
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     tracker = MemoryTracker(tmp_path, device)
     held = [torch.zeros(8)]
     gone = weakref.ref(held[0])
     with tracker.measuring("step", lambda: {"weights": list(held)}):
         held.clear()
         assert gone() is None
+
+
+def test_the_peaks_of_an_earlier_run_are_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", begun.append)
+    tracker = MemoryTracker(tmp_path, "cuda")
+    assert begun == [tracker.device]
 
 
 def test_the_device_is_the_one_that_is_here(tmp_path: Path) -> None:

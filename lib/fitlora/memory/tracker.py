@@ -108,7 +108,10 @@ class MemoryTracker:
         self._asked = -SECONDS_BETWEEN_QUESTIONS
         self.phase_peaks: dict[str, int] = {}
         self.peak_allocated_bytes = 0
-        self.peak_reserved_bytes: int | None = 0 if self.device.type == "cuda" else None
+        self.peak_reserved_bytes: int | None = None
+        if self.device.type == "cuda":
+            self.peak_reserved_bytes = 0
+            torch.cuda.reset_peak_memory_stats(self.device)  # another run here may have had its own
         self.warnings: list[str] = []
         self.own_seconds = 0.0  # what the tracker itself took, counting on the CPU aside
 
