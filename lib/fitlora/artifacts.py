@@ -481,6 +481,12 @@ class Gate(Record):
     max_exact_match_drop: float
 
     @property
+    def into(self) -> str:
+        """`base` as people read it."""
+        trained_on = self.base == "dequantized"
+        return "the weights that it was trained on" if trained_on else "the original weights"
+
+    @property
     def reference(self) -> str:
         """`against` as people read it."""
         return "the adapter" + " on the original weights" * (self.against != "adapter")

@@ -56,6 +56,25 @@ def test_best_and_last_are_kept(tmp_path: Path) -> None:
     assert [r["validation_loss"] for r in records if r["event"] == "evaluation"] == [3, 1, 2, 1, 4]
 
 
+def test_a_validation_that_was_counted_alone_is_no_step_s_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, FakeStep([1.0]), max_steps=2)
+    plain, found = run.tracker.update, iter(["evaluation", "backward"])
+
+    def update(step: int) -> dict[str, Any]:
+        counted = {"phases": {next(found): 7}, "components": {"weights": 7}}
+        return {**plain(step), "peak_allocated_bytes": 7, **counted}
+
+    monkeypatch.setattr(run.tracker, "update", update)
+    run()
+    assert [
+        (r["allocated_bytes"], r["component_bytes"], r["phase_bytes"])
+        for r in run.log.records
+        if r["event"] == "step"
+    ] == [(None, {}, {"evaluation": 7}), (7, {"weights": 7}, {"backward": 7})]
+
+
 def test_without_validation_rows_the_last_is_the_best(tmp_path: Path) -> None:
     outcome, records = run_fake(tmp_path, FakeStep(), rows=0, evaluate_every=2)
     assert validated(records) == []

@@ -188,10 +188,11 @@ class MemoryTracker:
     def take_over(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Takes in the peaks of a run's earlier parts. records: of its log, of which steps have them."""
         for record in records:
-            for name, peak in (record.get("phase_bytes") or {}).items():
+            phases = record.get("phase_bytes") or {}
+            for name, peak in phases.items():
                 self.phase_peaks[name] = max(self.phase_peaks.get(name, 0), peak)
-            peak = record.get("allocated_bytes") or 0
-            self.peak_allocated_bytes = max(self.peak_allocated_bytes, peak)
+            peaks = (record.get("allocated_bytes") or 0, *phases.values())
+            self.peak_allocated_bytes = max(self.peak_allocated_bytes, *peaks)
             if self.peak_reserved_bytes is not None:
                 reserved = record.get("reserved_bytes") or 0
                 self.peak_reserved_bytes = max(self.peak_reserved_bytes, reserved)

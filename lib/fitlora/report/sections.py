@@ -219,7 +219,7 @@ def _gate(found: Evaluation) -> Iterator[Html]:
     lost = found.adapter.exact_match - found.merged.exact_match
     yield tag(
         "p",
-        f"It was merged into the {gate.base} weights and stored in {gate.bits} bits. What it predicts "
+        f"The adapter was merged into {gate.into} and stored in {gate.bits} bits. What that predicts "
         f"was compared with what {gate.reference} predicts, unmerged, at {merged.tokens:,} tokens of "
         "the held-out rows, and was within every limit.",
     )

@@ -233,6 +233,8 @@ class Run:
         self.progress = self.progress.model_copy(update={"done": index + 1})
         tokens = sum(len(s.tokens) for s in batch)
         memory = self.tracker.update(step=index + 1)
+        # this step was not counted, and the evaluation before it was
+        uncounted = set(memory["phases"]) == {"evaluation"}
         self.record(
             {
                 "event": "step",
@@ -242,10 +244,10 @@ class Run:
                 "gradient_norm": norm,
                 "tokens": tokens,
                 "tokens_per_second": round(tokens / seconds, 1),
-                "allocated_bytes": memory["peak_allocated_bytes"],
+                "allocated_bytes": None if uncounted else memory["peak_allocated_bytes"],
                 "reserved_bytes": memory["reserved_bytes"],
                 "phase_bytes": memory["phases"],
-                "component_bytes": memory["components"],
+                "component_bytes": {} if uncounted else memory["components"],
             }
         )
 
