@@ -6,7 +6,7 @@ import pytest
 from transformers import Olmo2Config
 
 from fitlora.artifacts import Estimate
-from fitlora.memory.question import Question, fit_cards, ways_out
+from fitlora.memory.question import Question, fit_cards
 from fitlora.plan import Plan
 from fitlora.units import GIB
 from tests.memory.test_estimate import hardware
@@ -46,7 +46,7 @@ def test_no_context_fits_where_the_weights_do_not() -> None:
 
 
 def test_a_way_out_is_the_first_that_fits_with_all_its_changes() -> None:
-    ways = list(ways_out(PLAN, steps.config(), steps.settings()))
+    ways = list(question().ways_out())
     sizes = [question().estimate(plan).process_bytes for _, plan in ways]
     # on so small a model what waits for its copies outweighs what leaves, so the first ones are asked
     asked = question(budget_bytes=sizes[1])
@@ -62,7 +62,7 @@ def test_a_way_out_is_the_first_that_fits_with_all_its_changes() -> None:
 def test_ways_out_leave_what_the_user_decided() -> None:
     for optimizer in ("adamw", "adamw_8bit"):
         plan = PLAN.replace(optimizer=optimizer)
-        last = list(ways_out(plan, steps.config(), steps.settings()))[-1][1]
+        last = list(question(plan).ways_out())[-1][1]
         assert last.optimizer == optimizer
         assert (last.optimizer_device == "host") == (optimizer == "adamw")
         assert last.effective_batch_size == plan.effective_batch_size
@@ -74,8 +74,9 @@ def test_ways_out_of_a_model_that_autograd_does_can_be_estimated() -> None:
         hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
         vocab_size=128,
     )  # fmt: skip
-    asked = Question(config, steps.settings(), PLAN, hardware(host_budget_bytes=GIB))
-    *_, (name, last) = ways_out(PLAN, config, steps.settings())
+    here = hardware(host_budget_bytes=GIB)
+    asked = Question(config, steps.settings(), PLAN, here, by_hand=False)
+    *_, (name, last) = asked.ways_out()
     assert (name, last.checkpoints, last.embedding) == ("every layer streamed", "device", "device")
     assert asked.estimate(last).host_pinned_bytes > 0
 

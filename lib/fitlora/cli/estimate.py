@@ -264,7 +264,7 @@ def _question(model: str, asked: dict[str, Any], hardware: "Hardware") -> "Quest
     kernel, reason = attention_kernel(hardware)
     if plan.attention == "flash" and kernel == "plain":
         raise UserError(f"attention is flash, and {reason}; use plain")
-    return Question(config, settings, plan, hardware.among(plan.devices))
+    return Question(config, settings, plan, hardware.among(plan.devices), by_hand=size.by_hand)
 
 
 def _plan(
@@ -379,12 +379,12 @@ def _table(model: str, asked: dict[str, Any]) -> dict[str, Any]:
     """Three ways of training the model, and the cards that each fits."""
     import torch
 
-    from fitlora.memory.question import CARDS_GIB, ways_out
+    from fitlora.memory.question import CARDS_GIB
     from fitlora.model import empty_model
 
     question = _question(model, asked, _card(asked, "1024GiB"))
     whole = empty_model(question.config, dtype=torch.bfloat16).parameters()
-    ways = dict(ways_out(question.plan, question.config, question.settings))
+    ways = dict(question.ways_out())
     smallest = list(ways.values())[-1] if ways else question.plan
     every = {"recompute_layers": tuple(range(question.layers))}
     resident = {"checkpoints": "device", "embedding": "device", "head": "device"}

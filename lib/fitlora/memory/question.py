@@ -16,7 +16,6 @@ from fitlora.artifacts import Card, Estimate, Hardware
 from fitlora.memory.estimate import Estimator, Load
 from fitlora.offload.residency import spread
 from fitlora.plan import Plan
-from fitlora.step.build import step_skeleton
 from fitlora.step.settings import StepSettings
 from fitlora.units import GIB
 
@@ -35,6 +34,7 @@ class Question:
     settings: StepSettings
     plan: Plan
     hardware: Hardware
+    by_hand: bool = True  # whether FitLoRA does the model's layers by hand
     _known: dict[Plan, Estimate] = field(default_factory=dict)
 
     @cached_property
@@ -101,27 +101,32 @@ class Question:
         tokens = longest.plan.sequence_length * longest.plan.micro_batch_size
         return tokens // self.plan.sequence_length
 
+    def ways_out(self) -> Iterator[tuple[str, Plan]]:
+        """Plans that take less than the one that is asked about (`ways_out`)."""
+        return ways_out(self.plan, self.config, by_hand=self.by_hand)
+
     def way_out(self) -> tuple[list[str], Estimate] | None:
         """The first of `ways_out` that fits, with all its changes by name; None where none does."""
         names = []
-        for name, plan in ways_out(self.plan, self.config, self.settings):
+        for name, plan in self.ways_out():
             names.append(name)
             if self.estimate(plan).fits:
                 return names, self.estimate(plan)
         return None
 
 
-def ways_out(plan: Plan, config: Any, settings: StepSettings) -> Iterator[tuple[str, Plan]]:
+def ways_out(plan: Plan, config: Any, *, by_hand: bool) -> Iterator[tuple[str, Plan]]:
     """Plans that take less, each with the changes of those before it, the cheapest in time first.
 
-    What the user decides (the optimizer, for one) stays as it is.
+    What the user decides (the optimizer, for one) stays as it is. by_hand: whether FitLoRA does the
+    model's layers by hand.
     """
     layers = int(config.get_text_config().num_hidden_layers)
     steps: list[tuple[str, dict[str, Any]]] = [
         ("every layer recomputed", {"recompute_layers": tuple(range(layers))}),
         ("nothing kept of recomputed layers", {"recompute_keeps": ()}),
         ("a micro-batch of 1", {"micro_batch_size": 1, "evaluation_batch_size": 1}),
-        ("everything but the layers on the host", _all_on_host(plan, config, settings)),
+        ("everything but the layers on the host", _all_on_host(plan, config, by_hand=by_hand)),
         ("half of the layers streamed", {"streamed_layers": spread(layers, layers // 2)}),
         ("every layer streamed", {"streamed_layers": spread(layers, layers)}),
     ]
@@ -132,9 +137,9 @@ def ways_out(plan: Plan, config: Any, settings: StepSettings) -> Iterator[tuple[
         plan = smaller
 
 
-def _all_on_host(plan: Plan, config: Any, settings: StepSettings) -> dict[str, Any]:
+def _all_on_host(plan: Plan, config: Any, *, by_hand: bool) -> dict[str, Any]:
     found = {}
-    if step_skeleton(config, plan, settings).layers:  # where autograd does them, they stay
+    if by_hand:  # where autograd does them, they stay
         found["checkpoints"] = "host"
         if not getattr(
             config, "final_logit_softcapping", None

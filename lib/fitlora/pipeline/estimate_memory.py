@@ -79,7 +79,7 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
         default=default,
         neighbours=others,
         over_step=moments(traced.levels[0], estimator.workspace_bytes(traced)),
-        cards=_cards(params, [default, *others.values()], estimator),
+        cards=_cards(params, [default, *others.values()], estimator, by_hand=traced.by_hand),
         found=found,
     )
     result.write(root / MEMORY_ESTIMATE)
@@ -88,7 +88,9 @@ def estimate_memory(params: Params, root: Path = Path()) -> MemoryEstimate:
     return result
 
 
-def _cards(params: Params, known: Sequence[Estimate], estimator: Estimator) -> tuple[Card, ...]:
+def _cards(
+    params: Params, known: Sequence[Estimate], estimator: Estimator, *, by_hand: bool
+) -> tuple[Card, ...]:
     """GPUs of the usual sizes, with what is known and the plans that take least.
 
     What a CPU takes says nothing of a GPU, which computes otherwise. So where the CPU computes, the
@@ -107,7 +109,7 @@ def _cards(params: Params, known: Sequence[Estimate], estimator: Estimator) -> t
     if beside:
         known = [on_a_card(plan)]
     if min(found.process_bytes for found in known) > CARDS_GIB[0] * GIB:
-        less = list(ways_out(plan, estimator.config, estimator.settings))[-3:]
+        less = list(ways_out(plan, estimator.config, by_hand=by_hand))[-3:]
         known = [*known, *(on_a_card(other) for _, other in less)]
     return fit_cards(known)
 
