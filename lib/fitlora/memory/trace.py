@@ -202,12 +202,13 @@ class MemoryTrace(TorchDispatchMode):
         assert self.timeline is not None
         if self.timeline.layer is not None:
             return
-        parts = [self._parts_of(tensor) for tensor in inputs]
         number = self._numbers[self._known[made.untyped_storage()]]
-        if index is not None and index < len(parts):
-            layers = list(parts[index])
+        if index is not None and index < len(inputs):
+            layers = list(self._parts_of(inputs[index]))
             self.timeline.layers[number] = layers[0] if len(layers) == 1 else None
-        elif all(parts):
+            return
+        parts = [self._parts_of(tensor) for tensor in inputs]
+        if all(parts):
             total: Counter[int] = Counter()
             for part in parts:
                 total.update(part)
