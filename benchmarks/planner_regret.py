@@ -15,7 +15,8 @@ of them. Regret is one minus the chosen plan's share of the best plan's tokens/s
 
 A *case* is a draw of model, budget, length and rank. Its plan is held to the budget, rehearsed as a
 probe would, and then trained for three steps. accelerate's find_executable_batch_size is given the same
-budget and our own step, with everything on the device and every layer recomputed.
+budget and our own step, with everything on the device and every layer recomputed. The summary says in
+how many cases our micro-batch is at least as large, and what share of its time search and probe took.
 
 Speed is that of an effective batch: a step of one micro-batch and one of two tell what a micro-batch
 takes and what the optimizer does. Steps that differ in what `TrainingStep.adopt` can change share one
@@ -492,19 +493,28 @@ def cell_row(answer: Row, measured: Sequence[Row], context_bytes: int) -> Row | 
 
 def summarize(rows: Sequence[Row], cases: Sequence[Row]) -> Row:
     shares = [row["share_of_best"] for row in rows if row["share_of_best"] is not None]
-    trained = [case for case in cases if "train_seconds" in case or case.get("overflow")]
+    overflowed = [case for case in cases if case.get("overflow")]
+    trained = [case for case in cases if "train_seconds" in case]
     errors = [abs(row["speed_error"]) for row in rows if row["speed_error"] is not None]
     found: Row = {
         "cells": len(rows),
         "cells_overflowed": sum(row["overflows"] for row in rows),
         "cases_trained": len(trained),
-        "cases_overflowed": sum(bool(case.get("overflow")) for case in trained),
+        "cases_overflowed": len(overflowed),
         "cases_refused": sum("refused" in case for case in cases),
         "cases_failed": sum("error" in case for case in cases),
         "micro_batch_at_least_accelerates": sum(
             case["plan"]["micro_batch_size"] >= case["accelerate_micro_batch"] for case in trained
         ),
     }
+    if trained:
+        ours = sum(case["search_seconds"] + case["probe_seconds"] for case in trained)
+        theirs = sum(case["accelerate_seconds"] for case in trained)
+        found |= {
+            "search_and_probe_seconds": ours,
+            "accelerate_seconds": theirs,
+            "share_of_accelerates_time": ours / theirs,
+        }
     if shares:
         found |= {"least_share_of_best": min(shares), "mean_share": sum(shares) / len(shares)}
     if errors:

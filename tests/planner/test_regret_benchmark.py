@@ -75,8 +75,14 @@ def test_an_overflow_is_told() -> None:
     row = regret.cell_row(ANSWER, [mine], 0)
     assert row is not None
     assert (row["overflows"], row["share_of_best"]) == (1, None)
-    trained = {"plan": {"micro_batch_size": 4}, "train_seconds": 1.0, "accelerate_micro_batch": 2}
-    cases = [trained, {**trained, "accelerate_micro_batch": 8}, {"plan": None, "refused": "no"}]
-    found = regret.summarize([row], cases)
+    trained = {
+        "plan": {"micro_batch_size": 4}, "train_seconds": 1.0, "accelerate_micro_batch": 2,
+        "search_seconds": 9.0, "probe_seconds": 1.0, "accelerate_seconds": 20.0,
+    }  # fmt: skip
+    larger = {**trained, "accelerate_micro_batch": 8, "accelerate_seconds": 30.0}
+    overflowed = {"plan": {"micro_batch_size": 4}, "overflow": True, "accelerate_micro_batch": 1}
+    found = regret.summarize([row], [trained, larger, overflowed, {"plan": None, "refused": "no"}])
     assert (found["cells_overflowed"], found["cases_trained"], found["cases_refused"]) == (1, 2, 1)
-    assert found["micro_batch_at_least_accelerates"] == 1
+    assert found["cases_overflowed"] == 1
+    assert found["micro_batch_at_least_accelerates"] == 1, "one that overflowed does not count"
+    assert found["share_of_accelerates_time"] == pytest.approx(0.4)
