@@ -27,6 +27,7 @@ EXCUSED = {
     "fitlora.console": "how stages speak to the user",
     "fitlora.units": "bytes in and out of words; the hardware profile, which parses, always runs",
     "fitlora.report.memory": "lines of text for the user",
+    "fitlora.report.frontier": "a picture for the user, beside the outputs",
     "fitlora.planner.refusal": "what a stage says that ends without an output",
     "fitlora.training.progress": "a bar, or lines, for the user",
     "fitlora.progress": "a bar, or lines, for the user",

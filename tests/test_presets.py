@@ -113,42 +113,27 @@ def test_a_target_reads_back_the_same(tmp_path: Path) -> None:
     assert read_params(tmp_path / "params.yaml").hardware.target == params.hardware.target
 
 
-# Shapes of the models that presets name; their config.json is behind a licence.
-LLAMA_8B = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False,
-}  # fmt: skip
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["8gb", "16gb", "24gb"])
-def test_a_preset_fits_its_card(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Estimated on a described GPU, at the preset's full sequence length."""
-    import json
+@pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].planned])
+def test_what_a_preset_says_of_its_plan_is_the_planners_answer(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the described card, with sequences that are full; the models are behind a licence."""
+    from fitlora import machine
+    from fitlora.hardware import profile
+    from fitlora.known_models import SHAPES, config_of
+    from fitlora.memory.estimate import Load
+    from fitlora.planner.find import find_plan
+    from fitlora.planner.task import Task
 
-    from fitlora.artifacts import HARDWARE, Hardware
-    from fitlora.memory.estimate import Load, estimate
-    from fitlora.model import load_config
-    from fitlora.pipeline.profile_hardware import profile_hardware
-    from fitlora.planner.search import default_plan
-    from fitlora.planner.size import ModelSize
-    from fitlora.step.settings import StepSettings
-
-    monkeypatch.chdir(tmp_path)
-    Path("model").mkdir()
-    Path("model/config.json").write_text(json.dumps(LLAMA_8B))
-    target = f'{{name: card, memory: {name[:-2]}GiB, compute_capability: "8.6"}}'
-    params = preset_params(
-        name, ["model.id=./model", "model.revision=null", f"hardware.target={target}"]
-    )
-    profile_hardware(params)
-    hardware = Hardware.read(HARDWARE)
-    config = load_config(Path("model"))
-    size, tokens = ModelSize.of(config), params.data.max_length
-    load = Load.uniform(1, tokens)
-    plan = default_plan(params, hardware, size, load.tokens, sequence_length=tokens).replace(
-        micro_batch_size=1, evaluation_batch_size=1, recompute_layers=tuple(range(size.layers))
-    )
-    found = estimate(config, plan, StepSettings.of(params), load, hardware)
-    assert found.fits, f"{found.process_bytes:,} of {hardware.budget_bytes:,}"
+    monkeypatch.setattr(machine, "host_memory_bytes", lambda: 16 * GIB)
+    preset = PRESETS[name]
+    params = preset_params(name, [f"hardware.target={{name: {preset.card}}}"])
+    assert params.data.max_length != "auto"
+    load = Load.uniform(params.train.effective_batch_size, params.data.max_length)
+    hardware = profile(params.hardware, tmp_path)
+    choice, _ = find_plan(Task(config_of(SHAPES["llama-3-8b"]), params, load, hardware))
+    assert choice.estimate.fits
+    assert choice.plan.describe() == preset.planned
+    text = " ".join(preset_text(name, params).replace("\n#", " ").split())
+    assert preset.planned in text

@@ -8,7 +8,6 @@ from benchmarks.speed_plot import (
     PLOT,
     README,
     SERIES,
-    frontier,
     measured,
     not_beaten,
     plot_of,
@@ -51,11 +50,6 @@ def test_a_baseline_is_beaten_by_one_case_that_is_both_faster_and_smaller() -> N
     ours = [row("fitlora", 20.0, 10), row("fitlora", 5.0, 5)]
     beaten, slower_or_larger = row("peft", 20.0, 10), row("peft", 6.0, 6)
     assert not_beaten([*ours, beaten, slower_or_larger]) == [slower_or_larger]
-
-
-def test_a_frontier_rises() -> None:
-    rows = [row("fitlora", 10.0, 5), row("fitlora", 9.0, 6), row("fitlora", 12.0, 7)]
-    assert frontier(rows[::-1]) == [rows[0], rows[2]]
 
 
 def test_unsloth_checkpoints_in_a_process_of_its_own() -> None:

@@ -2,10 +2,12 @@
 
 A template changes a few defaults and says why. Its model, rank, learning rate and batch are those that
 the QLoRA paper (Dettmers et al., 2023) used for models of that size; its memory budget leaves what an
-NVIDIA driver and a desktop take of a card's nominal memory.
+NVIDIA driver and a desktop take of a card's nominal memory. How the step is laid out is the planner's
+to answer when it runs; what it answers for one card of that size is told.
 """
 
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,12 +38,18 @@ _RUN = {
 
 @dataclass(frozen=True)
 class Preset:
-    """Changed keys, what to know first, and what to know of single keys."""
+    """Changed keys, what to know first, and what to know of single keys.
+
+    card: one that it is for. planned: the planner's answer there, with 16 GiB of host memory, which
+    tests hold. None where it depends on how many cards there are.
+    """
 
     title: str
     changes: Mapping[str, Any]
     head: Sequence[str] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
+    card: str | None = None
+    planned: str | None = None
 
 
 _GATED = "The model is gated: accept its licence on the hub and log in once with: hf auth login"
@@ -65,18 +73,27 @@ PRESETS = {
             _AUTO,
         ),
         notes={"hardware.memory_budget": "8 GiB less the driver's and a desktop's; null: all"},
+        card="RTX 3070",
+        planned="micro-batch 3 x 6 accumulation x 512 tokens, 0 layers recomputed, bfloat16, adamw on "
+        "cuda, on the host: 25 layers, embedding",
     ),
     "16gb": Preset(
         "16 GB GPU, like an RTX 4060 Ti or 4080",
         {**_LLAMA_8B, **_RUN, "hardware.memory_budget": "15GiB", "data.max_length": 1024},
         head=(*_NO_8B, _GATED, "An RTX 4090 has 24 GB: for it take --preset 24gb.", _AUTO),
         notes={"hardware.memory_budget": "16 GiB less the driver's and a desktop's; null: all"},
+        card="RTX 4060 Ti 16GB",
+        planned="micro-batch 3 x 6 accumulation x 1024 tokens, 0 layers recomputed, bfloat16, adamw on "
+        "cuda, on the host: embedding",
     ),
     "24gb": Preset(
         "24 GB GPU, like an RTX 3090 or 4090",
         {**_LLAMA_8B, **_RUN, "hardware.memory_budget": "23GiB", "data.max_length": 2048},
         head=(*_NO_8B, _GATED, _AUTO),
         notes={"hardware.memory_budget": "24 GiB less the driver's and a desktop's; null: all"},
+        card="RTX 4090",
+        planned="micro-batch 2 x 8 accumulation x 2048 tokens, 0 layers recomputed, bfloat16, adamw on "
+        "cuda",
     ),
     "multi-gpu": Preset(
         "70B on several GPUs of one host",
@@ -123,9 +140,11 @@ def preset_text(name: str | None, params: Params) -> str:
     if name is None:
         return params_text(params)
     preset = PRESETS[name]
-    return params_text(
-        params, head=[f"FitLoRA for: {preset.title}.", *preset.head], notes=preset.notes
-    )
+    head = [f"FitLoRA for: {preset.title}.", *preset.head]
+    if preset.planned is not None:
+        head += [f"As it is, the planner answers for an {preset.card}, by its maker's figures:"]
+        head += [f"  {line}" for line in textwrap.wrap(preset.planned, 90)]
+    return params_text(params, head=head, notes=preset.notes)
 
 
 def params_text(

@@ -35,7 +35,7 @@ def _params(model: str, gpu: str, seq_length: int, changes: tuple[str, ...]) -> 
     return check_params(with_changes(content, changes), "options")
 
 
-def _plan_for(params: "Params") -> Any:
+def _plan_for(params: "Params", frontier: Path | None) -> Any:
     """Finds the plan for sequences that are full and learned throughout, and says it."""
     from fitlora.artifacts import PlanArtifact
     from fitlora.console import say
@@ -45,6 +45,7 @@ def _plan_for(params: "Params") -> Any:
     from fitlora.planner.find import find_plan
     from fitlora.planner.search import device_count
     from fitlora.planner.task import Task
+    from fitlora.report.frontier import write_frontier
     from fitlora.report.memory import plan_lines
 
     if "auto" in (params.lora.r, params.lora.alpha, params.data.max_length):
@@ -65,6 +66,8 @@ def _plan_for(params: "Params") -> Any:
     choice, probes = find_plan(Task(config, params, load, hardware))
     for line in plan_lines(choice, hardware.budget_bytes, probes):
         say(line)
+    if frontier is not None:
+        write_frontier(frontier, choice, hardware.budget_bytes)
     return PlanArtifact(plan=choice.plan, reasons=choice.reasons)
 
 
@@ -74,6 +77,7 @@ def _plan_for(params: "Params") -> Any:
         "fitlora plan --set hardware.memory_budget=6GiB",
         'fitlora plan ./model --gpu "RTX 3070" --seq-length 1024',
         'fitlora plan ./model --gpu "RTX 4090" --set lora.r=32 --set plan.stream_layers=0',
+        'fitlora plan ./model --gpu "RTX 3070" --frontier speed.svg',
     )
 )
 @answers()
@@ -86,6 +90,12 @@ def _plan_for(params: "Params") -> Any:
     show_default=True,
     help="Tokens of a sequence, with --gpu.",
 )
+@click.option(
+    "--frontier",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw speed over memory of all plans that were estimated: an SVG.",
+)
 @params_option
 @root_option
 @set_option
@@ -94,6 +104,7 @@ def plan(
     model: str | None,
     gpu: str | None,
     seq_length: int,
+    frontier: Path | None,
     params_file: Path | None,
     root: Path | None,
     changes: tuple[str, ...],
@@ -111,8 +122,8 @@ def plan(
             "estimate, plan"
         )
     if model is not None and gpu is not None:
-        return _plan_for(_params(model, gpu, seq_length, changes))
+        return _plan_for(_params(model, gpu, seq_length, changes), frontier)
     from fitlora.pipeline.find_batch_size import find_batch_size
 
     project = open_project(params_file, root, changes)
-    return find_batch_size(project.params, project.root)
+    return find_batch_size(project.params, project.root, frontier=frontier)

@@ -21,11 +21,17 @@ from fitlora.planner.find import find_plan
 from fitlora.planner.probe import write_log
 from fitlora.planner.search import device_count
 from fitlora.planner.task import Task
+from fitlora.report.frontier import write_frontier
 from fitlora.report.memory import plan_lines
 
 
-def find_batch_size(params: Params, root: Path = Path()) -> PlanArtifact:
-    """Searches for the preferred plan that fits, and proves it on the device."""
+def find_batch_size(
+    params: Params, root: Path = Path(), *, frontier: Path | None = None
+) -> PlanArtifact:
+    """Searches for the preferred plan that fits, and proves it on the device.
+
+    frontier: a file for the picture of speed over memory.
+    """
     hardware = Hardware.read(root / HARDWARE)
     hardware = hardware.among(device_count(params, hardware))
     known = MemoryEstimate.read(root / MEMORY_ESTIMATE)
@@ -41,4 +47,6 @@ def find_batch_size(params: Params, root: Path = Path()) -> PlanArtifact:
     write_log(root / PROBE_LOG, choice, probes)
     for line in plan_lines(choice, hardware.budget_bytes, probes):
         say(line)
+    if frontier is not None:
+        write_frontier(frontier, choice, hardware.budget_bytes)
     return artifact
