@@ -1,12 +1,11 @@
 """The picture of speed over memory."""
 
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from fitlora.errors import UserError
-from fitlora.report.frontier import Point, Series, _scale, frontier, plot, plot_of, write_frontier
+from fitlora.report.frontier import Point, Series, _scale, frontier, plot, plot_of
 from fitlora.units import GIB
 from tests.planner.test_rivals import NOT_MEASURED, Truth, make
 
@@ -41,15 +40,23 @@ def test_more_memory_is_further_right_and_faster_is_higher() -> None:
     assert "a <plan>" in (dots[0].findtext(f"{SVG}title") or "")
 
 
-def test_the_plan_is_drawn_among_those_that_lost(tmp_path: Path) -> None:
-    choice = next(make(Truth(), 9).fitting())
-    write_frontier(tmp_path / "speed.svg", choice, 9 * GIB)
-    text = (tmp_path / "speed.svg").read_text()
-    assert text.count("<title>") == 1 + len(choice.considered) + 2
-    assert f"the Plan, for 9 GiB: {choice.forecast.tokens_per_second:,.0f}" in text  # type: ignore[union-attr]
+def test_the_plan_is_drawn_among_those_for_other_sizes() -> None:
+    search = make(Truth(), 9)
+    choice = next(search.fitting())
+    assert search.within(GIB) is None
+    others = [search.within(gib * GIB) for gib in (5, 9, 40)]
+    assert others[1] is not None
+    assert others[1].plan == choice.plan, "the budget's own plan is the same"
+    found = [other for other in others if other is not None]
+    speeds = [each.forecast.tokens_per_second for each in found if each.forecast is not None]
+    assert speeds == sorted(speeds)
+    assert len(speeds) == 3
+    text = plot_of(choice, found, 9 * GIB)
+    assert text.count("<title>") == 1 + 3 + 1
+    assert f"the Plan, for 9 GiB: {speeds[1]:,.0f} tokens/s" in text
 
 
 def test_without_a_speed_there_is_no_picture() -> None:
     choice = next(make(Truth(), 9, rates=NOT_MEASURED).fitting())
     with pytest.raises(UserError, match="speed of this device or model is not known"):
-        plot_of(choice, 9 * GIB)
+        plot_of(choice, [], 9 * GIB)

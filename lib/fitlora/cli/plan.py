@@ -63,11 +63,12 @@ def _plan_for(params: "Params", frontier: Path | None) -> Any:
         trust_remote_code=params.model.trust_remote_code,
     )
     load = Load.uniform(params.train.effective_batch_size, params.data.max_length)
-    choice, probes = find_plan(Task(config, params, load, hardware))
+    task = Task(config, params, load, hardware)
+    choice, probes = find_plan(task)
     for line in plan_lines(choice, hardware.budget_bytes, probes):
         say(line)
     if frontier is not None:
-        write_frontier(frontier, choice, hardware.budget_bytes)
+        write_frontier(frontier, task, choice)
     return PlanArtifact(plan=choice.plan, reasons=choice.reasons)
 
 
@@ -94,7 +95,7 @@ def _plan_for(params: "Params", frontier: Path | None) -> Any:
     "--frontier",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw speed over memory of all plans that were estimated: an SVG.",
+    help="Draw the speed of the plans for 4 to 80 GiB, the Plan among them: an SVG.",
 )
 @params_option
 @root_option

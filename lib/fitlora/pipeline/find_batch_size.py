@@ -39,14 +39,13 @@ def find_batch_size(
     load = Load.of(Dataset.read(root / DATASET))
     folder = resolve_model(params.model.id, params.model.revision, weights=False)
     config = load_config(folder, trust_remote_code=params.model.trust_remote_code)
-    choice, probes = find_plan(
-        Task(config, params, load, hardware), known=[known.default, *known.neighbours.values()]
-    )
+    task = Task(config, params, load, hardware)
+    choice, probes = find_plan(task, known=[known.default, *known.neighbours.values()])
     artifact = PlanArtifact(plan=choice.plan, reasons=choice.reasons, found=known.found)
     artifact.write(root / PLAN)
     write_log(root / PROBE_LOG, choice, probes)
     for line in plan_lines(choice, hardware.budget_bytes, probes):
         say(line)
     if frontier is not None:
-        write_frontier(frontier, choice, hardware.budget_bytes)
+        write_frontier(frontier, task, choice)
     return artifact

@@ -400,6 +400,14 @@ class Search:
             limit = int(found.process_bytes * (1 - STEP_BACK))
             best, _ = self._best(limit)
 
+    def within(self, budget_bytes: int) -> Choice | None:
+        """The preferred plan of another budget, as a search of its own; None where nothing fits it."""
+        hardware = self.hardware.model_copy(update={"budget_bytes": budget_bytes})
+        try:
+            return next(replace(self, hardware=hardware, seen=[]).fitting())
+        except NothingFits:
+            return None
+
     @cached_property
     def _rivals(self) -> Rivals | None:
         if self.shape is None:

@@ -13,11 +13,12 @@ from xml.sax.saxutils import escape
 from fitlora.artifacts import write_text_atomically
 from fitlora.errors import UserError
 from fitlora.planner.search import Choice
+from fitlora.planner.task import Task
 from fitlora.units import GIB
 
 _WIDTH, _HEIGHT = 760, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 58, 48
-_CARDS_GIB = (4, 6, 8, 12, 16, 24, 40, 48, 80)  # marks of the axis
+CARDS_GIB = (4, 6, 8, 12, 16, 24, 48, 80)  # sizes that the Plan's is shown among
 
 
 @dataclass(frozen=True)
@@ -48,36 +49,38 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def write_frontier(path: Path, choice: Choice, budget_bytes: int) -> None:
-    """Writes the picture of the Plan among all plans that were estimated for it.
+def write_frontier(path: Path, task: Task, choice: Choice) -> None:
+    """Writes the picture of a task's Plan among the plans for other sizes of its memory.
 
-    Raises UserError where no speed is known.
+    Each is searched for as the Plan was, without a probe. Raises UserError where no speed is known.
     """
-    write_text_atomically(path, plot_of(choice, budget_bytes))
+    search = task.search()
+    sizes = [] if choice.forecast is None else [search.within(card * GIB) for card in CARDS_GIB]
+    others = [other for other in sizes if other is not None]
+    write_text_atomically(path, plot_of(choice, others, task.hardware.budget_bytes))
 
 
-def plot_of(choice: Choice, budget_bytes: int) -> str:
-    """The same as text."""
+def plot_of(choice: Choice, others: Sequence[Choice], budget_bytes: int) -> str:
+    """The picture itself. others: the plans for other sizes."""
     if choice.forecast is None:
         raise UserError(
             "the frontier shows speed over memory, and the speed of this device or model is not known; "
             "name a known card with --gpu, or leave the picture out"
         )
-    chosen = Point(
-        choice.estimate.process_bytes, choice.forecast.tokens_per_second, choice.plan.describe()
-    )
-    others = [
-        Point(other.process_bytes, other.tokens_per_second, other.plan.describe())
-        for other in choice.considered
-        if other.tokens_per_second is not None
-    ]
-    budget = budget_bytes / GIB
-    marks = [budget, *(card for card in _CARDS_GIB if abs(math.log(card / budget)) > 0.1)]
+    points = {
+        each.plan: Point(
+            each.estimate.process_bytes, each.forecast.tokens_per_second, each.plan.describe()
+        )
+        for each in [choice, *others]
+        if each.forecast is not None
+    }
     series = [
-        Series("plans that were estimated", "#1559c7", "#7db1ff", [*others, chosen]),
-        Series(f"the Plan, for {budget:g} GiB", "#b3261e", "#ff8f86", [chosen]),
+        Series("the fastest plan for each size", "#1559c7", "#7db1ff", list(points.values())),
+        Series(
+            f"the Plan, for {budget_bytes / GIB:g} GiB", "#b3261e", "#ff8f86", [points[choice.plan]]
+        ),
     ]
-    return plot(series, "What memory buys: speed by forecast", marks)
+    return plot(series, "What memory buys: speed by forecast", CARDS_GIB)
 
 
 def plot(
