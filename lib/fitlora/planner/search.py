@@ -402,7 +402,7 @@ class Search:
 
     def within(self, budget_bytes: int) -> Choice | None:
         """The preferred plan of another budget, as a search of its own; None where nothing fits it."""
-        hardware = self.hardware.model_copy(update={"budget_bytes": budget_bytes})
+        hardware = Hardware.model_copy(self.hardware, update={"budget_bytes": budget_bytes})
         try:
             return next(replace(self, hardware=hardware, seen=[]).fitting())
         except NothingFits:
