@@ -45,7 +45,7 @@ from benchmarks.common import ROOT, SHAPES, device_name, shape_config, write_res
 from fitlora.artifacts import Hardware, Rates
 from fitlora.device import give_back_memory, is_lost, is_overflow, limit_memory
 from fitlora.errors import UserError
-from fitlora.memory.estimate import Load, rehearse, sequences_of
+from fitlora.memory.estimate import Estimator, Load, rehearse, sequences_of
 from fitlora.offload.host_memory import HostMemory
 from fitlora.offload.residency import spread
 from fitlora.offload.transport import make_transport
@@ -227,7 +227,37 @@ def choose(asked: Question, hardware: Hardware) -> Row:
         }
     row["search_seconds"] = time.perf_counter() - start
     row["search_cpu_seconds"] = time.process_time() - cpu
+    if asked.case is not None and row["plan"] is not None:
+        row |= find_by_estimates(asked, choice.plan, there)
     return row
+
+
+def find_by_estimates(asked: Question, plan: Plan, hardware: Hardware) -> Row:
+    """What accelerate is asked for below, the largest micro-batch, by estimates; 0 where none fits."""
+    config, settings = shape_config(asked.model), StepSettings.of(asked.params())
+    start = time.perf_counter()
+    estimate = Estimator(config, settings, asked.load(), hardware)
+    everything = on_device(plan, config.num_hidden_layers)
+    low, high = 0, asked.effective_batch_size
+    while low < high:
+        middle = (low + high + 1) // 2
+        if estimate(everything.replace(micro_batch_size=middle)).fits:
+            low = middle
+        else:
+            high = middle - 1
+    return {"largest_micro_batch": low, "largest_seconds": time.perf_counter() - start}
+
+
+def on_device(plan: Plan, layers: int) -> Plan:
+    """Everything on the device and every layer recomputed."""
+    parts = ("checkpoints", "embedding", "head", "optimizer_device")
+    return plan.replace(
+        recompute_layers=range(layers),
+        recompute_keeps=(),
+        streamed_layers=(),
+        evaluation_batch_size=1,
+        **dict.fromkeys(parts, "device"),
+    )
 
 
 def planned(questions: Sequence[Question], hardware: Hardware, workers: int) -> Iterator[Row]:
@@ -349,21 +379,13 @@ def find_by_halving(task: Task, hardware: Hardware) -> Row:
 
     asked = task.asked
     assert asked is not None
-    layers = shape_config(task.model).num_hidden_layers
-    device = {"checkpoints", "embedding", "head", "optimizer_device"}
-    plan = task.plan.replace(
-        micro_batch_size=asked.effective_batch_size,
-        recompute_layers=range(layers),
-        recompute_keeps=(),
-        streamed_layers=(),
-        **dict.fromkeys(device, "device"),
-    )
+    plan = on_device(task.plan, shape_config(task.model).num_hidden_layers)
     start, trials = time.perf_counter(), 0
 
     def attempt(batch_size: int) -> int:
         nonlocal trials
         trials += 1
-        step.adopt(plan.replace(micro_batch_size=batch_size, evaluation_batch_size=batch_size))
+        step.adopt(plan.replace(micro_batch_size=batch_size))
         heavy = sequences_of(asked.load().train[:batch_size])
         for index in range(2):
             step.run(heavy, step=index, learning_rate=0.0)
@@ -514,6 +536,10 @@ def summarize(rows: Sequence[Row], cases: Sequence[Row]) -> Row:
             "search_and_probe_seconds": ours,
             "accelerate_seconds": theirs,
             "share_of_accelerates_time": ours / theirs,
+            "largest_at_least_accelerates": sum(
+                case["largest_micro_batch"] >= case["accelerate_micro_batch"] for case in trained
+            ),
+            "largest_seconds": sum(case["largest_seconds"] for case in trained),
         }
     if shares:
         found |= {"least_share_of_best": min(shares), "mean_share": sum(shares) / len(shares)}

@@ -78,6 +78,7 @@ def test_an_overflow_is_told() -> None:
     trained = {
         "plan": {"micro_batch_size": 4}, "train_seconds": 1.0, "accelerate_micro_batch": 2,
         "search_seconds": 9.0, "probe_seconds": 1.0, "accelerate_seconds": 20.0,
+        "largest_micro_batch": 8, "largest_seconds": 1.5,
     }  # fmt: skip
     larger = {**trained, "accelerate_micro_batch": 8, "accelerate_seconds": 30.0}
     overflowed = {"plan": {"micro_batch_size": 4}, "overflow": True, "accelerate_micro_batch": 1}
@@ -86,3 +87,4 @@ def test_an_overflow_is_told() -> None:
     assert found["cases_overflowed"] == 1
     assert found["micro_batch_at_least_accelerates"] == 1, "one that overflowed does not count"
     assert found["share_of_accelerates_time"] == pytest.approx(0.4)
+    assert (found["largest_at_least_accelerates"], found["largest_seconds"]) == (2, 3.0)
