@@ -144,6 +144,18 @@ def commit() -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 
+def called(arguments: Sequence[str]) -> str:
+    """How a program was called, but for where it writes: such paths are one machine's."""
+    words = iter([Path(arguments[0]).name, *arguments[1:]])
+    kept = []
+    for word in words:
+        if word in ("--json", "--work"):
+            next(words, None)
+        elif not word.startswith(("--json=", "--work=")):
+            kept.append(word)
+    return shlex.join(kept)
+
+
 def write_result(
     path: Path,
     program: str,
@@ -155,7 +167,7 @@ def write_result(
     """Writes a result file as benchmarks/results/ has them. device: None asks torch here."""
     content = {
         "program": program,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": called(sys.argv),
         "device": device or device_name(),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
