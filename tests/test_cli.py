@@ -104,6 +104,7 @@ def test_estimate_takes_a_whole_plan_and_says_what_is_lacking(tmp_path: Path) ->
     assert "micro-batch 4 x 1 accumulation x 128 tokens" in done.stdout
     assert re.search(r"in 621.00 MiB: does not fit, [\d.]+ [KM]iB are lacking", done.stdout)
     assert "activations" in done.stdout
+    assert re.search(r"no layout of it fits, the smallest takes [\d.]+ MiB", done.stdout)
 
 
 # Every decision of a Plan by an option, otherwise than by default; what does not go together is apart.

@@ -425,12 +425,16 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             f"{estimate.plan.sequence_length:,} tokens the largest micro-batch is "
             f"{found['largest_micro_batch']}"
         )
-    way_out = found["way_out"]
-    if way_out is not None:
-        size = format_bytes(way_out["estimate"]["process_bytes"])
+    if (way_out := found["way_out"]) is None:
+        return
+    size = format_bytes(way_out["estimate"]["process_bytes"])
+    if way_out["estimate"]["fits"]:
         yield f"it fits with {'; '.join(way_out['changes'])}: {size}"
-    elif not estimate.fits:
-        yield "nothing helps but shorter sequences, a lower rank, a larger card or a smaller model"
+    else:
+        yield (
+            f"no layout of it fits, the smallest takes {size}; `fitlora plan` tells what shorter "
+            "sequences, a lower rank and a smaller model would take"
+        )
 
 
 def _parts(estimate: "Estimate") -> Iterator[str]:

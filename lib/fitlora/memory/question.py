@@ -105,14 +105,18 @@ class Question:
         """Plans that take less than the one that is asked about (`ways_out`)."""
         return ways_out(self.plan, self.config, by_hand=self.by_hand)
 
-    def way_out(self) -> tuple[list[str], Estimate] | None:
-        """The first of `ways_out` that fits, with all its changes by name; None where none does."""
-        names = []
+    def way_out(self) -> tuple[list[str], Estimate]:
+        """The first of `ways_out` that fits, with all its changes by name.
+
+        Where none does, no changes, and the smallest layout of all.
+        """
+        names, known = [], [self.estimate()]
         for name, plan in self.ways_out():
             names.append(name)
-            if self.estimate(plan).fits:
-                return names, self.estimate(plan)
-        return None
+            known.append(self.estimate(plan))
+            if known[-1].fits:
+                return names, known[-1]
+        return [], min(known, key=lambda estimate: estimate.process_bytes)
 
 
 def ways_out(plan: Plan, config: Any, *, by_hand: bool) -> Iterator[tuple[str, Plan]]:
