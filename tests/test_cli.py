@@ -168,63 +168,36 @@ def test_the_table_of_a_model() -> None:
     assert streamed["components"]["weights"] < found["qlora"]["components"]["weights"]
 
 
+ASKED = ("estimate", MODEL, "--gpu-memory", "8GiB")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("estimate", MODEL), "--gpu-memory 8GiB"),
         (("estimate", MODEL, "--gpu-memory", "much"), "is not a size"),
         (("estimate", "nowhere", "--gpu-memory", "8GiB"), "neither a folder nor a hub id"),
-        (("estimate", MODEL, "--gpu-memory", "8GiB", "--recompute", "99"), "a number up to"),
-        (("estimate", MODEL, "--gpu-memory", "8GiB", "--stream", "99"), "the model has"),
-        (("estimate", MODEL, "--gpu-memory", "8GiB", "--freeze", "0-9"), "the model has 4 layers"),
-        (("estimate", MODEL, "--gpu-memory", "8GiB", "--stream", "3-2"), "like 0-7,12"),
-        (("estimate", MODEL, "--gpu-memory", "8GiB", "--disk", "1"), "0 layers are streamed"),
-        (("estimate", MODEL, "--gpu-memory", "8GiB", "--layers-per-device", "2+2"), "like 2,2"),
+        ((*ASKED, "--recompute", "99"), "a number up to"),
+        ((*ASKED, "--stream", "99"), "the model has"),
+        ((*ASKED, "--freeze", "0-9"), "the model has 4 layers"),
+        ((*ASKED, "--stream", "3-2"), "like 0-7,12"),
+        ((*ASKED, "--disk", "1"), "0 layers are streamed"),
+        ((*ASKED, "--layers-per-device", "2+2"), "like 2,2"),
+        ((*ASKED, "--layers-per-device", "2,3"), "the model has"),
         (
-            ("estimate", MODEL, "--gpu-memory", "8GiB", "--layers-per-device", "2,3"),
-            "the model has",
-        ),
-        (
-            (
-                "estimate",
-                MODEL,
-                "--gpu-memory",
-                "8GiB",
-                "--capability",
-                "8.6",
-                "--layer-dtype",
-                "float8",
-            ),
+            (*ASKED, "--capability", "8.6", "--layer-dtype", "float8"),
             "layer_dtype is float8, which 8GiB lacks",
         ),
         (
-            (
-                "estimate",
-                MODEL,
-                "--gpu-memory",
-                "8GiB",
-                "--capability",
-                "7.5",
-                "--compute-dtype",
-                "bfloat16",
-            ),
+            (*ASKED, "--capability", "7.5", "--compute-dtype", "bfloat16"),
             "which 8GiB lacks; use float16",
         ),
         (
-            (
-                "estimate",
-                MODEL,
-                "--gpu-memory",
-                "8GiB",
-                "--capability",
-                "7.5",
-                "--attention",
-                "flash",
-            ),
+            (*ASKED, "--capability", "7.5", "--attention", "flash"),
             "8GiB has no FlashAttention; use plain",
         ),
-        (("estimate", MODEL, "--gpu-memory", "8GiB", "--plan", "no.json"), "has no Plan"),
-        (("estimate", MODEL, "--gpu-memory", "8GiB", "--target", "nothing"), "nothing"),
+        ((*ASKED, "--plan", "no.json"), "has no Plan"),
+        ((*ASKED, "--target", "nothing"), "nothing"),
     ],
 )
 def test_estimate_says_what_is_wrong_with_a_question(arguments: tuple[str, ...], said: str) -> None:

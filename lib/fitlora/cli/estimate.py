@@ -32,8 +32,12 @@ if TYPE_CHECKING:
     from fitlora.params import Params
     from fitlora.planner.size import ModelSize
 
-_SIDE = click.Choice(["device", "host"])
-_LAYERS = "none|all|N|LIST"
+# kinds of options of which there are several
+_count = functools.partial(click.option, type=click.IntRange(1), show_default=True)
+_some_layers = functools.partial(click.option, metavar="none|all|N|LIST", show_default=True)
+_place = functools.partial(
+    click.option, type=click.Choice(["device", "host"]), default="device", show_default=True
+)
 
 _OPTIONS = (
     click.option("--revision", help="Of a hub id: the full commit."),
@@ -52,32 +56,16 @@ _OPTIONS = (
         show_default=True,
         help="Tokens of a sequence.",
     ),
-    click.option(
-        "--micro-batch",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="Sequences that go through the model at once.",
-    ),
-    click.option(
-        "--accumulation",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="Micro-batches of an optimizer step.",
-    ),
-    click.option(
+    _count("--micro-batch", default=1, help="Sequences that go through the model at once."),
+    _count("--accumulation", default=1, help="Micro-batches of an optimizer step."),
+    _count(
         "--micro-batches-per-pass",
-        type=click.IntRange(1),
         default=1,
-        show_default=True,
         help="Of them, how many go through each layer together.",
     ),
-    click.option(
+    _count(
         "--devices",
-        type=click.IntRange(1),
         default=1,
-        show_default=True,
         help="GPUs that share a batch, each with --accumulation micro-batches.",
     ),
     click.option(
@@ -86,11 +74,9 @@ _OPTIONS = (
         help="Of GPUs that one process spreads the layers over, in place of --devices.",
     ),
     click.option("--evaluation-batch", type=click.IntRange(1), help="As --micro-batch by default."),
-    click.option(
+    _some_layers(
         "--recompute",
-        metavar=_LAYERS,
         default="all",
-        show_default=True,
         help="Layers whose activations are recomputed: how many of the lowest, or which (0-7,12).",
     ),
     click.option(
@@ -100,61 +86,27 @@ _OPTIONS = (
         type=click.Choice(KEPT),
         help="What layers that recompute keep all the same. May be repeated.",
     ),
-    click.option(
+    _some_layers(
         "--freeze",
-        metavar=_LAYERS,
         default="none",
-        show_default=True,
         help="Layers whose adapters are not trained: how many of the lowest, or which.",
     ),
-    click.option(
+    _some_layers(
         "--stream",
-        metavar=_LAYERS,
         default="none",
-        show_default=True,
         help="Layers whose weights come from host memory: how many, evenly, or which.",
     ),
-    click.option(
-        "--slots",
-        default=2,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Streamed layers on the device at one time.",
-    ),
+    _count("--slots", default=2, help="Streamed layers on the device at one time."),
     click.option(
         "--disk",
         default=0,
         type=click.IntRange(0),
         help="Of the streamed layers, how many are read from disk.",
     ),
-    click.option(
-        "--checkpoints",
-        type=_SIDE,
-        default="device",
-        show_default=True,
-        help="Where recomputed layers' inputs wait for the backward pass.",
-    ),
-    click.option(
-        "--embedding",
-        type=_SIDE,
-        default="device",
-        show_default=True,
-        help="Where the embedding's table is.",
-    ),
-    click.option(
-        "--head",
-        type=_SIDE,
-        default="device",
-        show_default=True,
-        help="Where the language-model head's table is.",
-    ),
-    click.option(
-        "--optimizer-device",
-        type=_SIDE,
-        default="device",
-        show_default=True,
-        help="Where the optimizer's state and work are.",
-    ),
+    _place("--checkpoints", help="Where recomputed layers' inputs wait for the backward pass."),
+    _place("--embedding", help="Where the embedding's table is."),
+    _place("--head", help="Where the language-model head's table is."),
+    _place("--optimizer-device", help="Where the optimizer's state and work are."),
     click.option(
         "--optimizer",
         type=click.Choice(get_args(Optimizer)),
@@ -187,9 +139,7 @@ _OPTIONS = (
         show_default=True,
         help="Tokens that go through an MLP at one time; 0: all.",
     ),
-    click.option(
-        "--rank", type=click.IntRange(1), default=16, show_default=True, help="Of the adapters."
-    ),
+    _count("--rank", default=16, help="Of the adapters."),
     click.option(
         "--target", "targets", multiple=True, help="Layers with adapters; all by default."
     ),
