@@ -88,6 +88,10 @@ class StreamedHead:
         """Slices of the whole table."""
         return len(self._starts)
 
+    def rows_at_once(self, whole: int) -> int:
+        """Rows whose logits of a slice are as many as those of `whole` rows of all of it."""
+        return whole * self.count
+
     @property
     def slot_tensors(self) -> list[Tensor]:
         """What it has on the device."""

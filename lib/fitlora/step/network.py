@@ -345,8 +345,7 @@ class HandNetwork:
             head.slices,
             bias=self.head.bias,
             scale=scale,
-            # as many logits at one time as `loss_chunk_tokens` whole rows of them have
-            chunk=self.plan.loss_chunk_tokens * head.count,
+            chunk=head.rows_at_once(self.plan.loss_chunk_tokens),
             gradient=gradient,
         )
 
@@ -434,7 +433,7 @@ class AutogradNetwork:
             head, chunk = self.model.get_output_embeddings(), self.plan.loss_chunk_tokens
             about = {"scale": scale, "bias": head.bias}
             if (streamed := self.placement.head) is not None:
-                chunk *= streamed.count  # as many logits at one time as so many whole rows have
+                chunk = streamed.rows_at_once(chunk)
                 return sliced_cross_entropy(
                     hidden, streamed.slices, batch.targets, chunk=chunk, **about
                 )
