@@ -16,7 +16,9 @@ of them. Regret is one minus the chosen plan's share of the best plan's tokens/s
 A *case* is a draw of model, budget, length and rank. Its plan is held to the budget, rehearsed as a
 probe would, and then trained for three steps. accelerate's find_executable_batch_size is given the same
 budget and our own step, with everything on the device and every layer recomputed. The summary says in
-how many cases our micro-batch is at least as large, and what share of its time search and probe took.
+how many cases our micro-batch is at least as large, and what share of its time search and probe took;
+and, as the planner looks for the fastest and not for the largest, the same of the largest micro-batch by
+estimates, which need no GPU.
 
 Speed is that of an effective batch: a step of one micro-batch and one of two tell what a micro-batch
 takes and what the optimizer does. Steps that differ in what `TrainingStep.adopt` can change share one
@@ -33,6 +35,7 @@ import subprocess
 import sys
 import time
 import traceback
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -238,14 +241,11 @@ def find_by_estimates(asked: Question, plan: Plan, hardware: Hardware) -> Row:
     start = time.perf_counter()
     estimate = Estimator(config, settings, asked.load(), hardware)
     everything = on_device(plan, config.num_hidden_layers)
-    low, high = 0, asked.effective_batch_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        if estimate(everything.replace(micro_batch_size=middle)).fits:
-            low = middle
-        else:
-            high = middle - 1
-    return {"largest_micro_batch": low, "largest_seconds": time.perf_counter() - start}
+    sizes = range(1, asked.effective_batch_size + 1)
+    largest = bisect_left(  # as many sizes fit as the largest that does has sequences
+        sizes, True, key=lambda size: not estimate(everything.replace(micro_batch_size=size)).fits
+    )
+    return {"largest_micro_batch": largest, "largest_seconds": time.perf_counter() - start}
 
 
 def on_device(plan: Plan, layers: int) -> Plan:
