@@ -1,6 +1,6 @@
 """Is the estimate true? Predicted without a GPU, measured on one, for plans that are drawn at random.
 
-    python -m benchmarks.estimate_accuracy --side measured --limit-seconds 540 --json FILE   on a GPU
+    python -m benchmarks.estimate_accuracy --side measured --at-once 8 --json FILE   on a GPU
     python -m benchmarks.estimate_accuracy --side predicted --json FILE       anywhere, of those rows
     python -m benchmarks.estimate_accuracy --plot predicted.svg --json FILE   a picture of them
     python -m benchmarks.estimate_accuracy --cases 20: …     some of them; other rows stay
@@ -10,13 +10,19 @@
 The draw is the seed's: it was fixed before anything was measured. Every choice is dealt from a deck
 that is reshuffled when it is empty, so that all of them come equally often; a case that would take
 more memory than `MOST_BYTES` or more work than `MOST_OPERATIONS` gets fewer tokens. The fitting draw
-has another seed and `FIT_MODELS` only, so that four families are unseen by whatever is fitted on it.
+has another seed and `FIT_MODELS` only, so that three families are unseen by whatever is fitted on it.
 
-The two sides are apart, as they are in truth. Measuring describes the hardware as the product does,
-then builds each step on noise, runs the very rehearsal that is traced, and asks the allocator; between
-cases it gives back all memory, cuBLAS's workspaces included, so that each begins as in a new process,
-and where that does not succeed a new process goes on. If one dies, its case's row says so. Predicting
-is given that description and the case, and sees no GPU. Rows are written as they come.
+The two sides are apart, as they are in truth. Measuring describes the hardware as the product does.
+Each case then has a process of its own, which predicts as a run does, builds the step on noise, runs the
+very rehearsal that is traced, makes the copies that a run makes, and asks the allocator, NVML and the
+kernel what that took. Several processes may share the GPU (`--at-once`): a case begins when it has room
+beside those that run. One that dies leaves its last words in its row. What the file has measured already
+is left alone, so that the same command goes on where time ran out, and tries again what failed.
+Predicting is given the description and the case, and sees no GPU. Rows are written as they come.
+
+What a process has of the host is its anonymous and its shared memory, pinned or not: all but the pages
+of files. Its peak is the kernel's of all, less the pages of files. Each process compiles its own Triton
+kernels, as on a first run.
 """
 
 import argparse
@@ -24,11 +30,11 @@ import json
 import math
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -42,18 +48,10 @@ import torch
 
 from benchmarks.common import ROOT, SHAPES, device_label, device_name, shape_config, write_result
 from fitlora.artifacts import Hardware, SequenceSize
-from fitlora.device import (
-    device_used_bytes,
-    give_back_memory,
-    gpu_uuid,
-    is_lost,
-    limit_memory,
-    nvml_session,
-    process_used_bytes,
-)
+from fitlora.device import gpu_uuid, limit_memory, nvml_session, process_used_bytes
 from fitlora.hardware import profile
 from fitlora.memory.estimate import Estimator, Load, rehearse, trace_step
-from fitlora.offload.host_memory import HostMemory, anonymous_bytes
+from fitlora.offload.host_memory import HostMemory, resident_bytes
 from fitlora.offload.residency import spread
 from fitlora.offload.transport import make_transport
 from fitlora.params import check_params
@@ -61,19 +59,27 @@ from fitlora.plan import Plan
 from fitlora.planner.search import loss_chunk
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
-from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import RandomWeights
 from fitlora.training.recovery import Learned
-from fitlora.units import GIB, MIB
+from fitlora.units import GIB
 
-SEED, FIT_SEED, COUNT, FIT_COUNT, TINY_COUNT = 20261123, 7, 64, 24, 8
-MOST_BYTES = 100 * GIB  # by the rough formula of `_fits`, on a GPU of 139 GiB
+SEED, FIT_SEED, COUNT, FIT_COUNT, TINY_COUNT = 20261123, 7, 64, 12, 8
+MOST_BYTES = 100 * GIB  # by the formula of `rough_bytes`, on a GPU of 139 GiB
 MOST_OPERATIONS = 1.2e15  # of one case: a few seconds
 MOST_PINNED_BYTES = 10 * GIB
-MOST_LEFT_OVER_BYTES = 8 * MIB
+# What a case may take beside them, of the device and of the host: the context, libraries.
+BESIDE_BYTES, HOST_BESIDE_BYTES = 1 * GIB, 5 * GIB
+SECONDS_BETWEEN_LOOKS = 0.1  # for what children have done
 
 MODELS = tuple(name for name in SHAPES if name not in ("tiny", "benchmark"))
-FIT_MODELS = ("tinyllama-1.1b", "llama-3-8b", "mistral-7b", "qwen2.5-1.5b", "qwen2.5-7b")
+FIT_MODELS = (
+    "tinyllama-1.1b",
+    "llama-3-8b",
+    "mistral-7b",
+    "qwen2.5-1.5b",
+    "qwen2.5-7b",
+    "olmo-2-1b",
+)
 GENERAL = (
     "olmo2",
 )  # families that autograd does: they keep all or nothing, and no checkpoint leaves
@@ -113,7 +119,11 @@ DTYPES = ("bfloat16", "bfloat16", "bfloat16", "float8")
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked. sizes: tokens, learned tokens and parts of each sequence, the longest first."""
+    """What is asked.
+
+    sizes: tokens, learned tokens and parts of each sequence, the longest first. rough_bytes: of the
+    device, by a formula.
+    """
 
     number: int
     model: str
@@ -124,6 +134,7 @@ class Case:
     packed: bool
     sizes: list[tuple[int, int, list[int]]]
     plan: dict[str, Any]
+    rough_bytes: int
 
 
 class Deck:
@@ -195,6 +206,7 @@ def _case(number: int, model: str, asked: dict[str, Any], draw: random.Random, t
         packed=asked["packed"],
         sizes=sizes,
         plan=plan,
+        rough_bytes=rough_bytes(config, asked, recomputed),
     )
 
 
@@ -234,17 +246,26 @@ def _streamed(config: Any, asked: dict[str, Any]) -> int:
 
 def _fits(config: Any, asked: dict[str, Any], recomputed: int) -> bool:
     """Roughly: within the memory and the work that a case may have."""
+    parameters = config.num_hidden_layers * _layer_parameters(config) + _table_parameters(config)
+    passes = 3 * (1 + min(2, asked["accumulation"])) + 1
+    operations = 2 * parameters * asked["micro_batch"] * asked["sequence_length"] * passes
+    return rough_bytes(config, asked, recomputed) <= MOST_BYTES and operations <= MOST_OPERATIONS
+
+
+def _table_parameters(config: Any) -> int:
+    return int(config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2))
+
+
+def rough_bytes(config: Any, asked: dict[str, Any], recomputed: int) -> int:
+    """Of the device, with nothing on the host and without what libraries take."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    tables = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     weights = layers * _layer_parameters(config)
     tokens = asked["micro_batch"] * asked["sequence_length"]
     kept = (layers - recomputed) * 2 * (6 * hidden + 3 * config.intermediate_size)
     activations = tokens * (kept + recomputed * 6 * hidden + 2 * 20 * hidden)
     adapters = 16 * layers * asked["rank"] * (10 * hidden + 3 * config.intermediate_size)
-    count = weights * _weight_bytes(asked) + 2 * tables + activations + adapters
-    passes = 3 * (1 + min(2, asked["accumulation"])) + 1
-    operations = 2 * (weights + tables) * tokens * passes
-    return bool(count <= MOST_BYTES and operations <= MOST_OPERATIONS)
+    tables = 2 * _table_parameters(config)
+    return int(weights * _weight_bytes(asked) + tables + activations + adapters)
 
 
 def _sizes(asked: dict[str, Any], draw: random.Random) -> list[tuple[int, int, list[int]]]:
@@ -361,7 +382,7 @@ def predict_case(case: Case, hardware: Hardware, tiny: bool) -> dict[str, Any]:
         # NVML counts managed memory, where paged states are, for no process
         "predicted_process_bytes": reserved + hardware.context_bytes,
         "predicted_host_pinned_bytes": found.host_pinned_bytes,
-        "predicted_host_anonymous_bytes": found.host_bytes,
+        "predicted_host_unpinned_bytes": found.host_unpinned_bytes,
         "predicted_host_copies_bytes": found.host_copies_bytes,
         "instant": found.instant,
         "estimate_seconds": time.perf_counter() - start,
@@ -385,114 +406,85 @@ def predict(cases: Sequence[Case], hardware: Hardware, work: Path, *, tiny: bool
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def measure(
-    cases: Sequence[Case], hardware: Hardware, work: Path, *, tiny: bool, seconds: float
-) -> None:
-    """One case after the other for so long; a line of `measurements` each.
+def measure_case(case: Case, hardware: Hardware, tiny: bool) -> dict[str, Any]:
+    """In a process that has done nothing yet, and ends with it."""
+    import fitlora.pipeline.train_adapters  # noqa: F401  # all that a run imports
 
-    It also ends where memory is left over that it cannot give back: a new process then goes on.
-    """
-    began, used_before = time.perf_counter(), None
-    if hardware.device == "cuda":
-        used_before = _device_used()
-        limit_memory(hardware)
-    for case in cases:
-        if time.perf_counter() - began > seconds or (case is not cases[0] and _left_over(hardware)):
-            break
-        try:
-            found = _measure_case(case, hardware, used_before, tiny)
-            found["first_of_process"] = case is cases[0]
-        # whatever a case comes to is its row; only a device that is gone ends them all
-        except Exception as error:
-            traceback.print_exc()
-            if is_lost(error) or "illegal" in str(error):
-                raise
-            found = {"error": _words(error)}
-        _append(work / "measurements", {"case": case.number, **found})
-        give_back_memory()
-
-
-def _left_over(hardware: Hardware) -> bool:
-    """Whether a case left memory behind; what cuBLAS keeps is given back before the next one."""
-    if hardware.device == "cpu":
-        return False
-    torch._C._cuda_clearCublasWorkspaces()
-    give_back_memory()
-    return torch.cuda.memory_allocated() > MOST_LEFT_OVER_BYTES
-
-
-def _measure_case(
-    case: Case, hardware: Hardware, used_before: int | None, tiny: bool
-) -> dict[str, Any]:
     config = config_of(case.model, tiny)
     settings, load = settings_of(case, config), load_of(case)
     plan = plan_of(case, hardware.device)
     device = torch.device(hardware.device)
+    estimator = Estimator(config, settings, load, hardware)  # a run has its own, and keeps it
+    estimator(plan)
+    host = HostMarks()
+    host.mark("predicted")
     start = time.perf_counter()
     if device.type == "cpu":
         peak = trace_step(config, plan, settings, load, RandomWeights(device)).peak_bytes
+        host.mark("rehearsed")
         return {
             "measured_allocated_bytes": peak,
             "measured_reserved_bytes": None,
             "measure_seconds": time.perf_counter() - start,
+            **host.found(),
         }
-    torch._C._cuda_clearCublasWorkspaces()
-    give_back_memory()
-    torch.cuda.reset_peak_memory_stats(device)
-    at_start, anonymous = torch.cuda.memory_allocated(device), anonymous_bytes()
+    limit_memory(hardware)
+    torch.cuda.synchronize(device)
+    host.mark("context")
     transport = make_transport(device, HostMemory(hardware.host_budget_bytes))
     step = build_step(config, plan, settings, RandomWeights(device), transport)
     torch.cuda.synchronize(device)
     built = time.perf_counter()
+    host.mark("built")
     rehearse(step, load)
     torch.cuda.synchronize(device)
-    used = _device_used()
+    host.mark("rehearsed")
     found = {
         "measured_allocated_bytes": torch.cuda.max_memory_allocated(device),
         "measured_reserved_bytes": torch.cuda.max_memory_reserved(device),
         "measured_end_allocated_bytes": torch.cuda.memory_allocated(device),
-        "start_allocated_bytes": at_start,
         "nvml_process_bytes": _own_used(),
-        "nvml_device_grown_bytes": used - used_before if used and used_before else None,
         "measured_host_pinned_bytes": transport.pinned_bytes,
-        "measured_host_anonymous_bytes": anonymous_bytes() - anonymous,
         "allocator_retries": torch.cuda.memory_stats(device)["num_alloc_retries"],
         "by_hand": bool(getattr(step.network, "layers", None)),
         "build_seconds": built - start,
         "measure_seconds": time.perf_counter() - start,
-        **_copied(step, device),
     }
-    del step, transport
-    give_back_memory()
-    # what libraries have taken in the allocator and keep
-    found["measured_workspace_bytes"] = torch.cuda.memory_allocated(device)
-    return found
-
-
-def _copied(step: TrainingStep, device: torch.device) -> dict[str, int]:
-    """What the copies take that a run keeps of what is learned: of the host, and of the device, where it
-    is to be nothing."""
     torch.cuda.reset_peak_memory_stats(device)
-    at_start, anonymous = torch.cuda.memory_allocated(device), anonymous_bytes()
-    kept = step.adapter_state(), Learned.of(step)
-    taken = anonymous_bytes() - anonymous
+    kept = step.adapter_state(), Learned.of(step)  # what a run keeps of what is learned
+    host.mark("copied")
+    found["measured_save_device_bytes"] = (
+        torch.cuda.max_memory_allocated(device) - found["measured_end_allocated_bytes"]
+    )
     del kept
-    return {
-        "measured_host_copies_bytes": taken,
-        "measured_save_device_bytes": torch.cuda.max_memory_allocated(device) - at_start,
-    }
+    return {**found, **host.found()}
 
 
-def _device_used() -> int | None:
-    """All that is used on the GPU; None where NVML does not tell."""
-    try:
-        with nvml_session() as nvml:
-            return device_used_bytes(nvml, gpu_uuid())
-    except pynvml.NVMLError:
-        return None
+class HostMarks:
+    """What this process has of the host, at marks and at most; nothing where that is not told."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, int] = {}
+        self._levels: list[int] = []
+
+    def mark(self, name: str) -> None:
+        now = resident_bytes()
+        if now:
+            self._found[f"host_{name}_anonymous_bytes"] = now["RssAnon"]
+            self._found[f"host_{name}_shared_bytes"] = now["RssShmem"]
+            self._levels.append(now["RssAnon"] + now["RssShmem"])
+
+    def found(self) -> dict[str, int]:
+        now = resident_bytes()
+        if not now:
+            return {}
+        files = now["RssFile"]  # which only grow, so that they were no more at the peak
+        peak = max(now["VmHWM"] - files, *self._levels)
+        return {**self._found, "host_file_bytes": files, "measured_host_process_bytes": peak}
 
 
 def _own_used() -> int | None:
+    """What this process has of the GPU; None where NVML does not tell."""
     try:
         with nvml_session() as nvml:
             return process_used_bytes(nvml, gpu_uuid(), os.getpid())
@@ -531,14 +523,13 @@ def make_row(found: dict[str, Any], hardware: Hardware) -> dict[str, Any]:
     """What was asked, measured and predicted, with the errors of what is there of both sides."""
     row = {**found, "context_bytes": hardware.context_bytes}
     row["workspace_bytes"] = hardware.workspace_bytes
-    for name in ("allocated", "reserved", "host_pinned", "host_anonymous", "host_copies"):
+    for name in ("allocated", "reserved", "host_pinned", "host_process"):
         row[f"{name}_error"] = error_share(
             row.get(f"predicted_{name}_bytes"), row.get(f"measured_{name}_bytes")
         )
-    if row.get("first_of_process"):  # and has libraries' first use in it
-        row["host_anonymous_error"] = None
-    process = row.get("nvml_process_bytes") or row.get("nvml_device_grown_bytes")
-    row["process_error"] = error_share(row.get("predicted_process_bytes"), process)
+    row["process_error"] = error_share(
+        row.get("predicted_process_bytes"), row.get("nvml_process_bytes")
+    )
     row["safe_margin"] = error_share(row.get("safe_peak_bytes"), row.get("measured_reserved_bytes"))
     return row
 
@@ -551,9 +542,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "failed": sum("error" in row or "predict_error" in row for row in rows),
         "families": len({row["family"] for row in rows}),
     }
-    for name in (
-        "allocated", "reserved", "process", "host_pinned", "host_anonymous", "host_copies",
-    ):  # fmt: skip
+    for name in ("allocated", "reserved", "process", "host_pinned", "host_process"):
         errors = [abs(e) for row in rows if (e := row.get(f"{name}_error")) is not None]
         if errors:
             summary[f"{name}_mean_error"] = statistics.fmean(errors)
@@ -561,18 +550,30 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     margins = [row["safe_margin"] for row in rows if row["safe_margin"] is not None]
     if margins:
         summary |= {"safe_least_margin": min(margins), "safe_most_margin": max(margins)}
-    beside = [
-        row["measured_host_anonymous_bytes"] - row["predicted_host_anonymous_bytes"]
-        for row in rows
-        if {"measured_host_anonymous_bytes", "predicted_host_anonymous_bytes"} <= row.keys()
-    ]
-    if beside:  # what is not told of the host: a bound for the next
-        summary["host_beside_most_bytes"] = max(beside)
+    summary |= _own_of_host(rows)
     seconds = [row["estimate_cpu_seconds"] for row in rows if "estimate_cpu_seconds" in row]
     if seconds:
         summary["estimate_cpu_seconds_mean"] = statistics.fmean(seconds)
         summary["estimate_cpu_seconds_most"] = max(seconds)
     return summary
+
+
+def _own_of_host(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What processes have of the host beside what a plan puts there, by the kind of step."""
+    planned = [f"predicted_host_{name}_bytes" for name in ("pinned", "unpinned", "copies")]
+    found: dict[str, Any] = {}
+    for kind, general in (("by_hand", False), ("general", True)):
+        own = [
+            row["measured_host_process_bytes"] - sum(row[name] for name in planned)
+            for row in rows
+            if (row["family"] in GENERAL) == general
+            and {"measured_host_process_bytes", *planned} <= row.keys()
+        ]
+        if own:
+            found[f"host_own_{kind}_median_bytes"] = int(statistics.median(own))
+            found[f"host_own_{kind}_least_bytes"] = min(own)
+            found[f"host_own_{kind}_most_bytes"] = max(own)
+    return found
 
 
 def line(row: dict[str, Any]) -> str:
@@ -583,26 +584,27 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{row['case']:>3} {row['model']:>14} {row['micro_batch']}x{row['sequence_length']:<6} "
         f"allocated {share('allocated_error'):>7}, reserved {share('reserved_error'):>7}, "
-        f"process {share('process_error'):>7} {problem}"
+        f"process {share('process_error'):>7}, host {share('host_process_error'):>7} {problem}"
     )
 
 
 class Child:
     """A role of this program in a process of its own; its log is in the work folder."""
 
-    def __init__(
-        self, role: str, cases: Sequence[Case], args: argparse.Namespace, seconds: float = 0.0
-    ) -> None:
-        self.role, self.cases, self.log = role, cases, args.work / f"{role}.log"
+    def __init__(self, role: str, cases: Sequence[Case], args: argparse.Namespace) -> None:
         numbers = ",".join(str(case.number) for case in cases)
+        self.name = f"measure-{numbers}" if role == "measure" else role
+        self.work, self.log = args.work, args.work / f"{self.name}.log"
         command = [sys.executable, "-m", "benchmarks.estimate_accuracy", "--role", role]
-        command += ["--work", str(args.work), f"--numbers={numbers}", f"--limit-seconds={seconds}"]
+        command += ["--work", str(args.work), f"--numbers={numbers}"]
         command += [flag for flag in ("--fit", "--tiny") if getattr(args, flag[2:])]
         # an optimizer on the host has threads, which must not spin while the device is waited for
         changes = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(_threads())}
+        if role == "measure":
+            changes["TRITON_CACHE_DIR"] = str(args.work / f"{self.name}.triton")
         if role == "predict":
             changes["CUDA_VISIBLE_DEVICES"] = ""
-        with self.log.open("a") as log:
+        with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **changes}
             )
@@ -628,27 +630,44 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def arriving(child: Child, path: Path, left: dict[int, Case]) -> Found:
-    """Takes out of `left` each case that the child has written to `path`, until it ends."""
-    running = True
-    while running:
-        running = child.process.poll() is None
-        for number, found in _lines(path).items():
-            if number in left:
-                yield left.pop(number), found
-        time.sleep(0.2)
+def measured(cases: Sequence[Case], hardware: Hardware, args: argparse.Namespace) -> Found:
+    """Each case when it was measured, the largest first; none begins after the time for it."""
+    end = time.perf_counter() + args.limit_seconds
+    waiting = sorted(cases, key=lambda case: -case.rough_bytes)
+    running: list[tuple[Case, Child]] = []
+    while running or (waiting and time.perf_counter() < end):
+        for case in list(waiting):
+            if time.perf_counter() < end and _has_room(
+                case, [other for other, _ in running], hardware, args.at_once
+            ):
+                waiting.remove(case)
+                running.append((case, Child("measure", [case], args)))
+        for case, child in list(running):
+            if child.process.poll() is not None:
+                running.remove((case, child))
+                yield case, _measurement(child)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def measured(cases: list[Case], args: argparse.Namespace) -> Found:
-    """Each case when it was measured, until there is no time left for another."""
-    path, end = args.work / "measurements", time.perf_counter() + args.limit_seconds
-    path.unlink(missing_ok=True)
-    left = {case.number: case for case in cases}
-    while left and time.perf_counter() < end:
-        child = Child("measure", list(left.values()), args, end - time.perf_counter())
-        yield from arriving(child, path, left)
-        if child.process.returncode != 0 and left:  # it died of the first of these
-            yield left.pop(next(iter(left))), {"error": child.last_words()}
+def _has_room(case: Case, running: Sequence[Case], hardware: Hardware, at_once: int) -> bool:
+    """Whether a case can be measured beside others; always where there are none."""
+    together = [case, *running]
+    device_bytes = sum(other.rough_bytes + BESIDE_BYTES for other in together)
+    host_bytes = len(together) * (MOST_PINNED_BYTES + HOST_BESIDE_BYTES)
+    return not running or (
+        len(together) <= at_once
+        and device_bytes <= hardware.budget_bytes
+        and host_bytes <= hardware.host_budget_bytes
+    )
+
+
+def _measurement(child: Child) -> dict[str, Any]:
+    """What a child that has ended found, and what it died of otherwise."""
+    shutil.rmtree(child.work / f"{child.name}.triton", ignore_errors=True)
+    if child.process.returncode != 0:
+        return {"error": f"ended with {child.process.returncode}: {child.last_words()}"}
+    found: dict[str, Any] = json.loads((child.work / f"{child.name}.json").read_text())
+    return found
 
 
 def predicted(cases: list[Case], args: argparse.Namespace) -> Found:
@@ -657,7 +676,13 @@ def predicted(cases: list[Case], args: argparse.Namespace) -> Found:
     path.unlink(missing_ok=True)
     left = {case.number: case for case in cases}
     child = Child("predict", cases, args)
-    yield from arriving(child, path, left)
+    running = True
+    while running:
+        running = child.process.poll() is None
+        for number, found in _lines(path).items():
+            if number in left:
+                yield left.pop(number), found
+        time.sleep(SECONDS_BETWEEN_LOOKS)
     for case in left.values():
         yield case, {"predict_error": child.last_words()}
 
@@ -675,7 +700,9 @@ def act(role: str, cases: list[Case], args: argparse.Namespace) -> None:
     if role == "predict":
         predict(cases, hardware, args.work, tiny=args.tiny)
     else:
-        measure(cases, hardware, args.work, tiny=args.tiny, seconds=args.limit_seconds)
+        (case,) = cases
+        found = measure_case(case, hardware, args.tiny)
+        (args.work / f"measure-{case.number}.json").write_text(json.dumps(found))
 
 
 def chosen(args: argparse.Namespace) -> list[Case]:
@@ -694,6 +721,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--cases", help="A:B, numbers from A up to before B")
     parser.add_argument("--limit-seconds", type=float, default=3600, help="to begin measuring in")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="cases that are measured at one time, at most"
+    )
     parser.add_argument("--fit", action="store_true", help="the draw that constants are fitted on")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--list", action="store_true", help="print the draw and end")
@@ -738,12 +768,16 @@ def compare(cases: list[Case], args: argparse.Namespace) -> None:
     name = f"estimate_accuracy{'_fit' if args.fit else ''}.{about['device_label']}.json"
     path = args.json or ROOT / "benchmarks" / "results" / name
 
-    def keep(case: Case, found: dict[str, Any], error: str) -> None:
-        asked = asked_of(case, plan_of(case, hardware.device), config_of(case.model, args.tiny))
+    def asked(case: Case) -> dict[str, Any]:
+        plan = plan_of(case, hardware.device)
+        return asked_of(case, plan, config_of(case.model, args.tiny))
+
+    def is_measured(case: Case) -> bool:
         row = rows.get(case.number, {})
-        row = row if row.get("plan") == asked["plan"] else {}
-        row = {key: value for key, value in row.items() if key != error}
-        rows[case.number] = make_row({**row, **asked, **found}, hardware)
+        return row.get("plan") == asked(case)["plan"] and "measured_host_process_bytes" in row
+
+    def keep(case: Case, found: dict[str, Any]) -> None:
+        rows[case.number] = make_row({**asked(case), **found}, hardware)
         print(line(rows[case.number]), flush=True)
         ordered = [rows[number] for number in sorted(rows)]
         write_result(
@@ -757,13 +791,14 @@ def compare(cases: list[Case], args: argparse.Namespace) -> None:
         )
 
     if args.side != "predicted":
-        for case, found in measured(cases, args):
-            keep(case, found, "error")
-        unmeasured = [c.number for c in cases if "measure_seconds" not in rows.get(c.number, {})]
-        print(f"not measured: {unmeasured}")
+        to_measure = [case for case in cases if not is_measured(case)]
+        for case, found in measured(to_measure, hardware, args):
+            keep(case, found)
+        print(f"not measured: {[case.number for case in cases if not is_measured(case)]}")
     if args.side != "measured":
-        for case, found in predicted([case for case in cases if case.number in rows], args):
-            keep(case, found, "predict_error")
+        for case, found in predicted([case for case in cases if is_measured(case)], args):
+            row = rows[case.number]
+            keep(case, {**{k: v for k, v in row.items() if k != "predict_error"}, **found})
     print(json.dumps(summarize(list(rows.values())), indent=1))
 
 

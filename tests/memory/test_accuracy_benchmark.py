@@ -1,5 +1,7 @@
 """The draw that the estimate is held to: always the same, all choices in it; and its summary."""
 
+import argparse
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -8,6 +10,7 @@ import pytest
 from benchmarks import estimate_accuracy as accuracy
 from fitlora.memory.estimate import sequences_of
 from fitlora.step.batch import PackedSequence
+from fitlora.units import GIB
 from tests.memory.test_estimate import hardware
 
 
@@ -83,6 +86,79 @@ def test_a_summary_has_mean_and_worst_and_counts_failures() -> None:
     assert found["estimate_cpu_seconds_most"] == 4.0
     assert (found["cases"], found["failed"]) == (3, 1)
     assert rows[2]["allocated_error"] is None
+
+
+def test_what_libraries_have_of_the_host_is_told_by_the_kind_of_step() -> None:
+    planned = {
+        "predicted_host_pinned_bytes": 5,
+        "predicted_host_unpinned_bytes": 3,
+        "predicted_host_copies_bytes": 2,
+    }
+    found = accuracy.summarize(
+        [
+            row(0, 1, 1, measured_host_process_bytes=110, **planned),
+            row(1, 1, 1, measured_host_process_bytes=130, **planned),
+            row(2, 1, 1, measured_host_process_bytes=120, **planned),
+            row(3, 1, 1, measured_host_process_bytes=510, family="olmo2", **planned),
+            row(4, 1, 1, measured_host_process_bytes=10**9),  # and not predicted yet
+        ]
+    )
+    own = {key: value for key, value in found.items() if key.startswith("host_own")}
+    assert own == {
+        "host_own_by_hand_median_bytes": 110,
+        "host_own_by_hand_least_bytes": 100,
+        "host_own_by_hand_most_bytes": 120,
+        "host_own_general_median_bytes": 500,
+        "host_own_general_least_bytes": 500,
+        "host_own_general_most_bytes": 500,
+    }
+
+
+def test_cases_share_a_gpu_as_far_as_it_has_room(
+    cases: list[accuracy.Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: list[accuracy.Case] = []
+    together: list[tuple[int, int]] = []
+
+    class Child:
+        """Ends when it is asked for the third time; the last case's dies."""
+
+        def __init__(self, role: str, of: list[accuracy.Case], args: argparse.Namespace) -> None:
+            self.process, self.work, self.name = self, tmp_path, f"measure-{of[0].number}"
+            self.case, self.asked = of[0], 0
+            self.returncode = 1 if of[0] is cases[-1] else 0
+            (tmp_path / f"{self.name}.json").write_text(f'{{"of": {of[0].number}}}')
+            running.append(self.case)
+            together.append((len(running), sum(case.rough_bytes for case in running)))
+
+        def poll(self) -> int | None:
+            self.asked += 1
+            if self.asked < 3:
+                return None
+            running.remove(self.case)
+            return self.returncode
+
+        def last_words(self) -> str:
+            return "no more"
+
+    monkeypatch.setattr(accuracy, "Child", Child)
+    monkeypatch.setattr(accuracy, "SECONDS_BETWEEN_LOOKS", 0.0)
+    here = hardware(budget_bytes=80 * GIB, host_budget_bytes=128 * GIB)
+    args = argparse.Namespace(limit_seconds=60.0, at_once=6)
+    found = {case.number: outcome for case, outcome in accuracy.measured(cases, here, args)}
+    last = cases[-1].number
+    assert found.pop(last) == {"error": "ended with 1: no more"}
+    assert found == {case.number: {"of": case.number} for case in cases[:-1]}
+    assert max(count for count, _ in together) == 6
+    assert max(size for _, size in together) <= 80 * GIB
+
+    together.clear()
+    args.at_once, small = 64, hardware(budget_bytes=1, host_budget_bytes=1)
+    assert len(list(accuracy.measured(cases[:3], small, args))) == 3
+    assert [count for count, _ in together] == [1, 1, 1]
+
+    args.limit_seconds = 0.0
+    assert not list(accuracy.measured(cases, here, args))
 
 
 def test_a_row_tells_the_whole_plan(cases: list[accuracy.Case]) -> None:

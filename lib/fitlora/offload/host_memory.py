@@ -19,15 +19,21 @@ from fitlora.errors import UserError
 from fitlora.units import KIB, format_bytes
 
 
-def anonymous_bytes() -> int:
-    """Anonymous memory that this process has now; 0 where the system does not tell."""
+def resident_bytes() -> dict[str, int]:
+    """What this process has in memory by kind, under the kernel's names; empty where it does not tell.
+
+    RssAnon, RssShmem and RssFile are what it has now, VmHWM the most that they were together.
+    """
     status = Path("/proc/self/status")
     if not status.is_file():
-        return 0
-    for line in status.read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * KIB
-    return 0
+        return {}
+    lines = (line.split() for line in status.read_text().splitlines())
+    return {words[0][:-1]: int(words[1]) * KIB for words in lines if words[-1] == "kB"}
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory that this process has now; 0 where the system does not tell."""
+    return resident_bytes().get("RssAnon", 0)
 
 
 class HostMemoryShort(UserError):
