@@ -6,16 +6,11 @@ warm step does not.
 """
 
 import gc
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pynvml
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 
 from fitlora.artifacts import Gpu, Rates, Record
 from fitlora.device import device_used_bytes, nvml_session, process_used_bytes
@@ -24,17 +19,13 @@ from fitlora.gpu_facts import documented_context_bytes
 from fitlora.machine import visible_gpus
 from fitlora.rates import measure_gpu_rates
 from fitlora.units import GIB, MIB
+from fitlora.worker import Lost, Worker
 
 CHILD_SECONDS = 120
 
 # What a context can be. A difference beyond it is another process's coming or going.
 LEAST_CONTEXT_BYTES = 64 * MIB
 MOST_CONTEXT_BYTES = 2 * GIB
-
-_CHILD = (
-    "import json, sys; from fitlora.gpu_measurement import measure_gpu; "
-    "print(measure_gpu(sys.argv[1], json.loads(sys.argv[2])).model_dump_json())"
-)
 
 
 class GpuMeasurement(Record):
@@ -149,26 +140,12 @@ def choose_context(
 
 def measure_gpu_in_child(gpu: Gpu, uuid: str, used_before: int | None) -> GpuMeasurement:
     """`measure_gpu` in a fresh process; its errors go to the terminal, and end in a UserError."""
-    library = str(Path(__file__).resolve().parents[1])
-    paths = [library, *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
-        child = subprocess.run(
-            [sys.executable, "-c", _CHILD, uuid, json.dumps(used_before)],
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=CHILD_SECONDS,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            check=True,
-        )
-        return GpuMeasurement.model_validate_json(child.stdout.rstrip().rpartition("\n")[2])
-    except subprocess.TimeoutExpired:
-        found = f"had no end after {CHILD_SECONDS} s"
-    except subprocess.CalledProcessError as error:
-        found = f"ended with status {error.returncode}; its own error is above"
-    except ValidationError as error:
-        found = f"printed something else ({error.errors()[0]['msg']})"
-    raise UserError(
-        f"measuring {gpu.name} {found}; see that the GPU has about 2 GiB free and that torch "
-        f"{torch.__version__} supports its compute capability {gpu.compute_capability}, "
-        "or set hardware.device to cpu"
-    )
+        with Worker() as worker:
+            return worker.call(measure_gpu, uuid, used_before, seconds=CHILD_SECONDS)
+    except Lost as error:
+        raise UserError(
+            f"measuring {gpu.name} {error}; see that the GPU has about 2 GiB free and that torch "
+            f"{torch.__version__} supports its compute capability {gpu.compute_capability}, "
+            "or set hardware.device to cpu"
+        ) from None
