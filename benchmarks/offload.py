@@ -2,11 +2,13 @@
 
     python -m benchmarks.offload --list                  the rows, and the seconds that each takes
     python -m benchmarks.offload --rows 2 5-9 --json benchmarks/results/offload.h100.json
-    python -m benchmarks.offload --plans                 each row's plan, without a GPU
+    python -m benchmarks.offload --plans FILE            each row's plan, without a GPU
+    python -m benchmarks.offload --planned FILE          with these plans, and no time spent on them
     python -m benchmarks.offload --tiny --json /tmp/x    all of it on the CPU, in seconds
 
 One process measures all rows, with the allocator held to each row's budget less CUDA's context; where
-it fails or takes too long, another goes on with the next row. The layout is the first of `LAYOUTS`
+it fails or takes too long, another goes on with the next row; where two rows fail alike, all ends. The
+layout is the first of `LAYOUTS`
 whose estimate fits, with the fewest streamed layers; all are chosen before anything is measured, as an
 optimizer on the host wants the cores for itself.
 
@@ -43,7 +45,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import ROOT, device_label, shape_config, write_result
-from fitlora.artifacts import Hardware, SequenceSize
+from fitlora.artifacts import Hardware, SequenceSize, write_text_atomically
 from fitlora.device import give_back_memory, limit_memory
 from fitlora.hardware import profile
 from fitlora.memory.estimate import Estimator, Load, sequences_of
@@ -452,7 +454,7 @@ def measure(
         give_back_memory()
         torch.cuda.reset_peak_memory_stats(device)
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # as with a budget
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
     if hardware is not None:
         limit_memory(hardware)
     before = torch.cuda.memory_allocated(device) if cuda else 0
@@ -657,11 +659,13 @@ def described_card() -> Hardware:
     )
 
 
-def show_plans(cases: Sequence[Case]) -> None:
-    """Each row's plan, without a GPU."""
+def show_plans(cases: Sequence[Case], path: Path) -> None:
+    """Each row's plan, without a GPU; into a file that a run can take them from."""
     card = described_card()
+    content: dict[str, Any] = {}
     for case in cases:
-        planned = plan_case(case, card)
+        planned = content[str(CASES.index(case))] = plan_case(case, card)
+        write_text_atomically(path, json.dumps(content))
         needs = planned["predicted_process_bytes"] / GIB
         pinned = planned.get("predicted_host_pinned_bytes", 0) / GIB
         plan = "nothing fits"
@@ -674,34 +678,46 @@ def show_plans(cases: Sequence[Case]) -> None:
         )
 
 
+def plans_of(cases: Sequence[Case], hardware: Hardware) -> list[dict[str, Any]]:
+    """All cases' plans, a process for each."""
+    workers = max(1, min(len(cases), len(os.sched_getaffinity(0)) - 1))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(partial(plan_case, described=hardware), cases))
+
+
 def run(cases: Sequence[Case], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each case's row as it is known."""
     asked = {"device": "cpu"} if args.tiny else {}
     hardware = profile(check_params({"hardware": asked}).hardware, args.work)
     measuring = Measuring(args.work / "offload.log", args.time_limit_seconds)
     residents: dict[tuple[Any, ...], dict[str, Any]] = {}
-    workers = max(1, min(len(cases), len(os.sched_getaffinity(0)) - 1))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        plans = list(pool.map(partial(plan_case, described=hardware), cases))
-    for case, planned in zip(cases, plans, strict=True):
-        found: dict[str, Any] = {}
-        resident: dict[str, Any] = {}
-        if planned["fits"]:
-            if case.resident and case.work not in residents:
-                everything = resident_plan(case, hardware.device)
-                residents[case.work] = measuring.ask(case, everything, None)
-            resident = residents.get(case.work, {}) if case.resident else {}
-            plan = Plan.model_validate_json(json.dumps(planned["plan"]))
-            found = measuring.ask(case, plan, hardware_of(case, hardware))
-        yield make_row(case, planned, found, resident, hardware)
-    measuring.end()
+    if args.planned:
+        content = json.loads(args.planned.read_text())
+        plans = [content[str(CASES.index(case))] for case in cases]
+    else:
+        plans = plans_of(cases, hardware)
+    try:
+        for case, planned in zip(cases, plans, strict=True):
+            found: dict[str, Any] = {}
+            resident: dict[str, Any] = {}
+            if planned["fits"]:
+                if case.resident and case.work not in residents:
+                    everything = resident_plan(case, hardware.device)
+                    residents[case.work] = measuring.ask(case, everything, None)
+                resident = residents.get(case.work, {}) if case.resident else {}
+                plan = Plan.model_validate_json(json.dumps(planned["plan"]))
+                found = measuring.ask(case, plan, hardware_of(case, hardware))
+            yield make_row(case, planned, found, resident, hardware)
+    finally:
+        measuring.end()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", help="which, as --list numbers them: 3 or 5-9")
     parser.add_argument("--list", action="store_true", help="print the rows and end")
-    parser.add_argument("--plans", action="store_true", help="print the rows' plans and end")
+    parser.add_argument("--plans", type=Path, help="write the rows' plans to this file and end")
+    parser.add_argument("--planned", type=Path, help="a file of plans, in place of planning")
     parser.add_argument("--tiny", action="store_true", help="tiny rows, on the CPU")
     parser.add_argument("--time-limit-seconds", type=float, default=400.0, help="of each run")
     parser.add_argument("--work", type=Path, default=ROOT / ".fitlora" / "benchmark")
@@ -719,16 +735,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{sum(case.seconds for case in cases)} s in all")
         return
     if args.plans:
-        show_plans(cases)
+        show_plans(cases, args.plans)
         return
     path = args.json or ROOT / "benchmarks" / "results" / f"offload.{device_label()}.json"
     rows = {}
     if path.is_file():
         rows = {key_of(row): row for row in json.loads(path.read_text())["rows"]}
+    error = None
     for row in run(cases, args):
         rows[key_of(row)] = row
         print(line(row), flush=True)
         write_result(path, "offload", list(rows.values()))
+        if row.get("error") is not None and row["error"] == error:
+            break
+        error = row.get("error")
 
 
 if __name__ == "__main__":
