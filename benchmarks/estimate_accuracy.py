@@ -50,7 +50,7 @@ from benchmarks.common import ROOT, SHAPES, device_label, device_name, shape_con
 from fitlora.artifacts import Hardware, SequenceSize
 from fitlora.device import gpu_uuid, limit_memory, nvml_session, process_used_bytes
 from fitlora.hardware import profile
-from fitlora.memory.estimate import Estimator, Load, rehearse, trace_step
+from fitlora.memory.estimate import Estimator, Load, rehearse, rehearse_save, trace_step
 from fitlora.offload.host_memory import HostMemory, resident_bytes
 from fitlora.offload.residency import spread
 from fitlora.offload.transport import make_transport
@@ -60,7 +60,6 @@ from fitlora.planner.search import loss_chunk
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
 from fitlora.step.weights import RandomWeights
-from fitlora.training.recovery import Learned
 from fitlora.units import GIB
 
 SEED, FIT_SEED, COUNT, FIT_COUNT, TINY_COUNT = 20261123, 7, 64, 12, 8
@@ -451,7 +450,7 @@ def measure_case(case: Case, hardware: Hardware, tiny: bool) -> dict[str, Any]:
         "measure_seconds": time.perf_counter() - start,
     }
     torch.cuda.reset_peak_memory_stats(device)
-    kept = step.adapter_state(), Learned.of(step)  # what a run keeps of what is learned
+    kept = rehearse_save(step)
     host.mark("copied")
     found["measured_save_device_bytes"] = (
         torch.cuda.max_memory_allocated(device) - found["measured_end_allocated_bytes"]

@@ -23,6 +23,7 @@ from fitlora.memory.estimate import (
     estimate,
     layer_kinds,
     rehearse,
+    rehearse_save,
     sequences_of,
     trace_run,
     trace_step,
@@ -385,7 +386,9 @@ def test_what_is_told_of_the_host_is_what_a_step_has_there(changes: dict[str, An
     learned = Learned.of(step)
     copies = [*step.adapter_state().values(), *learned.adapter.values()]
     copies += learned.optimizer.values()
+    rehearsed = [copy for held in rehearse_save(step) for copy in held.values()]
     assert found.host_copies_bytes == sum(map(tensor_bytes, copies))
+    assert found.host_copies_bytes == sum(map(tensor_bytes, rehearsed))
 
 
 def test_states_on_the_host_count_against_its_budget() -> None:
@@ -424,8 +427,8 @@ def test_saving_takes_nothing_of_the_device(changes: dict[str, Any]) -> None:
     step = build_step(CONFIG, plan, SETTINGS, RandomWeights(torch.device("cpu")))
     rehearse(step, LOAD)
     with _Copies() as copies:
-        learned = Learned.of(step)
-    assert copies.count == len(learned.adapter) + len(learned.optimizer) > 0
+        held = rehearse_save(step)
+    assert copies.count == sum(map(len, held)) > 0
 
 
 def test_layers_on_disk_pin_their_buffers_alone() -> None:

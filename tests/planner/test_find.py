@@ -2,8 +2,11 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from fitlora.memory.estimate import Load, estimate
 from fitlora.params import Params, check_params
 from fitlora.plan import Plan
 from fitlora.planner import find
-from fitlora.planner.find import MAX_PROBES, _faster, find_plan
+from fitlora.planner.find import MAX_PROBES, _faster, _in_turn, find_plan
 from fitlora.planner.probe import ProbeResult, probe, time_step, write_log
 from fitlora.planner.search import Choice, Search
 from fitlora.planner.size import ModelSize
@@ -28,6 +31,7 @@ from fitlora.units import GIB, format_bytes
 from tests.planner.test_rivals import Truth, make
 from tests.planner.test_search import NO_HOST, Linear, hardware
 from tests.planner.test_search import estimate as fake_estimate
+from tests.planner.test_speed import NOT_MEASURED
 from tests.step import steps
 
 CONFIG = steps.config()
@@ -59,12 +63,18 @@ def fake_probe(monkeypatch: pytest.MonkeyPatch, fits: list[bool]) -> list[ProbeR
     """Probes that fit as listed, one as fast as the other; those made are in what comes back."""
     made: list[ProbeResult] = []
 
-    def answer(config: Any, plan: Any, *rest: Any) -> ProbeResult:
-        rate = 1.0 if fits[len(made)] else None
-        made.append(ProbeResult(plan, fits[len(made)], 1, None, rate, rate))
-        return made[-1]
+    @contextmanager
+    def prober(*question: Any) -> Iterator[Callable[[Plan], ProbeResult]]:
+        yield answer
 
-    monkeypatch.setattr(find, "probe", answer)
+    def answer(plan: Plan) -> ProbeResult:
+        found = ProbeResult(plan, False, why=f"reason {len(made)}")
+        if fits[len(made)]:
+            found = ProbeResult(plan, True, 1, None, 1.0, 1.0)
+        made.append(found)
+        return found
+
+    monkeypatch.setattr(find, "Prober", prober)
     return made
 
 
@@ -177,9 +187,11 @@ def test_after_an_overflow_the_next_plan_is_tried(monkeypatch: pytest.MonkeyPatc
 def test_overflow_after_overflow_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_estimates(monkeypatch, 10 * GIB)
     made = fake_probe(monkeypatch, [False] * 100)
-    with pytest.raises(UserError, match=r"3 plan\(s\) that should fit 10\.00 GiB overflowed"):
+    with pytest.raises(UserError, match=r"3 plan\(s\) that should fit 10\.00 GiB did not") as told:
         find_large(10 * GIB)
     assert len(made) == MAX_PROBES
+    for number, one in enumerate(made):
+        assert f"  {one.plan.describe()}: reason {number}\n" in str(told.value)
 
 
 def test_an_overflow_of_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +199,36 @@ def test_an_overflow_of_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_probe(monkeypatch, [False] * 100)
     with pytest.raises(UserError, match=r"^1 plan\(s\) that should fit"):
         find_large(10 * GIB, plan={"micro_batch_size": 2, "recompute": "all"})
+
+
+def test_what_the_host_lacks_the_next_plan_does_not_take() -> None:
+    search = make(Truth(), 4, rates=NOT_MEASURED, micro_batch_size=1)
+    probes: list[ProbeResult] = []
+    asked = SimpleNamespace(params=search.params, size=search.model)
+    choices = _in_turn(asked, search, probes)
+    first = next(choices)
+    assert not first.plan.disk_layers
+    room = first.estimate.host_bytes - 1
+    probes.append(ProbeResult(first.plan, False, host_room_bytes=room))
+    second = next(choices)
+    assert 0 < second.estimate.host_bytes <= room
+    assert second.estimate.process_bytes <= 4 * GIB
+    assert second.plan.disk_layers
+    probes.append(ProbeResult(second.plan, False, host_room_bytes=-1))
+    assert list(choices) == []
+
+
+def test_why_a_plan_did_not_fit_is_said_and_logged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_estimates(monkeypatch, 10 * GIB)
+    fake_probe(monkeypatch, [False, True])
+    choice, probes = find_large(10 * GIB)
+    lines = list(plan_lines(choice, 10 * GIB, probes))
+    assert f"probe          {probes[0].plan.describe()}: reason 0" in lines
+    write_log(tmp_path / "probe.json", choice, probes)
+    logged = json.loads((tmp_path / "probe.json").read_text())["probes"]
+    assert [one["why"] for one in logged] == ["reason 0", None]
 
 
 def test_nothing_fits_before_anything_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +311,7 @@ def test_another_plan_that_overflows_changes_nothing(measured: Measured) -> None
 
 
 def test_after_an_overflow_no_other_plan_is_tried(measured: Measured) -> None:
-    probes = [ProbeResult(measured.first.plan, False, 0, None, None, None)]
+    probes = [ProbeResult(measured.first.plan, False)]
     probes.append(ProbeResult(measured.first.plan, True, 1, 1, 1.0, 1.0))
     assert _faster(measured.search, measured.first, probes, measured.probe) is measured.first
     assert len(probes) == 2

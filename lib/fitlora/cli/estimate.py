@@ -473,8 +473,11 @@ def _show_probe(found: dict[str, Any]) -> None:
                 f"peak {name:<10} predicted {format_bytes(predicted)}, measured "
                 f"{format_bytes(measured)} ({share})"
             )
+    if found["measured_host_bytes"]:
+        host = format_bytes(found["measured_host_bytes"])
+        click.echo(f"of the host    {host}, with what Python and its libraries take")
     if not found["fits"]:
-        click.echo("it did not fit")
+        click.echo(f"it did not fit: {found['why']}")
 
 
 @click.command(epilog=examples("fitlora probe ./model --seq-length 2048 --micro-batch 2"))
@@ -491,7 +494,7 @@ def probe(model: str, asked: dict[str, Any]) -> Any:
     from fitlora.hardware import profile
     from fitlora.memory.estimate import Load
     from fitlora.params import check_params
-    from fitlora.planner.probe import probe as run
+    from fitlora.planner.probe import Prober
 
     content = {
         "hardware": {
@@ -501,10 +504,11 @@ def probe(model: str, asked: dict[str, Any]) -> Any:
     }
     hardware = profile(check_params(content, "options").hardware, Path(".fitlora"))
     question = _question(model, asked, hardware)
-    predicted, plan = question.estimate(), question.plan
+    plan = question.plan
     count = max(plan.micro_batch_size, plan.evaluation_batch_size)
     load = Load.uniform(count, plan.sequence_length)
-    measured = run(question.config, plan, question.settings, load, hardware)
+    with Prober(question.config, question.settings, load, hardware) as prove:
+        predicted, measured = question.estimate(), prove(plan)
     return {
         "plan": plan.describe(),
         "fits": measured.fits,
@@ -512,5 +516,7 @@ def probe(model: str, asked: dict[str, Any]) -> Any:
         "measured_allocated_bytes": measured.peak_allocated_bytes,
         "predicted_reserved_bytes": predicted.peak_reserved_bytes,
         "measured_reserved_bytes": measured.peak_reserved_bytes,
+        "measured_host_bytes": measured.host_peak_bytes,
+        "why": measured.why,
         "tokens_per_second": measured.tokens_per_second,
     }

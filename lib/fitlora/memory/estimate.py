@@ -242,6 +242,11 @@ class TraceResult:
     instant: str
 
 
+def accept_any(loss: float, norm: float) -> bool:
+    """Updates by whatever gradients noise makes: an update that is refused takes no memory."""
+    return True
+
+
 def rehearse(step: TrainingStep, load: Load) -> None:
     """The work whose memory is asked for: two optimizer steps and an evaluation, at their heaviest.
 
@@ -256,10 +261,20 @@ def rehearse(step: TrainingStep, load: Load) -> None:
         step.survey(heavy * passes, step=0)
         step.adopt(plan)
     for index, batch in enumerate((heavy, heavy * passes)):
-        step.run(batch, step=index, learning_rate=step.settings.train.learning_rate)
+        rate = step.settings.train.learning_rate
+        step.run(batch, step=index, learning_rate=rate, accept=accept_any)
     held_out = sequences_of(load.validation[: plan.evaluation_batch_size])
     if held_out:
         step.evaluate(held_out)
+
+
+def rehearse_save(step: TrainingStep) -> list[dict[str, torch.Tensor]]:
+    """What a run has on the host as it writes a checkpoint: the best adapter, and the checkpoint's own.
+
+    Of a GPU it takes nothing, so it is no part of what an estimate traces; `OnHost.copied_by` tells it.
+    """
+    states, _ = step.optimizer_state()
+    return [step.adapter_state(), step.adapter_state(), states]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fitlora.errors import UserError
 from fitlora.units import KIB, format_bytes
@@ -36,6 +37,38 @@ def anonymous_bytes() -> int:
     return resident_bytes().get("RssAnon", 0)
 
 
+class HostPeak:
+    """The most that this process has of the host while inside, files aside: pinned pages are in it.
+
+    Looked at every few milliseconds, as the only peak that the kernel keeps has the files in it.
+    """
+
+    SECONDS = 0.01
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "HostPeak":
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._end.set()
+        self._thread.join()
+        self._look()
+
+    def _look(self) -> None:
+        now = resident_bytes()
+        self.bytes = max(self.bytes, now.get("RssAnon", 0) + now.get("RssShmem", 0))
+
+    def _watch(self) -> None:
+        while not self._end.wait(self.SECONDS):
+            self._look()
+
+
 class HostMemoryShort(UserError):
     """The host's memory budget is too small."""
 
@@ -43,13 +76,13 @@ class HostMemoryShort(UserError):
 class HostMemory:
     """What is taken of the host's memory, by purpose.
 
-    limit_bytes: the most that this process may have, with what it had before; None for no limit.
+    limit_bytes: the most that this process may have, with what it had `before`; None for no limit.
     """
 
     def __init__(self, limit_bytes: int | None = None) -> None:
         self.limit_bytes = limit_bytes
         self.taken: dict[str, int] = {}
-        self._before = anonymous_bytes()
+        self.before = anonymous_bytes()
         self._lock = threading.Lock()
 
     @property
@@ -60,7 +93,7 @@ class HostMemory:
     def take(self, count: int, purpose: str) -> None:
         """Counts `count` bytes; raises HostMemoryShort where they are more than is left."""
         with self._lock:
-            used = max(anonymous_bytes(), self._before + self.bytes)
+            used = max(anonymous_bytes(), self.before + self.bytes)
             if self.limit_bytes is not None and used + count > self.limit_bytes:
                 raise HostMemoryShort(
                     f"{purpose} needs {format_bytes(count)} of host memory, and of the "

@@ -7,12 +7,13 @@ a Plan should not change with a measurement's noise.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from fitlora.artifacts import Estimate
 from fitlora.errors import UserError
 from fitlora.plan import Plan
-from fitlora.planner.probe import ProbeResult, probe
+from fitlora.planner.probe import Prober, ProbeResult
 from fitlora.planner.refusal import refused
 from fitlora.planner.search import Choice, NothingFits, Search, default_plan
 from fitlora.planner.several import can_spread, spread_forecast, spread_layers, ways
@@ -31,8 +32,8 @@ def find_plan(task: Task, *, known: Sequence[Estimate] = ()) -> tuple[Choice, li
     """The preferred plan that fits by its estimate and then in truth, and the probes made.
 
     known: estimates that were made already. A GPU that is described and not here is planned for
-    without a probe. Raises UserError where nothing fits, with what would, or where probe after probe
-    overflows.
+    without a probe. Raises UserError where nothing fits, with what would, or where nothing that is
+    probed does, with what each plan came to.
     """
     try:
         return _find(task, known)
@@ -42,24 +43,34 @@ def find_plan(task: Task, *, known: Sequence[Estimate] = ()) -> tuple[Choice, li
 
 def _find(task: Task, known: Sequence[Estimate]) -> tuple[Choice, list[ProbeResult]]:
     hardware, search = task.hardware, task.search(known)
-    spreads = can_spread(task.params, hardware, task.size)
-    choices = _either_way(search) if spreads else search.fitting()
+    probes: list[ProbeResult] = []
+    choices = _in_turn(task, search, probes)
     if hardware.target is not None:
         return next(choices), []
-
-    def prove(plan: Plan) -> ProbeResult:
-        return probe(task.config, plan, task.settings, task.load, hardware)
-
-    probes: list[ProbeResult] = []
-    for choice in itertools.islice(choices, MAX_PROBES):
-        probes.append(prove(choice.plan))
-        if probes[-1].fits:
-            return _faster(search, choice, probes, prove), probes
+    with Prober(task.config, task.settings, task.load, hardware) as prove:
+        for choice in itertools.islice(choices, MAX_PROBES):
+            probes.append(prove(choice.plan))
+            if probes[-1].fits:
+                return _faster(search, choice, probes, prove), probes
+    tried = "\n".join(f"  {made.plan.describe()}: {made.why}" for made in probes)
     raise UserError(
-        f"{len(probes)} plan(s) that should fit {format_bytes(hardware.budget_bytes)} overflowed when "
-        "they were tried; another process may hold the memory, or the device has less than its budget. "
-        "A lower hardware.memory_budget makes room"
+        f"{len(probes)} plan(s) that should fit {format_bytes(hardware.budget_bytes)} did not when they "
+        f"were tried:\n{tried}\n"
+        "Another process may hold the memory, or there may be less than the budget. A lower "
+        "hardware.memory_budget makes room on the device, and hardware.host_memory_budget on the host"
     )
+
+
+def _in_turn(task: Task, search: Search, probes: Sequence[ProbeResult]) -> Iterator[Choice]:
+    """Plans to probe, the preferred one first; each takes less of what the last of `probes` lacked."""
+    spreads = can_spread(task.params, search.hardware, task.size)
+    for choice in _either_way(search) if spreads else search.fitting():
+        yield choice
+        room = probes[-1].host_room_bytes
+        if room is not None:
+            with suppress(NothingFits):  # what the probes found tells more
+                yield from _in_turn(task, search.with_host(room), probes)
+            return
 
 
 def _faster(search: Search, first: Choice, probes: list[ProbeResult], prove: Prove) -> Choice:

@@ -1,14 +1,21 @@
 """Proving a Plan: the real step on the real device, with noise for weights.
 
 Nothing is read from disk and nothing is learned, but every kernel runs and every byte is allocated:
-what an estimate traces (`rehearse`) is what runs here. On the CPU, which has no allocator to ask, the
-same trace counts real tensors.
+what an estimate traces (`rehearse`) is what runs here, and the copies of a checkpoint beside it. On the
+CPU, which has no allocator to ask, the same trace counts real tensors.
+
+On a GPU plans are probed in a process of their own (`Prober`). It has the context that the run will
+have, and the caller has none that would count against a small card. What an overflow leaves behind, a
+driver's fault, and the kernel's way with a host that is out of memory end it, and not the caller. Plans
+that fit follow one another in one process, as starting it takes longer than a probe. On the CPU there
+is no context, memory goes back with its last tensor, and a plan is held to the count that estimated it:
+the caller's own process does it, in the milliseconds that a small model takes.
 """
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +23,15 @@ import torch
 
 from fitlora.artifacts import Hardware, write_text_atomically
 from fitlora.device import give_back_memory, is_overflow, limit_memory, torch_device
-from fitlora.memory.estimate import Load, rehearse, sequences_of, trace_step
-from fitlora.offload.host_memory import HostMemory
+from fitlora.memory.estimate import (
+    Load,
+    accept_any,
+    rehearse,
+    rehearse_save,
+    sequences_of,
+    trace_step,
+)
+from fitlora.offload.host_memory import HostMemory, HostMemoryShort, HostPeak
 from fitlora.offload.transport import make_transport
 from fitlora.plan import Plan
 from fitlora.planner.search import Choice
@@ -26,29 +40,87 @@ from fitlora.step.devices import next_devices
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import RandomWeights
+from fitlora.units import format_bytes
+from fitlora.worker import Lost, Worker
+
+# A probe's five or six passes take seconds, and minutes where a large model is streamed.
+MOST_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe measured. Rates are None where it did not fit, reserved bytes on the CPU too.
+    """What a probe measured; None is not known, as reserved bytes and the host's are on the CPU.
 
     step_seconds: of an effective batch, as far as one device has it, of its heaviest micro-batches.
+    host_peak_bytes: of the host's memory, pinned or not, with what the process had before; files aside.
+    why: it does not fit. host_room_bytes: where that is for the host's memory, what its budget leaves to
+    the step.
     """
 
     plan: Plan
     fits: bool
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int | None
-    step_seconds: float | None
-    tokens_per_second: float | None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    step_seconds: float | None = None
+    tokens_per_second: float | None = None
+    host_peak_bytes: int | None = None
+    why: str | None = None
+    host_room_bytes: int | None = None
+
+
+@dataclass
+class Prober:
+    """Probes plans for one model, load and machine: a context, at whose end no process is left.
+
+    seconds: that a probe may take on a GPU.
+    """
+
+    config: Any
+    settings: StepSettings
+    load: Load
+    hardware: Hardware
+    seconds: float = MOST_SECONDS
+    _worker: Worker | None = field(default=None, init=False)
+
+    def __enter__(self) -> "Prober":
+        if self._elsewhere:
+            self._worker = Worker(expected=probe)  # it gets ready while a plan is looked for
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._end()
+
+    def __call__(self, plan: Plan) -> ProbeResult:
+        """What `probe` finds. On a GPU a plan that ends its process on the way does not fit either, and
+        none that does not fit leaves its process to another."""
+        question = (self.config, plan, self.settings, self.load, self.hardware)
+        if not self._elsewhere:
+            return probe(*question)
+        self._worker = self._worker or Worker()
+        try:
+            found = self._worker.call(probe, *question, seconds=self.seconds)
+        except Lost as error:
+            found = ProbeResult(plan, False, why=f"its process {error}")
+        if not found.fits:
+            self._end()
+        return found
+
+    @property
+    def _elsewhere(self) -> bool:
+        return self.hardware.device == "cuda"
+
+    def _end(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
 
 def probe(
     config: Any, plan: Plan, settings: StepSettings, load: Load, hardware: Hardware
 ) -> ProbeResult:
-    """Runs the plan's heaviest steps and measures their peak.
+    """Runs the plan's heaviest steps in this process, and measures their peak.
 
-    A plan that overflows the budget gives `fits=False`; its memory is given back either way.
+    A plan that overflows the budget of the device or of the host gives `fits=False`, with the reason.
     """
     device = torch_device(hardware)
     devices = next_devices(device, plan.devices_of_process)
@@ -56,18 +128,21 @@ def probe(
     if device.type == "cpu":
         peak = trace_step(config, plan, settings, load, RandomWeights(device)).peak_bytes
         if peak > hardware.budget_bytes:
-            return ProbeResult(plan, False, peak, None, None, None)
+            over = format_bytes(peak - hardware.budget_bytes)
+            return ProbeResult(plan, False, peak, why=f"it took {over} more than its budget")
         # once more without the trace, which takes longer than a small model's operators
         seconds, tokens = time_step(build_step(config, plan, settings, RandomWeights(device)), load)
         return ProbeResult(plan, True, peak, None, seconds, tokens / seconds)
+    memory = HostMemory(hardware.host_budget_bytes)
     try:
-        return _probe_cuda(config, plan, settings, load, hardware, devices)
-    except RuntimeError as error:
+        return _probe_cuda(config, plan, settings, load, devices, memory)
+    except HostMemoryShort as error:
+        room = hardware.host_budget_bytes - memory.before
+        return ProbeResult(plan, False, why=str(error), host_room_bytes=room)
+    except (RuntimeError, MemoryError) as error:
         if not is_overflow(error):
             raise
-        # the traceback holds tensors; leave the handler before giving memory back
-    give_back_memory()
-    return ProbeResult(plan, False, 0, None, None, None)
+        return ProbeResult(plan, False, why=f"it overflowed: {error}".splitlines()[0])
 
 
 def _probe_cuda(
@@ -75,23 +150,29 @@ def _probe_cuda(
     plan: Plan,
     settings: StepSettings,
     load: Load,
-    hardware: Hardware,
     devices: Sequence[torch.device],
+    memory: HostMemory,
 ) -> ProbeResult:
+    """memory: with the host's budget."""
     give_back_memory()
     for each in devices:
         torch.cuda.reset_peak_memory_stats(each)
-    memory = HostMemory(hardware.host_budget_bytes)
-    step = build_step(
-        config, plan, settings, RandomWeights(devices[0]), make_transport(devices[0], memory)
-    )
-    rehearse(step, load)
+    with HostPeak() as host:
+        transport = make_transport(devices[0], memory)
+        step = build_step(config, plan, settings, RandomWeights(devices[0]), transport)
+        rehearse(step, load)
+        saved = rehearse_save(step)
+    del saved
     allocated = max(map(torch.cuda.max_memory_allocated, devices))
     reserved = max(map(torch.cuda.max_memory_reserved, devices))
+    found = ProbeResult(plan, True, allocated, reserved, host_peak_bytes=host.bytes)
+    budget = memory.limit_bytes
+    if budget is not None and host.bytes > budget:
+        why = f"it took {format_bytes(host.bytes)} of the host, and {format_bytes(budget)} may be used"
+        room = budget - (host.bytes - memory.bytes)
+        return replace(found, fits=False, why=why, host_room_bytes=room)
     seconds, tokens = time_step(step, load)
-    del step
-    give_back_memory()
-    return ProbeResult(plan, True, allocated, reserved, seconds, tokens / seconds)
+    return replace(found, step_seconds=seconds, tokens_per_second=tokens / seconds)
 
 
 def time_step(step: TrainingStep, load: Load) -> tuple[float, int]:
@@ -104,7 +185,7 @@ def time_step(step: TrainingStep, load: Load) -> tuple[float, int]:
     batch = sequences_of(load.train[: plan.sequences_per_pass]) * min(2, plan.passes)
     _wait_for(step)
     start = time.perf_counter()
-    step.run(batch, step=2, learning_rate=0.0)
+    step.run(batch, step=2, learning_rate=0.0, accept=accept_any)
     _wait_for(step)
     seconds, tokens = time.perf_counter() - start, sum(len(s.tokens) for s in batch)
     share = plan.sequences_per_device / len(batch)

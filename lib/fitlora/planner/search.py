@@ -408,6 +408,11 @@ class Search:
         except NothingFits:
             return None
 
+    def with_host(self, budget_bytes: int) -> "Search":
+        """The same where a plan may take so much of the host."""
+        hardware = Hardware.model_copy(self.hardware, update={"host_budget_bytes": budget_bytes})
+        return replace(self, hardware=hardware)
+
     @cached_property
     def _rivals(self) -> Rivals | None:
         if self.shape is None:

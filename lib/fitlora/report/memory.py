@@ -93,13 +93,14 @@ def plan_lines(choice: Choice, budget_bytes: int, probes: Sequence[ProbeResult])
         yield f"not probed: the plan is for a GPU that is not here{unknown}"
     for probe in probes:
         if not probe.fits:
-            yield f"probe      {probe.plan.describe()}: overflowed"
+            yield f"probe          {probe.plan.describe()}: {probe.why}"
             continue
+        peak, host = probe.peak_allocated_bytes, probe.host_peak_bytes
+        assert peak is not None, "it fits"
+        there = "" if host is None else f", {format_bytes(host)} of the host"
         which = "" if probe.plan == plan else f" with {_otherwise(probe.plan, plan)}"
-        yield (
-            f"probed peak    {format_bytes(probe.peak_allocated_bytes)}, "
-            f"{probe.tokens_per_second:,.0f} tokens/s{which}"
-        )
+        speed = f"{probe.tokens_per_second:,.0f} tokens/s"
+        yield f"probed peak    {format_bytes(peak)}{there}, {speed}{which}"
 
 
 # What holds a plan up, in words.

@@ -1,0 +1,249 @@
+"""Whatever becomes of a probe's own process is a result; and what a probe asks of the host's memory."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fitlora import known_models
+from fitlora.artifacts import Estimate
+from fitlora.device import nvml_session
+from fitlora.errors import UserError
+from fitlora.memory.estimate import Estimator, Load, estimate
+from fitlora.offload.host_memory import HostMemory, HostMemoryShort, anonymous_bytes
+from fitlora.params import check_params
+from fitlora.plan import Plan
+from fitlora.planner import probe as module
+from fitlora.planner.find import find_plan
+from fitlora.planner.probe import Prober, ProbeResult, _probe_cuda, probe
+from fitlora.planner.task import Task
+from fitlora.step.settings import StepSettings
+from fitlora.units import GIB, MIB
+from fitlora.worker import Worker
+from tests.planner.probes import stand_in
+from tests.planner.test_search import NO_HOST, hardware
+from tests.step import steps
+
+CONFIG, PLAN, LOAD = steps.config(), steps.plan(), Load.uniform(7, 60)
+SETTINGS = StepSettings.of(check_params({"lora": {"r": 4}}))
+CPU = torch.device("cpu")
+
+
+def is_there(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.fixture
+def prober(monkeypatch: pytest.MonkeyPatch) -> Prober:
+    """One for a GPU, whose process finds a stand-in for what it is to do."""
+    monkeypatch.setattr(module, "probe", stand_in)
+    card: Any = SimpleNamespace(device="cuda")
+    nothing: Any = None
+    return Prober(CONFIG.vocab_size, nothing, nothing, card)
+
+
+def test_plans_that_fit_share_a_process_and_one_that_does_not_is_its_last(prober: Prober) -> None:
+    plans: list[Any] = ["fits", "fits", "too large", "fits"]
+    with prober as prove:
+        found: list[Any] = [prove(plan) for plan in plans]
+    assert [one.fits for one in found] == [True, True, False, True]
+    first, second, third, fourth = (one.pid for one in found)
+    assert first == second == third != fourth
+    assert os.getpid() not in (first, fourth)
+    assert not any(map(is_there, (first, fourth)))
+
+
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        (signal.SIGSEGV, "its process was ended by SIGSEGV"),
+        (signal.SIGKILL, "its process was ended by SIGKILL (the kernel does that for want of host"),
+        ("hang", "its process had no end after 0.5 s"),
+        ("bug", "its process ended in AssertionError: the author's"),
+    ],
+)
+def test_a_process_that_is_lost_is_a_plan_that_does_not_fit(
+    prober: Prober, end: Any, why: str
+) -> None:
+    prober.seconds = 0.5
+    with prober as prove:
+        found = prove(end)
+        assert not found.fits
+        assert found.plan == end
+        assert found.why is not None
+        assert found.why.startswith(why)
+        assert found.tokens_per_second is None
+        after: Any = "fits"
+        assert prove(after).fits
+
+
+def test_what_is_the_users_to_mend_ends_the_search(prober: Prober) -> None:
+    plan: Any = "refusal"
+    with prober as prove, pytest.raises(UserError, match="the user's"):
+        prove(plan)
+
+
+def test_the_cpu_is_probed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(module, "Worker")
+    here = hardware(GIB, device="cpu", gpus=())
+    with Prober(CONFIG, SETTINGS, LOAD, here) as prove:
+        found = prove(PLAN)
+    expected = estimate(CONFIG, PLAN, SETTINGS, LOAD, here)
+    assert found.peak_allocated_bytes == expected.peak_allocated_bytes
+    assert found.host_peak_bytes is None
+
+
+@pytest.mark.slow
+def test_a_real_probe_finds_the_same_in_another_process() -> None:
+    """All that a probe is asked, and what it answers, goes there and comes back."""
+    question = (CONFIG, PLAN, SETTINGS, LOAD, hardware(GIB, device="cpu", gpus=()))
+    with Worker(expected=probe) as worker:
+        found = worker.call(probe, *question, seconds=120)
+    assert found.plan == PLAN
+    assert found.fits
+    assert found.peak_allocated_bytes == probe(*question).peak_allocated_bytes
+
+
+# --- the host's memory ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[HostMemory], ProbeResult]:
+    """A probe as on a GPU, for which the CPU stands."""
+    for name in ("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 7)
+
+    def run(memory: HostMemory) -> ProbeResult:
+        plan = PLAN.replace(optimizer_device="host")
+        return _probe_cuda(CONFIG, plan, SETTINGS, LOAD, [CPU], memory)
+
+    return run
+
+
+def test_what_a_probe_takes_of_the_host_is_told(
+    on_gpu: Callable[[HostMemory], ProbeResult],
+) -> None:
+    memory = HostMemory(anonymous_bytes() + GIB)
+    found = on_gpu(memory)
+    assert found.fits
+    assert found.host_peak_bytes is not None
+    assert memory.before < found.host_peak_bytes < memory.before + GIB
+    assert found.tokens_per_second is not None
+    assert found.host_room_bytes is None
+
+
+def test_more_of_the_host_than_the_budget_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: Callable[[HostMemory], ProbeResult]
+) -> None:
+    """The copies of a save are in it, which nothing else would have refused."""
+    saved, rehearse_save = [], module.rehearse_save
+
+    def save(step: Any) -> Any:
+        copies = rehearse_save(step)
+        saved.append(torch.ones(256 * MIB, dtype=torch.uint8))
+        return [*copies, *saved]
+
+    monkeypatch.setattr(module, "rehearse_save", save)
+    memory = HostMemory(anonymous_bytes() + 128 * MIB)
+    found = on_gpu(memory)
+    assert not found.fits
+    assert found.tokens_per_second is None
+    assert memory.limit_bytes is not None
+    assert found.host_peak_bytes is not None
+    assert found.host_peak_bytes > memory.limit_bytes
+    assert found.why is not None
+    assert "of the host" in found.why
+    assert found.host_room_bytes is not None
+    assert found.host_room_bytes < -100 * MIB  # for the step nothing is left
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "it overflowed: CUDA out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "it overflowed: Default"),
+        (MemoryError("the host's"), "it overflowed: the host's"),
+        (HostMemoryShort("weights needs 2 GiB"), "weights needs 2 GiB"),
+        (RuntimeError("a bug"), None),
+    ],
+)
+def test_memory_that_is_short_is_a_reason_and_other_errors_are_errors(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, why: str | None
+) -> None:
+    def fail(*question: Any) -> ProbeResult:
+        raise error
+
+    monkeypatch.setattr(module, "torch_device", lambda hardware: torch.device("cuda", 0))
+    monkeypatch.setattr(module, "limit_memory", lambda hardware, devices: None)
+    monkeypatch.setattr(module, "_probe_cuda", fail)
+    here = hardware(GIB, host_budget_bytes=64 * GIB)
+    if why is None:
+        with pytest.raises(RuntimeError, match="a bug"):
+            probe(CONFIG, PLAN, SETTINGS, LOAD, here)
+        return
+    found = probe(CONFIG, PLAN, SETTINGS, LOAD, here)
+    assert not found.fits
+    assert found.why is not None
+    assert found.why.startswith(why)
+    short = isinstance(error, HostMemoryShort)
+    assert (found.host_room_bytes is not None) is short
+    if short:
+        assert 0 < found.host_room_bytes < 64 * GIB  # what Python has is not the step's
+
+
+# --- a GPU ----------------------------------------------------------------------------------------
+
+
+class Misled(Estimator):
+    """Takes what is not recomputed for just as large as the budget."""
+
+    def __call__(self, plan: Plan) -> Estimate:
+        found = super().__call__(plan)
+        if plan.recompute_layers:
+            return found
+        return found.model_copy(update={"process_bytes": self.hardware.budget_bytes, "fits": True})
+
+
+def used_bytes() -> list[int]:
+    """Of every GPU, by whomever; asked of the driver, for which no context is needed."""
+    with nvml_session() as nvml:
+        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+        found = [nvml.nvmlDeviceGetMemoryInfo(h, version=nvml.nvmlMemory_v2) for h in handles]
+        return [memory.used for memory in found]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_search_goes_on_after_an_overflow_and_takes_nothing_of_the_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    budget, context = 6 * GIB, 700 * MIB
+    here = hardware(
+        budget, context_bytes=context, workspace_bytes=64 * MIB, host_budget_bytes=32 * GIB
+    )
+    config = known_models.config_of(known_models.SHAPES["llama-3.2-1b"])
+    params = check_params({"train": {"effective_batch_size": 8}, "plan": NO_HOST})
+    task = Task(config, params, Load.uniform(8, 2048), here)
+    monkeypatch.setattr(Task, "estimator", Misled(config, task.settings, task.load, task.hardware))
+    begun, before = torch.cuda.is_initialized(), used_bytes()
+    choice, (first, second) = find_plan(task)
+    assert torch.cuda.is_initialized() is begun
+    for after, was in zip(used_bytes(), before, strict=True):
+        assert after - was < 64 * MIB  # a context takes some hundred
+    assert not first.fits
+    assert first.why is not None
+    assert "out of memory" in first.why
+    assert second.fits
+    assert second.plan == choice.plan
+    assert second.peak_reserved_bytes is not None
+    assert second.peak_reserved_bytes <= budget - context
+    assert second.peak_allocated_bytes == pytest.approx(
+        choice.estimate.peak_allocated_bytes, rel=0.015
+    )
+    assert second.host_peak_bytes is not None
+    assert GIB // 4 < second.host_peak_bytes < 8 * GIB
