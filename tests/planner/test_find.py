@@ -296,8 +296,8 @@ def test_the_fastest_that_was_probed_is_taken_after_no_more_probes_than_allowed(
     others = [other.plan for other in measured.search.instead(measured.first)]
     assert len(others) >= MAX_PROBES
     for number, plan in enumerate(others):
-        measured.rates[plan] = (0.6 + 0.01 * number) * forecast_of(measured.first)
-    choice, probes = measured.chosen(0.5)
+        measured.rates[plan] = (0.5 + 0.01 * number) * forecast_of(measured.first)
+    choice, probes = measured.chosen(0.4)
     assert [made.plan for made in probes[1:]] == others[: MAX_PROBES - 1]
     assert choice.plan == others[MAX_PROBES - 2]
     lines = list(plan_lines(choice, 9 * GIB, probes))

@@ -66,8 +66,11 @@ def make(
 
     def estimator(plan: Plan) -> Estimate:
         pinned = guess_host_bytes(plan, shape(), tokens(plan.micro_batch_size))
-        found = estimate(plan, truth(plan), budget)
-        return found.model_copy(update={"host_pinned_bytes": pinned})
+        taken = truth(plan)
+        found = estimate(plan, taken, budget)
+        # whatever is allocated, as much is lost between blocks
+        beside = {"peak_allocated_bytes": max(1, taken - GIB), "peak_reserved_bytes": taken}
+        return found.model_copy(update={"host_pinned_bytes": pinned, **beside})
 
     start = default_plan(params, here, size, tokens, sequence_length=TOKENS)
     return Search(params, here, size, start, estimator, tokens, shape=shape())
@@ -164,7 +167,7 @@ def test_by_speed_hardly_any_other_plan_is_faster(gib: int, truth: Truth) -> Non
         return told.tokens_per_second
 
     best = max(speed(p) for p in all_plans(made) if truth(p) <= gib * GIB)
-    assert speed(plan) >= 0.95 * best
+    assert speed(plan) >= 0.99 * best
     assert len(made.seen) <= 12 + MOST_RIVALS
 
 
@@ -300,7 +303,7 @@ def test_a_stack_may_be_half_recomputed_and_half_streamed() -> None:
     )
     half = plan.replace(recompute_layers=range(LAYERS // 2), streamed_layers=())
     limit = int(0.9 * made._estimate(half).process_bytes)
-    (mixed,) = rivals._layouts(half, made.seen, limit)
+    ((mixed, _),) = rivals._layouts(half, rivals.guesses(made.seen), limit)
     assert 0 < len(mixed.streamed_layers) < LAYERS
     assert len(mixed.recompute_layers) == LAYERS // 2
 

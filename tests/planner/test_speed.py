@@ -78,9 +78,9 @@ def told(rates: Rates = H200, tokens: int | None = None, **changes: Any) -> Fore
 def test_the_shape_is_the_models() -> None:
     found = shape()
     assert (found.qkv, found.attended) == (6144, 4096)
-    assert found.weights() == 218_103_808  # of one layer's linear weights
+    assert found.weights == 218_103_808  # of one layer's linear weights
     assert found.adapters == 41_943_040  # rank 16 on all of them
-    assert shape(bits=16).layer_bytes == 2 * found.weights()
+    assert shape(bits=16).layer_bytes == 2 * found.weights
     assert not shape(bits=16).dequantized
 
 

@@ -9,9 +9,11 @@ This module imports no torch.
 """
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from fitlora.artifacts import Estimate, Hardware
@@ -27,12 +29,69 @@ _KEEPS: tuple[tuple[Kept, ...], ...] = (
     ("qkv", "attention", "middle"),
     ("attention", "middle", "mlp"),
 )
-# A plan is worth another trace, or to have more on the host, only where it promises to be this much
-# faster: about what the speed model is off by between two plans that are alike.
-WORTH = 0.01
-_ALIKE = (
+# A plan is worth another trace only where it promises to be this much faster, and an optimizer on the
+# host only for as much again: less than the speed model is off by between two plans that are alike. So
+# that is what a search may leave: up to 1% by its own forecast.
+WORTH = 0.005
+# How often a number of streamed layers is guessed again from a plan that is more alike.
+CORRECTIONS = 1
+_layout = attrgetter(
     "micro_batch_size", "micro_batches_per_pass", "recompute_keeps", "checkpoints", "embedding", "head"
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What plans take, by their difference from the most alike of those in `seen`.
+
+    tokens: tokens of the heaviest micro-batch, by its size.
+    """
+
+    shape: Shape
+    tokens: Callable[[int], int]
+    seen: Sequence[Estimate]
+    _alike: dict[tuple[Any, ...], list[Estimate]] = field(default_factory=dict)
+    _of_seen: dict[int, int] = field(default_factory=dict)  # of the device, by the estimate's id
+
+    def process_bytes(self, plan: Plan) -> int:
+        like = self._like(plan)
+        if id(like) not in self._of_seen:
+            self._of_seen[id(like)] = self._device(like.plan)
+        change = self._device(plan) - self._of_seen[id(like)]
+        # what is lost between blocks stays about the same; what is set aside is a share
+        if like.peak_reserved_bytes and like.safe_peak_bytes:
+            change = change * like.safe_peak_bytes // like.peak_reserved_bytes
+        return like.process_bytes + change
+
+    def host_bytes(self, plan: Plan) -> int:
+        like = self._like(plan)
+        return like.host_bytes + self._host(plan) - self._host(like.plan)
+
+    def _like(self, plan: Plan) -> Estimate:
+        """The estimate of the plan that is most alike."""
+        layout = _layout(plan)
+        if layout not in self._alike:
+
+            def unlike(estimate: Estimate) -> tuple[int, int]:
+                other = _layout(estimate.plan)
+                differ = sum(a != b for a, b in zip(layout, other, strict=True))
+                return differ, abs(estimate.plan.micro_batch_size - plan.micro_batch_size)
+
+            least = min(map(unlike, self.seen))
+            self._alike[layout] = [e for e in self.seen if unlike(e) == least]
+
+        def layers(estimate: Estimate) -> int:
+            other = estimate.plan
+            recomputed = abs(len(other.recompute_layers) - len(plan.recompute_layers))
+            return recomputed + abs(len(other.streamed_layers) - len(plan.streamed_layers))
+
+        return min(self._alike[layout], key=layers)
+
+    def _device(self, plan: Plan) -> int:
+        return guess_bytes(plan, self.shape, self.tokens(plan.micro_batch_size))
+
+    def _host(self, plan: Plan) -> int:
+        return guess_host_bytes(plan, self.shape, self.tokens(plan.micro_batch_size))
 
 
 @dataclass(frozen=True)
@@ -49,33 +108,33 @@ class Rivals:
     tokens: Callable[[int], int]
 
     def rate(self, plan: Plan) -> float | None:
-        """The plan's tokens per second as it is ranked; None where the machine's rates are not known.
-
-        A head or an optimizer on the host, which a forecast knows least of, has to be worth it.
-        """
+        """The plan's tokens per second as it is ranked; None where the machine's rates are not known."""
         found = self.forecast(plan)
-        moved = (plan.head == "host") + (plan.optimizer_device == "host")
-        return None if found is None else found.tokens_per_second * (1 - WORTH) ** moved
+        return None if found is None else _ranked(plan, found)
 
     def forecast(self, plan: Plan) -> Forecast | None:
         """The plan's speed; None where the machine's rates are not known."""
         return forecast(plan, self.shape, self.hardware.rates, self.tokens(plan.micro_batch_size))
 
+    def guesses(self, seen: Sequence[Estimate]) -> Guesses:
+        return Guesses(self.shape, self.tokens, seen)
+
     def fastest(self, seen: Sequence[Estimate], limit: int, above: float) -> Plan | None:
         """The best by `rate`, beyond `above`, that is not in `seen` and may fit `limit` bytes."""
         found = None
+        guesses = self.guesses(seen)
         known = {estimate.plan for estimate in seen}
-        for slower_and_slower in self._families():
-            for plan in slower_and_slower:
-                if (self.rate(plan) or 0.0) <= above:
-                    break  # as are all behind it, and what streams is no faster
-                for layout in self._layouts(plan, seen, limit):
-                    rate = self.rate(layout) or 0.0
-                    if rate > above and layout not in known and self._may_fit(layout, seen, limit):
+        for family in self._families():
+            # ever more layers recompute, and what streams is no faster
+            slow = bisect_left(family, True, key=lambda plan: (self.rate(plan) or 0.0) <= above)
+            for plan in family[:slow]:
+                for layout, rate in self._layouts(plan, guesses, limit):
+                    room = self.hardware.host_budget_bytes
+                    if rate > above and layout not in known and guesses.host_bytes(layout) <= room:
                         found, above = layout, rate
         return None if found is None else Plan.model_validate(found.model_dump())
 
-    def _families(self) -> Iterator[Iterator[Plan]]:
+    def _families(self) -> Iterator[list[Plan]]:
         """Every plan, but for streamed layers, by what else they have in common; unchecked copies.
 
         In each family ever more layers recompute. All micro-batches share a pass: nothing is faster.
@@ -84,11 +143,8 @@ class Rivals:
         counts = range(self.free.layers + 1) if self.free.recompute else (fixed,)
         keeps = _KEEPS if self.free.by_hand else _KEEPS[:1]
         for base, sides, kept in itertools.product(self.bases, self._sides, keeps):
-            yield (
-                self._recomputing(base.model_copy(update=sides), count, kept)
-                for count in counts
-                if count or not kept
-            )
+            there = base.model_copy(update=sides)
+            yield [self._recomputing(there, count, kept) for count in counts if count or not kept]
 
     def _recomputing(self, plan: Plan, count: int, kept: tuple[Kept, ...]) -> Plan:
         layout: dict[str, Any] = {
@@ -118,60 +174,44 @@ class Rivals:
             found.append({**found[-1], **more})
         return found
 
-    def _layouts(self, plan: Plan, seen: Sequence[Estimate], limit: int) -> Iterator[Plan]:
-        """The plan made to fit, with a pass for each micro-batch, or for more while a link holds up."""
+    def _layouts(self, plan: Plan, guesses: Guesses, limit: int) -> Iterator[tuple[Plan, float]]:
+        """The plan made to fit, with its rate: a pass for each micro-batch, or for more while a link
+        holds up.
+        """
         plan = plan.model_copy(update={"micro_batches_per_pass": 1})
-        while (layout := self._fitted(plan, seen, limit)) is not None:
-            yield layout
+        while (layout := self._fitted(plan, guesses, limit)) is not None:
             told, together = self.forecast(layout), plan.micro_batches_per_pass
-            waits = told is not None and told.bound in ("link", "disk")
+            if told is None:
+                return
+            yield layout, _ranked(layout, told)
+            waits = told.bound in ("link", "disk")
             if not (waits and self.free.by_hand) or together >= plan.accumulation:
                 return
             together = min(2 * together, plan.accumulation)
             plan = plan.model_copy(update={"micro_batches_per_pass": together})
 
-    def _fitted(self, plan: Plan, seen: Sequence[Estimate], limit: int) -> Plan | None:
+    def _fitted(self, plan: Plan, guesses: Guesses, limit: int) -> Plan | None:
         """The plan with as few streamed layers as make it fit, by the guess; None where none do."""
-        over = self._guess(plan, seen) - limit
+        over = guesses.process_bytes(plan) - limit
         if over <= 0:
             return plan
         free, whole = self.free, len(plan.recompute_layers) == self.free.layers
-        count = plan.streaming_slots + -(-over // self.shape.layer_bytes)
-        if not free.stream or not (whole or free.by_hand) or count > free.most_streamed:
+        if not free.stream or not (whole or free.by_hand):
             return None
-        return plan.model_copy(update={"streamed_layers": self._spread(count)})
+        count, least = plan.streaming_slots, plan.streaming_slots + 1
+        for _ in range(CORRECTIONS + 1):
+            count = max(least, count + -(-over // self.shape.layer_bytes))
+            count = min(count, free.most_streamed)
+            plan = plan.model_copy(update={"streamed_layers": self._spread(count)})
+            over = guesses.process_bytes(plan) - limit
+        return plan if over <= 0 else None
 
     def _spread(self, count: int) -> tuple[int, ...]:
         from fitlora.offload.residency import spread  # here, as torch comes with it
 
         return spread(self.free.layers, count)
 
-    def _may_fit(self, plan: Plan, seen: Sequence[Estimate], limit: int) -> bool:
-        like = self._like(plan, seen)
-        held = like.host_bytes + self._host(plan) - self._host(like.plan)
-        if held > self.hardware.host_budget_bytes:
-            return False
-        return self._guess(plan, seen) <= limit
 
-    def _guess(self, plan: Plan, seen: Sequence[Estimate]) -> int:
-        like = self._like(plan, seen)
-        # what is set aside for each byte that is allocated
-        margin = (like.process_bytes - self.hardware.context_bytes) / like.peak_allocated_bytes
-        return like.process_bytes + int(margin * (self._device(plan) - self._device(like.plan)))
-
-    def _like(self, plan: Plan, seen: Sequence[Estimate]) -> Estimate:
-        """The estimate of the plan that is most alike."""
-
-        def distance(estimate: Estimate) -> tuple[int, int]:
-            other = estimate.plan
-            layers = abs(len(other.recompute_layers) - len(plan.recompute_layers))
-            layers += abs(len(other.streamed_layers) - len(plan.streamed_layers))
-            return sum(getattr(other, name) != getattr(plan, name) for name in _ALIKE), layers
-
-        return min(seen, key=distance)
-
-    def _device(self, plan: Plan) -> int:
-        return guess_bytes(plan, self.shape, self.tokens(plan.micro_batch_size))
-
-    def _host(self, plan: Plan) -> int:
-        return guess_host_bytes(plan, self.shape, self.tokens(plan.micro_batch_size))
+def _ranked(plan: Plan, told: Forecast) -> float:
+    """Its tokens per second. An optimizer on the host has to be worth it: its rate varies the most."""
+    return told.tokens_per_second * (1 - WORTH * (plan.optimizer_device == "host"))

@@ -5,17 +5,17 @@ floating-point operations of the frozen products and of attention, and bytes tha
 adapters, norms and activations move. Beside it run the link to the host, with what travels, and the
 host itself, which launches the kernels: a pass over the layers takes the longest of the three.
 
-No constant is fitted to a step. What share of a rate a kind of work reaches was measured by itself,
-kernel by kernel; the one time taken from a step, a launch's, is that of a step that waits for nothing
-else. `benchmarks/speed_model.py` holds the model against every step that was measured, and
-benchmarks/results/speed_model.h200.json has the error of each.
+What share of a rate a kind of work reaches was measured by itself, kernel by kernel. Two figures are
+taken from steps: a launch's time, of one that waits for nothing else, and the host's rate of an update,
+of those that wait for it. `benchmarks/speed_model.py` holds the model against every step that was
+measured, and benchmarks/results/speed_model.h200.json has the error of each.
 
 Left out: the first fetch of a pass; gathering an embedding's rows on the host; that FlashAttention
 reaches more of the products' rate before Hopper; that models which autograd does take longer. This
 module imports no torch.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -43,10 +43,12 @@ STREAMING_LOSS = 0.025
 # Bytes of a logit that the loss moves: written and read by two products, and once more in between; where
 # the head comes in slices, fp32 copies, maxima and sums as well.
 LOSS_BYTES, SLICED_LOSS_BYTES = 8, 44
-# Bytes of an adapter's weight that AdamW reads and writes, and a host's rate for them: a desktop's
-# memory with two channels; not measured here.
+# Bytes of an adapter's weight that AdamW reads and writes, and a host's rate for them. That is a small
+# share of its memory's: gradients are taken in, their norms found, and operators go over them one after
+# another. What steps waited for and the forward that hid the rest come to 8 to 15 ns a weight (the plans
+# with the optimizer there of benchmarks/results/planner_regret.h200.json).
 OPTIMIZER_BYTES = 28
-HOST_BYTES_PER_SECOND = 20e9
+HOST_BYTES_PER_SECOND = 3e9
 
 # The parts of a layer, by what they make: what it may keep, and its output.
 Part = Literal["qkv", "attention", "middle", "mlp", "down"]
@@ -129,14 +131,15 @@ class Shape:
         dropped = sum(part in self.products for part in parts) if self.dropout else 0
         return dropped + sum(LAUNCHES[part] for part in parts)
 
+    @cached_property
     def weights(self) -> int:
         """Frozen weights of one layer."""
         return sum(inputs * outputs for inputs, outputs in self.products.values())
 
-    @property
+    @cached_property
     def layer_bytes(self) -> int:
         """Of one layer's frozen weights, as they are stored and travel."""
-        return int(self.weights() * self.weight_bytes)
+        return int(self.weights * self.weight_bytes)
 
     @property
     def table_bytes(self) -> int:
@@ -368,7 +371,7 @@ def _pass(plan: Plan, shape: Shape, rates: Rates, count: int, tokens: int) -> _P
 def _link_seconds(plan: Plan, shape: Shape, tokens: int, up: int, down: int) -> list[float]:
     """Of what travels beside forward, backward and loss. tokens: of all that share the pass."""
     end = plan.lowest_learning
-    counts = len(plan.streamed_layers), sum(layer >= end for layer in plan.streamed_layers)
+    counts = len(plan.streamed_layers), _above(end, plan.streamed_layers)
     # at the turns of a pass, as many as there are slots are there already
     first, again = (max(0, n - plan.streaming_slots) * shape.layer_bytes for n in counts)
     inputs = 2 * tokens * shape.hidden
@@ -394,8 +397,12 @@ def _optimizer_seconds(plan: Plan, shape: Shape, rates: Rates, forward: float) -
 
 def _recomputed(plan: Plan) -> int:
     """Layers that recompute and have a backward."""
-    end = plan.lowest_learning
-    return sum(layer >= end for layer in plan.recompute_layers)
+    return _above(plan.lowest_learning, plan.recompute_layers)
+
+
+def _above(end: int, layers: Sequence[int]) -> int:
+    """How many of `layers` are not below `end`."""
+    return sum(layer >= end for layer in layers) if end else len(layers)
 
 
 def _learning(plan: Plan, shape: Shape) -> int:
