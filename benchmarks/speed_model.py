@@ -6,7 +6,8 @@ It needs no GPU: plans and tokens per second are those of the result files of a 
 what the hardware profile measured on it (`three_ways`). `error` is the forecast's share of what was
 measured, less one. Rows of an earlier step, which launched more (`measured_commit` is null or an older
 one), are held against what the step does today. The time of a launch was taken from one row,
-micro-batch 1 of step_speed with nothing recomputed, whose error therefore tells nothing.
+micro-batch 1 of step_speed with nothing recomputed, and the host's rate of an update from those of
+planner_regret that have the optimizer there; their errors tell nothing of these two.
 
 What the planner asks of the model is an order: `regret` is what it loses at each budget by taking the
 plan of step_speed's that is forecast to be the fastest, of those whose process stays within the budget.
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, shape_config, write_result
+from benchmarks.planner_regret import GRID, Task, grid_plan
 from benchmarks.step_speed import BUDGETS_GIB
 from fitlora.artifacts import Hardware
 from fitlora.offload.residency import spread
@@ -129,12 +131,24 @@ def pipeline(content: Content) -> Iterator[Measured]:
     yield {**content["rows"][0], "dropout": True}, alone, measured
 
 
+def planner_regret(content: Content) -> Iterator[Measured]:
+    """The grid's plans, with all micro-batches of a step and its optimizer."""
+    rows = {row["key"]: row for row in content["plans"] if "tokens_per_second" in row}
+    for key, layouts in GRID.items():
+        for layout in layouts:
+            plan = grid_plan(key, layout, "cuda")
+            row = rows.get(Task(key[0], plan).key)
+            if row is not None:
+                yield row, plan, row["tokens_per_second"]
+
+
 SOURCES: dict[str, Callable[[Content], Iterator[Measured]]] = {
     "step_speed": step_speed,
     "precision_and_freezing": precision_and_freezing,
     "offload": offload,
     "three_ways": three_ways,
     "pipeline": pipeline,
+    "planner_regret": planner_regret,
 }
 
 

@@ -12,7 +12,7 @@ from fitlora.errors import UserError
 from fitlora.params import check_params
 from fitlora.plan import Plan
 from fitlora.planner.chain import segments
-from fitlora.planner.rivals import Rivals
+from fitlora.planner.rivals import Guesses, Rivals
 from fitlora.planner.search import (
     LOSS_CHUNK_BYTES,
     MOST_RIVALS,
@@ -293,6 +293,54 @@ def test_the_smallest_plan_with_the_host_and_without() -> None:
     assert but_the_head == moved.replace(head="device")
     large = replace(made.model, table_bytes=2 * LOSS_CHUNK_BYTES + 1)
     assert smallest_plans(made.params, large, made.start, host=True) == [moved]
+
+
+def test_what_a_small_plan_loses_between_blocks_is_no_share_of_a_large_one() -> None:
+    """Of 1 GiB that is allocated another half is lost; of 1.5 that are reserved 2% are set aside."""
+    made = make(Truth(), 12)
+    small = smallest_plans(made.params, made.model, made.start, host=True)[0]
+    reserved = 3 * GIB // 2
+    known = estimate(small, int(1.02 * reserved), 12 * GIB).model_copy(
+        update={
+            "peak_allocated_bytes": GIB,
+            "peak_reserved_bytes": reserved,
+            "safe_peak_bytes": int(1.02 * reserved),
+        }
+    )
+    large = small.replace(streamed_layers=(), recompute_layers=())
+    more = guess_bytes(large, shape(), TOKENS) - guess_bytes(small, shape(), TOKENS)
+    assert more > 4 * GIB
+    found = Guesses(shape(), made.tokens, [known]).process_bytes(large)
+    assert found == pytest.approx(known.process_bytes + 1.02 * more, rel=1e-6)
+
+
+def test_a_guess_is_of_the_most_alike() -> None:
+    made = make(Truth(), 12)
+    (here,) = smallest_plans(made.params, made.model, made.start, host=False)
+    known = {
+        name: estimate(plan, taken * GIB, 12 * GIB)
+        for taken, (name, plan) in enumerate(
+            {
+                "one sequence": here,
+                "two": here.replace(micro_batch_size=2),
+                "two, on the host": here.replace(micro_batch_size=2, checkpoints="host"),
+                "two, fewer layers": here.replace(micro_batch_size=2, recompute_layers=range(9)),
+            }.items(),
+            start=5,
+        )
+    }
+    guesses = Guesses(shape(), made.tokens, list(known.values()))
+    for plan, name in (
+        (here.replace(micro_batch_size=4), "two"),
+        (here.replace(micro_batch_size=4, recompute_layers=range(12)), "two, fewer layers"),
+        (here.replace(micro_batch_size=2, checkpoints="host"), "two, on the host"),
+        (here.replace(recompute_layers=range(9)), "one sequence"),
+    ):
+        like = known[name]
+        change, before = (
+            guess_bytes(p, shape(), made.tokens(p.micro_batch_size)) for p in (plan, like.plan)
+        )
+        assert guesses.process_bytes(plan) == like.process_bytes + change - before, name
 
 
 def test_a_stack_may_be_half_recomputed_and_half_streamed() -> None:
