@@ -197,6 +197,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             load_for(args, micro_batch),
             hardware,
         )
+        assert probed.fits, probed.why
         give_back_memory()
         trained = train_case(args, micro_batch, recompute, hardware)
         measured = trained["measured_peak_bytes"]

@@ -28,6 +28,8 @@ from fitlora.errors import UserError
 
 Result = TypeVar("Result")
 
+END_SECONDS = 60.0  # pinned memory goes back slowly; what a driver holds fast never ends
+
 
 class Lost(Exception):
     """A call's process has ended without its result; the text says how, to follow on "it"."""
@@ -83,7 +85,8 @@ class Worker:
     def close(self) -> None:
         """Ends the process, whatever it does."""
         self._process.kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
         self._pipe.close()
 
     def _how_it_ended(self) -> str:

@@ -391,6 +391,14 @@ def test_what_is_told_of_the_host_is_what_a_step_has_there(changes: dict[str, An
     assert found.host_copies_bytes == sum(map(tensor_bytes, rehearsed))
 
 
+def test_a_rehearsal_has_its_update_whatever_the_gradients_are() -> None:
+    step = build_step(CONFIG, steps.plan(), SETTINGS, RandomWeights(torch.device("cpu")))
+    with torch.no_grad():
+        next(iter(step.adapters.values())).fill_(float("nan"))
+    rehearse(step, LOAD)
+    assert all(step.states_of([parameter]) for parameter in step.learning.values())
+
+
 def test_states_on_the_host_count_against_its_budget() -> None:
     plan = steps.plan(device="cuda", optimizer_device="host")
     needed = Estimator(CONFIG, SETTINGS, LOAD, hardware(device="cuda"))(plan).host_bytes

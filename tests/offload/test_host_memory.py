@@ -2,12 +2,13 @@
 
 import gc
 import threading
+import time
 
 import pytest
 import torch
 
 from fitlora.errors import UserError
-from fitlora.offload.host_memory import HostMemory, anonymous_bytes
+from fitlora.offload.host_memory import HostMemory, HostPeak, anonymous_bytes
 from fitlora.offload.transport import ALIGNMENT, HostTransport, aligned, view_as
 
 CPU = torch.device("cpu")
@@ -19,6 +20,17 @@ def test_anonymous_memory_is_what_the_kernel_counts() -> None:
     kept = torch.ones(64 * MIB, dtype=torch.uint8)
     grown = anonymous_bytes() - before
     assert kept.numel() - MIB <= grown <= kept.numel() + 8 * MIB
+
+
+def test_a_peak_that_is_over_by_the_end_is_seen() -> None:
+    """Of memory that was there before, and of what came and went."""
+    before = anonymous_bytes()
+    with HostPeak() as peak:
+        kept = torch.ones(256 * MIB, dtype=torch.uint8)
+        time.sleep(10 * HostPeak.SECONDS)
+        del kept
+    assert peak.bytes - before > 250 * MIB
+    assert anonymous_bytes() - before < 100 * MIB
 
 
 def test_promised_pages_count_like_touched_ones() -> None:
