@@ -331,9 +331,11 @@ def timed_steps(
     peaks = {
         "peak_allocated_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+        "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"] if cuda else None,
     }
     return {
         "step_seconds": typical(seconds),
+        "all_step_seconds": seconds,
         "phases": [asdict(part) for part in parts],
         **peaks,
     }
@@ -453,6 +455,7 @@ def measure(
         torch._C._cuda_clearCublasWorkspaces()
         give_back_memory()
         torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_accumulated_memory_stats(device)
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # as with a budget
         torch.cuda.set_per_process_memory_fraction(1.0)
     if hardware is not None:
@@ -565,7 +568,7 @@ def make_row(
     row = {key: value for key, value in asdict(case).items() if key not in _NOT_IN_ROWS}
     tokens, speed = case.tokens, "tokens_per_second"
     row |= dict.fromkeys((speed, f"resident_{speed}", f"floor_{speed}", "share_of_floor"))
-    row |= {key: value for key, value in found.items() if key != "phases"}
+    row |= found
     row |= {key: value for key, value in planned.items() if key != "plan"}
     row |= {"budget_bytes": int(case.budget_gib * GIB), "context_bytes": hardware.context_bytes}
     if "plan" in planned:
@@ -583,6 +586,7 @@ def make_row(
         row["resident_error"] = resident["error"]
     elif resident:
         row[f"resident_{speed}"] = tokens / resident["step_seconds"]
+        row["resident_phases"] = resident["phases"]
     if "phases" in found:
         row[speed] = tokens / found["step_seconds"]
         moved = [Part(**part) for part in found["phases"]]

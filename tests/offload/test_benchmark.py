@@ -98,7 +98,9 @@ def test_a_row_says_what_was_asked_and_what_came_out() -> None:
     assert row["uploaded_bytes"] == 15
     assert (row["streamed_layers"], row["head"], row["plan"]) == (2, "host", plan.fingerprint())
     assert row["budget_bytes"] == 3 * GIB
-    assert not {"warm_steps", "seconds", "phases"} & set(row)
+    assert not {"warm_steps", "seconds"} & set(row)
+    assert row["phases"] == found["phases"]
+    assert row["resident_phases"] == resident["phases"]
     assert "missed" in offload.line(row)
     throttled = replace(case, throttle_gb_per_second=12)
     without = offload.make_row(throttled, planned, {}, {"error": "out of memory"}, card)

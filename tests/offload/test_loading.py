@@ -65,6 +65,17 @@ def test_noise_is_that_of_a_resident_model(bits: int) -> None:
     assert_same_weights(model, residency, resident(config, RandomWeights(CPU), bits))
 
 
+def test_noise_for_the_host_is_never_whole_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fitlora.step.weights.NOISE_PART", 1000)
+    like = torch.empty(30, 100, device="meta")
+    place = torch.empty(30, 100)
+    placed = PlacedWeights(RandomWeights(CPU), {id(like): place}, HostTransport(CPU))
+    with MemoryTrace() as trace:
+        placed.frozen("model.weight", like)
+    assert trace.peak.bytes <= 2 * 4096  # one part, and the next
+    assert torch.equal(place, RandomWeights(CPU).frozen("model.weight", like))
+
+
 @pytest.mark.parametrize("family", ["llama", "llama_odd", "qwen2", "phi3"])
 def test_a_quantized_checkpoint_is_read_into_place(tmp_path: Path, family: str) -> None:
     make_checkpoint(tmp_path / "model", family)

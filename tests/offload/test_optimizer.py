@@ -208,6 +208,25 @@ def test_what_the_user_writes_to_a_parameter_counts(dtype: torch.dtype) -> None:
     assert torch.equal(params[1].detach(), torch.full_like(params[1], 3.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_of_views_is_no_change_of_the_users(dtype: torch.dtype) -> None:
+    """Views of one buffer have one version, so an update of any changes that of all."""
+    flat = torch.randn(60, generator=torch.Generator().manual_seed(0)).to(dtype)
+    params = [nn.Parameter(part.view(4, 5)) for part in flat.split(20)]
+    transport = HostTransport(CPU)
+    optimizer = CPUOffloadOptimizer(torch.optim.AdamW(params), transport=transport)
+    came_down = []
+    for step in range(3):
+        before = transport.downloaded_bytes
+        train(params, optimizer, range(step, step + 1))
+        came_down.append(transport.downloaded_bytes - before)
+    gradients = flat.numel() * flat.element_size()
+    assert came_down == [2 * gradients, gradients, gradients * 2 // 3]  # the first brings masters
+    with torch.no_grad():
+        params[1].fill_(3.0)
+    assert torch.equal(optimizer.master(params[1]), torch.full((4, 5), 3.0))
+
+
 def test_an_existing_state_moves_along() -> None:
     expected_params = parameters()
     expected = train(expected_params, OPTIMIZERS["adamw"](expected_params), range(5))

@@ -3,7 +3,8 @@
 `PlacedWeights` stands between a skeleton and its source of weights. Tensors that have a place on the
 host are written there, and the skeleton keeps a tensor on meta; the others pass as they are. A
 checkpoint's bytes are read straight into their place, by several threads, once all are known; noise is
-made one tensor at a time in the order that a resident model asks for it, so that both get the same.
+drawn in the order that a resident model asks for it, so that both get the same, and passes through the
+device in parts.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fitlora.offload.transport import Transport, copy, outline, tensor_bytes
 from fitlora.progress import progress
-from fitlora.step.weights import CheckpointWeights, Source
+from fitlora.step.weights import CheckpointWeights, RandomWeights, Source
 
 READERS = 8  # threads; one reads 1 to 3 GB/s from a warm page cache
 
@@ -78,12 +79,13 @@ class PlacedWeights:
         self._transport.pin()
 
     def _write(self, name: str, like: Tensor, place: Tensor) -> None:
-        if self._checkpoint is None:
-            noise = self._weights.frozen(name, like)  # drawn in turn, wherever it goes
-            if self._transport.fills(place):
-                copy(place, noise)
-            return
-        if not self._transport.fills(place):
+        fills = self._transport.fills(place)
+        if isinstance(self._weights, RandomWeights):
+            for where, noise in self._weights.parts(name, like):  # drawn in turn, wherever it goes
+                if fills:
+                    with self._transport.hidden():
+                        copy(place.view(-1)[where], noise)
+        if self._checkpoint is None or not fills:
             return
         module, _, leaf = name.rpartition(".")
         stored = f"{module}.weight.{leaf}" if leaf in ("absmax", "nested_absmax") else name

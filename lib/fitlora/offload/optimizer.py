@@ -458,6 +458,9 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         return last
 
     def _end_step(self) -> None:
+        # parameters that are views of one buffer have one version: each that went up changed all
+        for one in self._masters.values():
+            one.version = one.parameter._version
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             outer.update({key: value for key, value in inner.items() if key != "params"})
         self._count_state()
@@ -466,9 +469,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         if self.transport.computes and one.up.dtype != torch.float32:
             with self.transport.hidden():
                 one.up.copy_(one.master)
-        mark = self.transport.upload(one.parameter.detach(), one.up, device)
-        one.version = one.parameter._version
-        return mark
+        return self.transport.upload(one.parameter.detach(), one.up, device)
 
     def _buckets(self) -> Iterator[list[_Master]]:
         bucket: list[_Master] = []

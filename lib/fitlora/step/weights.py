@@ -7,7 +7,7 @@ estimate, a probe and a training run is this source and nothing else.
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,9 @@ from fitlora.quantization.layout import (
     nested_code,
     read_state,
 )
+
+# Elements of noise that are drawn at one time: what is for the host is never whole on the device.
+NOISE_PART = 2**24
 
 
 class Source(Protocol):
@@ -88,15 +91,31 @@ class RandomWeights:
 
     def frozen(self, name: str, like: Tensor) -> Tensor:
         out = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        if out.dtype == torch.uint8:
-            return out.random_(0, 256, generator=self._generator)
-        if name.endswith("absmax"):
-            return out.fill_(0.02)
-        if name.endswith("nested_offset"):
-            return out.fill_(0.04)
-        if out.dim() < 2:
-            return out.fill_(1.0)
-        return out.normal_(0.0, 0.02, generator=self._generator)
+        for part in out.view(-1).split(NOISE_PART):
+            self._draw(name, like, part)
+        return out
+
+    def parts(self, name: str, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """What `frozen` gives, flat, a part of it at a time: which elements, and they on the device."""
+        for start in range(0, like.numel(), NOISE_PART):
+            part = torch.empty(
+                min(NOISE_PART, like.numel() - start), dtype=like.dtype, device=self.device
+            )
+            self._draw(name, like, part)
+            yield slice(start, start + len(part)), part
+
+    def _draw(self, name: str, like: Tensor, part: Tensor) -> None:
+        """Fills a part, (elements,), of the tensor of this name that is like `like`."""
+        if part.dtype == torch.uint8:
+            part.random_(0, 256, generator=self._generator)
+        elif name.endswith("absmax"):
+            part.fill_(0.02)
+        elif name.endswith("nested_offset"):
+            part.fill_(0.04)
+        elif like.dim() < 2:
+            part.fill_(1.0)
+        else:
+            part.normal_(0.0, 0.02, generator=self._generator)
 
     def adapter(self, name: str, like: Tensor) -> Tensor:
         return start_adapter(name, like, seed=0).to(self.device)
