@@ -32,7 +32,14 @@ END_SECONDS = 60.0  # pinned memory goes back slowly; what a driver holds fast n
 
 
 class Lost(Exception):
-    """A call's process has ended without its result; the text says how, to follow on "it"."""
+    """A call's process has ended without its result; the text says how, to follow on "it".
+
+    by: the signal that ended it, where one did that was not ours.
+    """
+
+    def __init__(self, how: str, by: signal.Signals | None = None) -> None:
+        super().__init__(how)
+        self.by = by
 
 
 class Worker:
@@ -73,7 +80,7 @@ class Worker:
                 raise Lost(f"had no end after {seconds:g} s")
             outcome, content = self._pipe.recv()
         except (EOFError, OSError):
-            raise Lost(self._how_it_ended()) from None
+            raise self._how_it_ended() from None
         if outcome == "refused":
             raise UserError(content)
         if outcome == "failed":
@@ -89,13 +96,13 @@ class Worker:
             self._process.wait(END_SECONDS)
         self._pipe.close()
 
-    def _how_it_ended(self) -> str:
+    def _how_it_ended(self) -> Lost:
         status = self._process.wait()
         if status >= 0:
-            return f"ended with status {status}; its own error is above"
-        name = signal.Signals(-status).name
-        short = " (the kernel does that for want of host memory)" if name == "SIGKILL" else ""
-        return f"was ended by {name}{short}"
+            return Lost(f"ended with status {status}; its own error is above")
+        by = signal.Signals(-status)
+        short = " (the kernel does that for want of host memory)" if by == signal.SIGKILL else ""
+        return Lost(f"was ended by {by.name}{short}", by)
 
 
 def serve(pipe: Connection) -> None:

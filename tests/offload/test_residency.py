@@ -169,7 +169,7 @@ def test_an_estimate_sees_the_slots_and_not_the_host() -> None:
 
 def test_host_memory_is_refused_with_figures() -> None:
     stack = make_stack(LAYERS)
-    before = HostMemory().before
+    before = HostMemory()._before
     memory = HostMemory(before + 2048)
     with pytest.raises(UserError, match=r"streamed weights needs .* hardware.host_memory_budget"):
         Residency(stack, range(LAYERS), HostTransport(torch.device("cpu"), memory))

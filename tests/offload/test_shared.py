@@ -81,7 +81,7 @@ def test_each_buffer_is_filled_by_one_and_takes_memory_once() -> None:
 
 def test_what_processes_share_counts_in_parts_against_their_budgets() -> None:
     alone = HostMemory()
-    room = alone.before + 3 * MIB
+    room = alone._before + 3 * MIB
     made = transports(2, limit=room)
     for transport in made:
         transport.reserve(5 * MIB, "weights", alike=True)

@@ -208,13 +208,16 @@ def test_what_the_host_lacks_the_next_plan_does_not_take() -> None:
     choices = _in_turn(asked, search, probes)
     first = next(choices)
     assert not first.plan.disk_layers
-    room = first.estimate.host_bytes - 1
-    probes.append(ProbeResult(first.plan, False, host_room_bytes=room))
+    over = first.estimate.host_bytes // 8
+    probes.append(ProbeResult(first.plan, False, host_over_bytes=over))
     second = next(choices)
-    assert 0 < second.estimate.host_bytes <= room
+    assert 0 < second.estimate.host_bytes < first.estimate.host_bytes - over
     assert second.estimate.process_bytes <= 4 * GIB
     assert second.plan.disk_layers
-    probes.append(ProbeResult(second.plan, False, host_room_bytes=-1))
+    probes.append(ProbeResult(second.plan, False, host_over_bytes=0))
+    third = next(choices)
+    assert third.estimate.host_bytes < second.estimate.host_bytes
+    probes.append(ProbeResult(third.plan, False, host_over_bytes=64 * GIB))
     assert list(choices) == []
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from fitlora.device import gpu_uuid, nvml_session
 from fitlora.errors import UserError
 from fitlora.machine import visible_gpus
 from fitlora.memory.estimate import Estimator, Load, estimate
-from fitlora.offload.host_memory import HostMemory, HostMemoryShort, anonymous_bytes
+from fitlora.offload.host_memory import HostMemoryShort, anonymous_bytes
 from fitlora.params import check_params
 from fitlora.plan import Plan
 from fitlora.planner import probe as module
@@ -60,25 +61,21 @@ def test_plans_that_fit_share_a_process_and_one_that_does_not_is_its_last(prober
 
 
 @pytest.mark.parametrize(
-    ("end", "why"),
+    ("end", "why", "over"),
     [
-        (signal.SIGSEGV, "its process was ended by SIGSEGV"),
-        (signal.SIGKILL, "its process was ended by SIGKILL (the kernel does that for want of host"),
-        ("hang", "its process had no end after 0.5 s"),
-        ("bug", "its process ended in AssertionError: the author's"),
+        (signal.SIGSEGV, "was ended by SIGSEGV", None),
+        (signal.SIGKILL, "was ended by SIGKILL (the kernel does that for want of host memory)", 0),
+        ("hang", "had no end after 0.5 s", None),
+        ("bug", "ended in AssertionError: the author's", None),
     ],
 )
 def test_a_process_that_is_lost_is_a_plan_that_does_not_fit(
-    prober: Prober, end: Any, why: str
+    prober: Prober, end: Any, why: str, over: int | None
 ) -> None:
     prober.seconds = 0.5
     with prober as prove:
         found = prove(end)
-        assert not found.fits
-        assert found.plan == end
-        assert found.why is not None
-        assert found.why.startswith(why)
-        assert found.tokens_per_second is None
+        assert found == ProbeResult(end, False, why=f"its process {why}", host_over_bytes=over)
         after: Any = "fits"
         assert prove(after).fits
 
@@ -114,67 +111,57 @@ def test_a_real_probe_finds_the_same_in_another_process() -> None:
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[HostMemory], ProbeResult]:
-    """A probe as on a GPU, for which the CPU stands."""
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], ProbeResult]:
+    """A probe with a budget of the host, as on a GPU, for which the CPU stands."""
     for name in ("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 7)
-
-    def run(memory: HostMemory) -> ProbeResult:
-        plan = PLAN.replace(optimizer_device="host")
-        return _probe_cuda(CONFIG, plan, SETTINGS, LOAD, [CPU], memory)
-
-    return run
+    plan = PLAN.replace(optimizer_device="host")
+    return partial(_probe_cuda, CONFIG, plan, SETTINGS, LOAD, [CPU])
 
 
-def test_what_a_probe_takes_of_the_host_is_told(
-    on_gpu: Callable[[HostMemory], ProbeResult],
-) -> None:
-    memory = HostMemory(anonymous_bytes() + GIB)
-    found = on_gpu(memory)
+def test_what_a_probe_takes_of_the_host_is_told(on_gpu: Callable[[int], ProbeResult]) -> None:
+    before = anonymous_bytes()
+    found = on_gpu(before + GIB)
     assert found.fits
     assert found.host_peak_bytes is not None
-    assert memory.before < found.host_peak_bytes < memory.before + GIB
+    assert before < found.host_peak_bytes < before + GIB
     assert found.tokens_per_second is not None
-    assert found.host_room_bytes is None
+    assert found.host_over_bytes is None
 
 
 def test_more_of_the_host_than_the_budget_does_not_fit(
-    monkeypatch: pytest.MonkeyPatch, on_gpu: Callable[[HostMemory], ProbeResult]
+    monkeypatch: pytest.MonkeyPatch, on_gpu: Callable[[int], ProbeResult]
 ) -> None:
     """The copies of a save are in it, which nothing else would have refused."""
-    saved, rehearse_save = [], module.rehearse_save
+    held, rehearse_save = [], module.rehearse_save
 
     def save(step: Any) -> Any:
-        copies = rehearse_save(step)
-        saved.append(torch.ones(256 * MIB, dtype=torch.uint8))
-        return [*copies, *saved]
+        held.append(torch.ones(256 * MIB, dtype=torch.uint8))
+        return rehearse_save(step)
 
     monkeypatch.setattr(module, "rehearse_save", save)
-    memory = HostMemory(anonymous_bytes() + 128 * MIB)
-    found = on_gpu(memory)
+    budget = anonymous_bytes() + 128 * MIB
+    found = on_gpu(budget)
     assert not found.fits
     assert found.tokens_per_second is None
-    assert memory.limit_bytes is not None
     assert found.host_peak_bytes is not None
-    assert found.host_peak_bytes > memory.limit_bytes
+    assert found.host_over_bytes == found.host_peak_bytes - budget > 100 * MIB
     assert found.why is not None
     assert "of the host" in found.why
-    assert found.host_room_bytes is not None
-    assert found.host_room_bytes < -100 * MIB  # for the step nothing is left
 
 
 @pytest.mark.parametrize(
-    ("error", "why"),
+    ("error", "why", "over"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "it overflowed: CUDA out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "it overflowed: Default"),
-        (MemoryError("the host's"), "it overflowed: the host's"),
-        (HostMemoryShort("weights needs 2 GiB"), "weights needs 2 GiB"),
-        (RuntimeError("a bug"), None),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "it overflowed: CUDA out of", None),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "it overflowed: Defa", None),
+        (MemoryError(), "the host is out of memory", 0),
+        (HostMemoryShort("weights needs 2 GiB"), "weights needs 2 GiB", 0),
+        (RuntimeError("a bug"), None, None),
     ],
 )
 def test_memory_that_is_short_is_a_reason_and_other_errors_are_errors(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, why: str | None
+    monkeypatch: pytest.MonkeyPatch, error: Exception, why: str | None, over: int | None
 ) -> None:
     def fail(*question: Any) -> ProbeResult:
         raise error
@@ -182,19 +169,15 @@ def test_memory_that_is_short_is_a_reason_and_other_errors_are_errors(
     monkeypatch.setattr(module, "torch_device", lambda hardware: torch.device("cuda", 0))
     monkeypatch.setattr(module, "limit_memory", lambda hardware, devices: None)
     monkeypatch.setattr(module, "_probe_cuda", fail)
-    here = hardware(GIB, host_budget_bytes=64 * GIB)
     if why is None:
         with pytest.raises(RuntimeError, match="a bug"):
-            probe(CONFIG, PLAN, SETTINGS, LOAD, here)
+            probe(CONFIG, PLAN, SETTINGS, LOAD, hardware())
         return
-    found = probe(CONFIG, PLAN, SETTINGS, LOAD, here)
+    found = probe(CONFIG, PLAN, SETTINGS, LOAD, hardware())
     assert not found.fits
     assert found.why is not None
     assert found.why.startswith(why)
-    short = isinstance(error, HostMemoryShort)
-    assert (found.host_room_bytes is not None) is short
-    if short:
-        assert 0 < found.host_room_bytes < 64 * GIB  # what Python has is not the step's
+    assert found.host_over_bytes == over
 
 
 # --- a GPU ----------------------------------------------------------------------------------------

@@ -76,13 +76,13 @@ class HostMemoryShort(UserError):
 class HostMemory:
     """What is taken of the host's memory, by purpose.
 
-    limit_bytes: the most that this process may have, with what it had `before`; None for no limit.
+    limit_bytes: the most that this process may have, with what it had before; None for no limit.
     """
 
     def __init__(self, limit_bytes: int | None = None) -> None:
         self.limit_bytes = limit_bytes
         self.taken: dict[str, int] = {}
-        self.before = anonymous_bytes()
+        self._before = anonymous_bytes()
         self._lock = threading.Lock()
 
     @property
@@ -93,7 +93,7 @@ class HostMemory:
     def take(self, count: int, purpose: str) -> None:
         """Counts `count` bytes; raises HostMemoryShort where they are more than is left."""
         with self._lock:
-            used = max(anonymous_bytes(), self.before + self.bytes)
+            used = max(anonymous_bytes(), self._before + self.bytes)
             if self.limit_bytes is not None and used + count > self.limit_bytes:
                 raise HostMemoryShort(
                     f"{purpose} needs {format_bytes(count)} of host memory, and of the "

@@ -15,7 +15,7 @@ from fitlora.errors import UserError
 from fitlora.plan import Plan
 from fitlora.planner.probe import Prober, ProbeResult
 from fitlora.planner.refusal import refused
-from fitlora.planner.search import Choice, NothingFits, Search, default_plan
+from fitlora.planner.search import STEP_BACK, Choice, NothingFits, Search, default_plan
 from fitlora.planner.several import can_spread, spread_forecast, spread_layers, ways
 from fitlora.planner.task import Task
 from fitlora.units import format_bytes
@@ -66,10 +66,11 @@ def _in_turn(task: Task, search: Search, probes: Sequence[ProbeResult]) -> Itera
     spreads = can_spread(task.params, search.hardware, task.size)
     for choice in _either_way(search) if spreads else search.fitting():
         yield choice
-        room = probes[-1].host_room_bytes
-        if room is not None:
+        over = probes[-1].host_over_bytes
+        if over is not None:
+            less = search.with_host(int(choice.estimate.host_bytes * (1 - STEP_BACK)) - over)
             with suppress(NothingFits):  # what the probes found tells more
-                yield from _in_turn(task, search.with_host(room), probes)
+                yield from _in_turn(task, less, probes)
             return
 
 

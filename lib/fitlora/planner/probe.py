@@ -13,6 +13,7 @@ the caller's own process does it, in the milliseconds that a small model takes.
 """
 
 import json
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -53,8 +54,7 @@ class ProbeResult:
 
     step_seconds: of an effective batch, as far as one device has it, of its heaviest micro-batches.
     host_peak_bytes: of the host's memory, pinned or not, with what the process had before; files aside.
-    why: it does not fit. host_room_bytes: where that is for the host's memory, what its budget leaves to
-    the step.
+    why: it does not fit. host_over_bytes: where that is for the host's memory, by how much at least.
     """
 
     plan: Plan
@@ -65,7 +65,7 @@ class ProbeResult:
     tokens_per_second: float | None = None
     host_peak_bytes: int | None = None
     why: str | None = None
-    host_room_bytes: int | None = None
+    host_over_bytes: int | None = None
 
 
 @dataclass
@@ -100,7 +100,8 @@ class Prober:
         try:
             found = self._worker.call(probe, *question, seconds=self.seconds)
         except Lost as error:
-            found = ProbeResult(plan, False, why=f"its process {error}")
+            over = 0 if error.by == signal.SIGKILL else None
+            found = ProbeResult(plan, False, why=f"its process {error}", host_over_bytes=over)
         if not found.fits:
             self._end()
         return found
@@ -133,13 +134,12 @@ def probe(
         # once more without the trace, which takes longer than a small model's operators
         seconds, tokens = time_step(build_step(config, plan, settings, RandomWeights(device)), load)
         return ProbeResult(plan, True, peak, None, seconds, tokens / seconds)
-    memory = HostMemory(hardware.host_budget_bytes)
     try:
-        return _probe_cuda(config, plan, settings, load, devices, memory)
-    except HostMemoryShort as error:
-        room = hardware.host_budget_bytes - memory.before
-        return ProbeResult(plan, False, why=str(error), host_room_bytes=room)
-    except (RuntimeError, MemoryError) as error:
+        return _probe_cuda(config, plan, settings, load, devices, hardware.host_budget_bytes)
+    except (HostMemoryShort, MemoryError) as error:
+        why = str(error) or "the host is out of memory"
+        return ProbeResult(plan, False, why=why, host_over_bytes=0)
+    except RuntimeError as error:
         if not is_overflow(error):
             raise
         return ProbeResult(plan, False, why=f"it overflowed: {error}".splitlines()[0])
@@ -151,14 +151,13 @@ def _probe_cuda(
     settings: StepSettings,
     load: Load,
     devices: Sequence[torch.device],
-    memory: HostMemory,
+    host_budget_bytes: int,
 ) -> ProbeResult:
-    """memory: with the host's budget."""
     give_back_memory()
     for each in devices:
         torch.cuda.reset_peak_memory_stats(each)
     with HostPeak() as host:
-        transport = make_transport(devices[0], memory)
+        transport = make_transport(devices[0], HostMemory(host_budget_bytes))
         step = build_step(config, plan, settings, RandomWeights(devices[0]), transport)
         rehearse(step, load)
         saved = rehearse_save(step)
@@ -166,11 +165,11 @@ def _probe_cuda(
     allocated = max(map(torch.cuda.max_memory_allocated, devices))
     reserved = max(map(torch.cuda.max_memory_reserved, devices))
     found = ProbeResult(plan, True, allocated, reserved, host_peak_bytes=host.bytes)
-    budget = memory.limit_bytes
-    if budget is not None and host.bytes > budget:
-        why = f"it took {format_bytes(host.bytes)} of the host, and {format_bytes(budget)} may be used"
-        room = budget - (host.bytes - memory.bytes)
-        return replace(found, fits=False, why=why, host_room_bytes=room)
+    over = host.bytes - host_budget_bytes
+    if over > 0:
+        held, allowed = format_bytes(host.bytes), format_bytes(host_budget_bytes)
+        why = f"it took {held} of the host, and {allowed} may be used"
+        return replace(found, fits=False, why=why, host_over_bytes=over)
     seconds, tokens = time_step(step, load)
     return replace(found, step_seconds=seconds, tokens_per_second=tokens / seconds)
 

@@ -409,7 +409,7 @@ class Search:
             return None
 
     def with_host(self, budget_bytes: int) -> "Search":
-        """The same where a plan may take so much of the host."""
+        """The same where a plan may take no more than so much of the host."""
         hardware = Hardware.model_copy(self.hardware, update={"host_budget_bytes": budget_bytes})
         return replace(self, hardware=hardware)
 
