@@ -21,8 +21,8 @@ is left alone, so that the same command goes on where time ran out, and tries ag
 Predicting is given the description and the case, and sees no GPU. Rows are written as they come.
 
 What a process has of the host is its anonymous and its shared memory, pinned or not: all but the pages
-of files. Its peak is the kernel's of all, less the pages of files. Each process compiles its own Triton
-kernels, as on a first run.
+of files. Its peak is the kernel's of all, less the pages of files. Who comes to a Triton kernel first compiles it, as a first run
+does; the others find it there.
 """
 
 import argparse
@@ -30,7 +30,6 @@ import json
 import math
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -65,9 +64,9 @@ from fitlora.units import GIB
 SEED, FIT_SEED, COUNT, FIT_COUNT, TINY_COUNT = 20261123, 7, 64, 12, 8
 MOST_BYTES = 100 * GIB  # by the formula of `rough_bytes`, on a GPU of 139 GiB
 MOST_OPERATIONS = 1.2e15  # of one case: a few seconds
-MOST_PINNED_BYTES = 10 * GIB
-# What a case may take beside them, of the device and of the host: the context, libraries.
-BESIDE_BYTES, HOST_BESIDE_BYTES = 1 * GIB, 5 * GIB
+MOST_PINNED_BYTES = 10 * GIB  # of a case with streamed layers
+# What a case may take beside them, of the device and of the host: the context, libraries, checkpoints.
+BESIDE_BYTES, HOST_BESIDE_BYTES = 1 * GIB, 4 * GIB
 SECONDS_BETWEEN_LOOKS = 0.1  # for what children have done
 
 MODELS = tuple(name for name in SHAPES if name not in ("tiny", "benchmark"))
@@ -600,7 +599,7 @@ class Child:
         # an optimizer on the host has threads, which must not spin while the device is waited for
         changes = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(_threads())}
         if role == "measure":
-            changes["TRITON_CACHE_DIR"] = str(args.work / f"{self.name}.triton")
+            changes["TRITON_CACHE_DIR"] = str(args.work / "triton")
         if role == "predict":
             changes["CUDA_VISIBLE_DEVICES"] = ""
         with self.log.open("w") as log:
@@ -652,7 +651,8 @@ def _has_room(case: Case, running: Sequence[Case], hardware: Hardware, at_once: 
     """Whether a case can be measured beside others; always where there are none."""
     together = [case, *running]
     device_bytes = sum(other.rough_bytes + BESIDE_BYTES for other in together)
-    host_bytes = len(together) * (MOST_PINNED_BYTES + HOST_BESIDE_BYTES)
+    streaming = sum("streamed_layers" in other.plan for other in together)
+    host_bytes = streaming * MOST_PINNED_BYTES + len(together) * HOST_BESIDE_BYTES
     return not running or (
         len(together) <= at_once
         and device_bytes <= hardware.budget_bytes
@@ -662,7 +662,6 @@ def _has_room(case: Case, running: Sequence[Case], hardware: Hardware, at_once: 
 
 def _measurement(child: Child) -> dict[str, Any]:
     """What a child that has ended found, and what it died of otherwise."""
-    shutil.rmtree(child.work / f"{child.name}.triton", ignore_errors=True)
     if child.process.returncode != 0:
         return {"error": f"ended with {child.process.returncode}: {child.last_words()}"}
     found: dict[str, Any] = json.loads((child.work / f"{child.name}.json").read_text())
