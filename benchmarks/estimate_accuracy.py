@@ -21,8 +21,8 @@ is left alone, so that the same command goes on where time ran out, and tries ag
 Predicting is given the description and the case, and sees no GPU. Rows are written as they come.
 
 What a process has of the host is its anonymous and its shared memory, pinned or not: all but the pages
-of files. Its peak is the kernel's of all, less the pages of files. Who comes to a Triton kernel first compiles it, as a first run
-does; the others find it there.
+of files. Its peak is the kernel's of all, less the pages of files. Who comes to a Triton kernel first
+compiles it, as a first run does; the others find it there.
 """
 
 import argparse
