@@ -74,7 +74,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
     ]
     if not stacks:
-        raise UserError(f"{type(model).__name__} has no decoder layers that FitLoRA can find")
+        raise UserError(
+            f"{type(model).__name__} has no decoder layers that FitLoRA can find; take another model"
+        )
     return max(stacks, key=len)
 
 
@@ -82,11 +84,14 @@ def linear_names(model: nn.Module, keep: Sequence[str] = ()) -> Iterator[str]:
     """The linear layers that are quantized: all but the head and those that `keep` matches.
 
     keep: parts of names, or patterns with `*`. Layers with a forward of their own (some routers of
-    experts) are no linear layers.
+    experts) are no linear layers, nor is what Mamba's mixers call `dt_proj`: they multiply with its
+    weight by themselves.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
         if type(module).forward is not nn.Linear.forward or module is head:
+            continue
+        if name.endswith("dt_proj"):
             continue
         if any(part in name.split(".") or fnmatch.fnmatch(name, part) for part in keep):
             continue
@@ -105,13 +110,53 @@ def expert_names(model: nn.Module) -> list[str]:
 
 
 def empty_model(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The model as transformers defines it, parameters on meta, computed buffers real."""
+    """The model as transformers defines it, parameters on meta, computed buffers real.
+
+    It attends in plain operations, which every model has. Raises UserError where transformers cannot
+    make a causal language model of the config, and where it is none: one whose attention looks ahead.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
+        try:
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation="eager",
+            )
+        except (
+            ImportError,
+            AssertionError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise UserError(
+                f"transformers cannot make a causal language model of this {config.model_type} config "
+                f"({type(error).__name__}: {error}); look at its config.json, or take another model"
+            ) from error
+    if _looks_ahead(model):
+        raise UserError(
+            f"a {type(model).__name__} with this config looks ahead in its attention, so that it cannot "
+            "learn to predict the next token; take a causal model"
         )
     model.tie_weights()
     return cast(nn.Module, model)
+
+
+def _looks_ahead(model: Any) -> bool:
+    """Whether a token sees what comes behind it."""
+    config = model.config
+    if not getattr(config, "is_causal", True):
+        return True
+    if getattr(config, "use_bidirectional_attention", None) in (
+        True,
+        "all",
+    ):  # else in images alone
+        return True
+    # of encoders; some decoders say it as well, and their attention another thing
+    encoder = getattr(config, "is_decoder", None) is False
+    return encoder and not any(getattr(module, "is_causal", False) for module in model.modules())

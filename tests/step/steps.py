@@ -135,6 +135,8 @@ def plain_model(made: TrainingStep) -> Any:
             weight = lora.frozen.compute_weight(torch.float32).detach().clone()
             self.weight = torch.nn.Parameter(weight, requires_grad=False)
             self.scale = lora.scale
+            bias = lora.frozen.bias
+            self.shift = 0.0 if bias is None else bias.detach().clone()
             for part in ("lora_A", "lora_B"):
                 linear = getattr(lora, part)["default"]
                 copy = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
@@ -143,7 +145,7 @@ def plain_model(made: TrainingStep) -> Any:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             a, b = self.lora_A["default"], self.lora_B["default"]
-            return x @ self.weight.T + self.scale * b(a(x))
+            return x @ self.weight.T + self.shift + self.scale * b(a(x))
 
     model = empty_model(made.model.config, dtype=torch.float32)
     model.to_empty(device="cpu")

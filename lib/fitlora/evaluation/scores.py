@@ -18,7 +18,7 @@ from torch import Tensor
 from fitlora.errors import UserError
 from fitlora.evaluation.overflow import each_batch
 from fitlora.step.batch import MicroBatch, TokenSequence
-from fitlora.step.network import PLAIN_HEAD
+from fitlora.step.network import PLAIN_HEAD, model_inputs
 from fitlora.step.training_step import TrainingStep
 
 REFERENCE_BYTES = 1 << 29  # host memory that a reference may take
@@ -90,7 +90,7 @@ def score(
         rows = [] if against is None else [against.rows[index] for index, _ in batch]
         return _score_batch(step, [sequence for _, sequence in batch], share, rows)
 
-    size = step.plan.evaluation_batch_size
+    size = step.plan.evaluation_batch_size if step.network.together else 1
     for batch, (scores, kept) in each_batch(list(enumerate(sequences)), size, work):
         found += scores
         if record is not None:
@@ -179,7 +179,7 @@ def _log_probabilities(step: TrainingStep, batch: MicroBatch) -> Iterator[tuple[
     """
     model = cast(Any, step.model)
     model.fitlora_context.enter(batch)
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    inputs = model_inputs(batch, together=step.network.together)
     chunk = max(1, step.plan.loss_chunk_tokens // 4)  # a comparison has several of these at once
     if model.config.model_type in PLAIN_HEAD:
         hidden = model.get_decoder()(**inputs).last_hidden_state[0]

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from fitlora.artifacts import Components, Dataset, Estimate, Hardware, SequenceSize
+from fitlora.errors import UserError
 from fitlora.memory.allocator import Overflow, replay
 from fitlora.memory.timeline import (
     Irregular,
@@ -59,6 +60,7 @@ from fitlora.step.placement import on_disk
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import EmptyWeights, Weights
+from fitlora.units import format_bytes
 
 # Share of the peak that is kept free on the CPU, whose allocator is not modelled.
 CPU_MARGIN = 0.05
@@ -456,7 +458,17 @@ def trace_run(
         booking.divide()
         step.phase = booking.phase
         step.network.watch = booking.watch
-        rehearse(step, load)
+        held = trace.live_bytes
+        try:
+            rehearse(step, load)
+        except (NotImplementedError, RuntimeError) as error:
+            if weights is not None or isinstance(step.network, HandNetwork):
+                raise
+            raise UserError(
+                f"the memory of a {type(step.model).__name__} cannot be estimated, as its forward does "
+                f"not run on tensors without content ({error}); what it is loaded with takes "
+                f"{format_bytes(held)} by itself, and a step takes more. Take another model"
+            ) from error
         booking.divide()
         paged = {}
         for number in trace.numbers_of(_paged(step)):
@@ -512,7 +524,10 @@ def layer_kinds(config: Any) -> list[tuple[Any, ...]]:
 
 
 def shallow(config: Any, layers: Sequence[int]) -> Any:
-    """The config of the same model with these of its layers; of lists with an entry for each, theirs."""
+    """The config of the same model with these of its layers; of lists with an entry for each, theirs.
+
+    Raises Irregular where the config does not take that.
+    """
     content = config.to_dict()
     count = config.num_hidden_layers
     cut = {
@@ -520,7 +535,10 @@ def shallow(config: Any, layers: Sequence[int]) -> Any:
         for key, value in content.items()
         if isinstance(value, list) and len(value) == count
     }
-    return type(config).from_dict({**content, **cut, "num_hidden_layers": len(layers)})
+    try:
+        return type(config).from_dict({**content, **cut, "num_hidden_layers": len(layers)})
+    except Exception as error:  # configs check themselves, and raise what they like
+        raise Irregular(f"there is no such config with fewer layers: {error}") from error
 
 
 class Estimator:

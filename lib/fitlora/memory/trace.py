@@ -86,6 +86,9 @@ class MemoryTrace(TorchDispatchMode):
         self.live: dict[int, Block] = {}  # by number, in order of allocation
         self._next = 0
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        # Models ask whether all of something is as in the plain case (a row is one sequence, nothing is
+        # masked), and of what a step gives them it is. Other values are not known without content.
+        self._alls: weakref.WeakSet[Any] = weakref.WeakSet()
         self.live_bytes = 0
         self.phase_peaks: dict[str, int] = defaultdict(int)
         self.phase = "build"
@@ -174,11 +177,15 @@ class MemoryTrace(TorchDispatchMode):
         name = func._schema.name
         scratch = scratch_bytes.get(name)
         extra = 0 if scratch is None else sum(self._size(block) for block in scratch(*args))
+        if name == "aten::_local_scalar_dense" and args[0].untyped_storage() in self._alls:
+            return True
         # what only writes has no result to find out, where there are no numbers
         if self._shapes and name in _WRITERS and args[0].is_meta:
             return args[0]
         void = self._shapes and not func._schema.returns
         out = None if void else func(*args, **(kwargs or {}))
+        if self._shapes and name == "aten::all" and isinstance(out, Tensor):
+            self._alls.add(out.untyped_storage())
         grown = False
         for index, leaf in enumerate((out,) if isinstance(out, Tensor) else tree_leaves(out)):
             if isinstance(leaf, Tensor) and self._see(leaf, name):

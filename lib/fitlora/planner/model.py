@@ -4,10 +4,12 @@ Apart from the search, which imports no torch.
 """
 
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
 from fitlora.memory.estimate import layer_kinds, shallow
+from fitlora.memory.timeline import Irregular
 from fitlora.plan import Plan
 from fitlora.planner.size import ModelSize
 from fitlora.step.build import StepSkeleton, step_skeleton
@@ -36,7 +38,8 @@ def model_size(
     few = config
     if not _trains_whole(settings) and config.get_text_config() is config:
         kinds = kinds or layer_kinds(config)
-        few = shallow(config, [kinds.index(kind) for kind in dict.fromkeys(kinds)])
+        with suppress(Irregular):
+            few = shallow(config, [kinds.index(kind) for kind in dict.fromkeys(kinds)])
     return size_of(config, step_skeleton(few, any_plan, settings))
 
 

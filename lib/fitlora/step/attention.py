@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fitlora.errors import UserError
 from fitlora.step import ops
 from fitlora.step.batch import MicroBatch, StepContext
 
@@ -201,11 +200,9 @@ def attention_forward(
     query: (1, heads, tokens, d), key and value: (1, kv heads, tokens, d). Returns
     (1, tokens, heads, d).
     """
-    if s_aux is not None:
-        raise UserError(
-            f"{type(module).__name__} has attention sinks, for which there is no kernel here; take a "
-            "model without"
-        )
+    # no model of `fitlora.step.families.TOGETHER` has either
+    assert attention_mask is None
+    assert s_aux is None
     context = cast(StepContext, module.fitlora_context)
     # transformers counts the token itself; FlashAttention counts those to its left
     window = -1 if sliding_window is None else sliding_window - 1

@@ -24,7 +24,7 @@ from fitlora.plan import Optimizer, Plan
 from fitlora.step import attention
 from fitlora.step.batch import StepContext
 from fitlora.step.devices import Devices
-from fitlora.step.families import recognise
+from fitlora.step.families import goes_together, recognise
 from fitlora.step.layer import DecoderLayer
 from fitlora.step.linear import FrozenLinear, Linear4bit, LoraLinear
 from fitlora.step.network import AutogradNetwork, HandNetwork, Network
@@ -41,13 +41,15 @@ from fitlora.step.whole import train_whole
 class StepSkeleton:
     """The whole step but for its tensors. It is filled once.
 
-    layers: the decoder layers that are done by hand, none where autograd does them; and the reason.
+    together: whether sequences may lie behind each other in a micro-batch. layers: the decoder layers
+    that are done by hand, none where autograd does them; and the reason.
     """
 
     model: nn.Module
     plan: Plan
     settings: StepSettings
     context: StepContext
+    together: bool
     layers: Sequence[DecoderLayer]
     reason: str
 
@@ -81,7 +83,9 @@ class StepSkeleton:
         if self.layers:
             network = by_hand = HandNetwork(self.model, self.layers, self.plan, placement)
         else:
-            network = AutogradNetwork(self.model, self.context, self.plan, placement)
+            network = AutogradNetwork(
+                self.model, self.context, self.plan, placement, together=self.together
+            )
         if weights.fresh and self.settings.lora is not None and self.settings.lora.dora:
             _start_magnitudes(layers, placement)
         arrange(layers, self.plan.recompute_layers, at_home=placement.at_home)
@@ -112,6 +116,13 @@ class StepSkeleton:
             raise UserError(
                 f"the experts of a {type(self.model).__name__} are computed in bfloat16 and not in "
                 f"{self.plan.compute_dtype}; set plan.compute_dtype: bfloat16"
+            )
+        text = cast(Any, self.model).config.get_text_config()
+        shared: int = getattr(text, "num_kv_shared_layers", 0)
+        if self.plan.recompute_layers and shared:
+            raise UserError(
+                f"layers of a {type(self.model).__name__} attend to keys and values of others, which no "
+                "layer hands on that is recomputed; set plan.recompute: none"
             )
         kept = set(self.plan.streamed_layers) - set(self.plan.recompute_layers)
         if kept:
@@ -154,20 +165,24 @@ def step_skeleton(config: Any, plan: Plan, settings: StepSettings) -> StepSkelet
         keep=settings.quantization.keep_in_16_bits,
         trust_remote_code=settings.trust_remote_code,
     )
-    cast(Any, model).set_attn_implementation(attention.NAME)
+    together = goes_together(model)
+    if together:
+        cast(Any, model).set_attn_implementation(attention.NAME)
     context = StepContext()
     if settings.lora is not None:
         add_adapters(model, settings.lora)
     for stream, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLinear)):
         layer.stream, layer.context = stream, context
     layers, reason = recognise(model)
+    if not together:
+        reason += ", and each sequence goes through it by itself"
     for stream, group in enumerate(group for layer in layers for group in layer.groups):
         for adapter in group.adapters:
             adapter.stream = stream
     for module in model.modules():
         # transformers hands its attention function the module, so the context rides on that
         module.fitlora_context = context  # type: ignore[assignment]
-    return StepSkeleton(model, plan, settings, context, layers, reason)
+    return StepSkeleton(model, plan, settings, context, together, layers, reason)
 
 
 def build_step(
@@ -184,7 +199,13 @@ def build_step(
 def lora_targets(model: nn.Module) -> list[str]:
     """The last parts of the names of the layers that have adapters."""
     names = (name for name, module in model.named_modules() if isinstance(module, LoraLinear))
-    return sorted({name.rpartition(".")[2] for name in names})
+    return sorted({_leaf(name) for name in names})
+
+
+def _leaf(name: str) -> str:
+    """The last part of a layer's name, and the one before where that is but a number."""
+    *_, parent, leaf = name.split(".")
+    return f"{parent}.{leaf}" if leaf.isdigit() else leaf
 
 
 def peft_config(model: nn.Module, lora: LoraParams) -> Any:
@@ -196,7 +217,12 @@ def peft_config(model: nn.Module, lora: LoraParams) -> Any:
         for name, module in model.named_modules()
         if isinstance(module, FrozenLinear | Linear4bit) and ".base_layer" not in name
     ]
-    leaves = sorted({name.rpartition(".")[2] for name in frozen})
+    leaves = sorted({_leaf(name) for name in frozen})
+    if not leaves:
+        raise UserError(
+            f"a {type(model).__name__} has no linear layers that FitLoRA knows, so that nothing of it "
+            "could be quantized or adapted; take another model"
+        )
     if lora.target_modules != "all-linear":
         unknown = sorted(set(lora.target_modules) - set(leaves))
         if unknown:
@@ -249,7 +275,14 @@ def add_adapters(model: nn.Module, lora: LoraParams) -> None:
     with warnings.catch_warnings():
         # peft does not know our layers by name; that they have in_features is all it needs
         warnings.filterwarnings("ignore", message="Unsupported layer type")
-        inject_adapter_in_model(config, model, LoraLinear.adapter, low_cpu_mem_usage=True)
+        try:
+            inject_adapter_in_model(config, model, LoraLinear.adapter, low_cpu_mem_usage=True)
+        except ValueError as error:
+            asked = ", ".join(sorted(config.target_modules))
+            raise UserError(
+                f"PEFT puts no adapters on a {type(model).__name__} so: {error} Set "
+                f"lora.target_modules to others of: {asked}"
+            ) from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     train_whole(model, lora)

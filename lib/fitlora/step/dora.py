@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fitlora.step import ops
-
 if TYPE_CHECKING:
     from fitlora.step.linear import LoraLinear
 
@@ -42,7 +40,7 @@ def _norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 class DoraProduct(torch.autograd.Function):
-    """x W^T with DoRA's change. x: (…, in), a: (r, in), b: (out, r), m: (out,) -> (…, out).
+    """x W^T with DoRA's change. x: (tokens, in), a: (r, in), b: (out, r), m: (out,) -> (tokens, out).
 
     With u = x' W^T + s x' A^T B^T, x' = dropout(x) and c = m / ||V||, the output is
     c u + (x - x') W^T. Saved: x, h = x' A^T, u and ||V||.
@@ -52,37 +50,36 @@ class DoraProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, m: Tensor, layer: "LoraLinear"
     ) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
         weight = layer.frozen.compute_weight(x.dtype)
         norms = _norms(weight, a, b, layer.scale)
-        dropped = layer.dropped(x2)
+        dropped = layer.dropped(x)
         h = torch.mm(dropped, a.to(x.dtype).t())
         u = torch.mm(dropped, weight.t())
         u.addmm_(h, b.to(x.dtype).t(), alpha=layer.scale)
         y = u * (m / norms).to(x.dtype)
         if layer.dropout > 0.0:
-            y.addmm_(x2 - dropped, weight.t())
+            y.addmm_(x - dropped, weight.t())
         ctx.layer = layer
         ctx.save_for_backward(x, h, u, norms, a, b, m)
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, h, u, norms, a, b, m = ctx.saved_tensors
         layer: LoraLinear = ctx.layer
-        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        (dy,) = grads
         dm = (dy * u).sum(0, dtype=torch.float32).div_(norms)
         du = dy * (m / norms).to(dy.dtype)
         db = torch.mm(du.t(), h).to(b.dtype).mul_(layer.scale)
         dh = torch.mm(du, b.to(dy.dtype)).mul_(layer.scale)
-        da = torch.mm(dh.t(), layer.dropped(x.reshape(-1, x.shape[-1]))).to(a.dtype)
+        da = torch.mm(dh.t(), layer.dropped(x)).to(a.dtype)
         if not ctx.needs_input_grad[0]:
             return None, da, db, dm, None
         weight = layer.frozen.compute_weight(dy.dtype)
         if layer.dropout > 0.0:
             dx = torch.mm(dy, weight)
             through = torch.mm(du.sub_(dy), weight).addmm_(dh, a.to(dy.dtype))
-            ops.dropout(through, layer.context.row_keys, layer.stream, layer.dropout, dx, True)
+            layer.add_dropped(through, dx)
         else:
             dx = torch.mm(du, weight).addmm_(dh, a.to(dy.dtype))
-        return dx.view(x.shape), da, db, dm, None
+        return dx, da, db, dm, None

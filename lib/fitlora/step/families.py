@@ -28,21 +28,51 @@ _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
 }
 
 
+# Models that keep sequences apart which lie behind each other in one row: all that goes from token to
+# token is attention, made by the function that transformers is given, and positions are those it is
+# given. `benchmarks/families.py` has compared each with its sequences one by one. Others get each
+# sequence by itself, and attend in transformers' own plain operations.
+TOGETHER = FAMILIES | frozenset(
+    {
+        "afmoe", "apertus", "arcee", "aria_text", "bitnet", "cohere", "cohere2", "cohere2_moe",
+        "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe",
+        "exaone4", "exaone_moe", "flex_olmo", "gemma3", "gemma4", "gemma4_text", "glm", "glm4",
+        "glm4_moe", "glm4_moe_lite", "gpt_bigcode", "gpt_neox", "granite", "granitemoe",
+        "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax",
+        "internlm3", "jais2", "jetmoe", "minicpm3", "minimax_m2", "ministral", "ministral3",
+        "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon",
+        "phi", "phi4_multimodal", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "solar_open",
+        "stablelm", "starcoder2", "vaultgemma", "youtu",
+    }
+)  # fmt: skip
+
+
+def goes_together(model: nn.Module) -> bool:
+    """Whether sequences may lie behind each other in a micro-batch of the model."""
+    config = cast(Any, model).config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return (
+        config.model_type in TOGETHER
+        and _is_transformers_own(model)
+        and kinds <= {"full_attention", "sliding_attention"}
+    )
+
+
+def _is_transformers_own(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("transformers.models.")
+
+
 def recognise(model: nn.Module) -> tuple[list[DecoderLayer], str]:
     """The model's layers done by hand, bottom up, or none; and the reason."""
     config = cast(Any, model).config
     family = config.model_type
     if family not in FAMILIES:
         return [], f"{family} has no step by hand"
-    if not type(model).__module__.startswith("transformers.models."):
+    if not _is_transformers_own(model):
         return [], f"{type(model).__name__} is not transformers' own"
     act = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if act not in _ACTIVATIONS:
         return [], f"the activation {act} has no kernel"
-    if getattr(config, "use_bidirectional_attention", None):
-        return [], "its attention looks ahead"
-    if getattr(config, "resid_pdrop", 0.0):
-        return [], "it has dropout of its own on the residual stream"
     layers = decoder_layers(model)
     if any(isinstance(m, LoraLinear) and m.magnitude is not None for m in model.modules()):
         return [], "DoRA has no step by hand"

@@ -37,7 +37,7 @@ class FrozenLinear(nn.Linear):
         out.copy_(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        return cast(Tensor, _FrozenProduct.apply(input, self.bias, self))
+        return _by_rows(input, _FrozenProduct, self.bias, self)
 
 
 class Linear4bit(nn.Module):
@@ -108,13 +108,23 @@ class Linear4bit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, _FrozenProduct.apply(x, self.bias, self))
+        return _by_rows(x, _FrozenProduct, self.bias, self)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
 
 
 AnyFrozenLinear = FrozenLinear | Linear4bit
+
+
+def _by_rows(x: Tensor, product: type[torch.autograd.Function], *rest: Any) -> Tensor:
+    """`product` of x's rows. x: (..., in) -> (..., out).
+
+    The view is taken outside of it: models may write into what a layer returns, and a function's own
+    views are not to be written to.
+    """
+    y = cast(Tensor, product.apply(x.reshape(-1, x.shape[-1]), *rest))
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -133,25 +143,24 @@ def bias_grad(ctx: Any, dy: Tensor, index: int) -> Tensor | None:
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x W^T + b with nothing saved: backward asks the layer for its weight again."""
+    """x W^T + b with nothing saved: backward asks the layer for its weight again. x: (tokens, in)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: AnyFrozenLinear) -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        y = _product(x.reshape(-1, x.shape[-1]), layer.compute_weight(x.dtype), bias)
-        return y.view(*x.shape[:-1], -1)
+        ctx.layer = layer
+        return _product(x, layer.compute_weight(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        (dy,) = grads
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(dy, ctx.layer.compute_weight(dy.dtype)).view(ctx.shape)
+            dx = torch.mm(dy, ctx.layer.compute_weight(dy.dtype))
         return dx, bias_grad(ctx, dy, 1), None
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x W^T + b + s * dropout(x) A^T B^T.
+    """x W^T + b + s * dropout(x) A^T B^T. x: (tokens, in).
 
     Saved: x (which the layers that share it save as well: one tensor), h = dropout(x) A^T (tokens, r)
     and the adapter; of one that is frozen the adapter alone. The weight, the mask and 16-bit copies of A
@@ -162,32 +171,30 @@ class _LoraProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, layer: "LoraLinear"
     ) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
-        y = _product(x2, layer.frozen.compute_weight(x.dtype), bias)
-        dropped = layer.dropped(x2)
+        y = _product(x, layer.frozen.compute_weight(x.dtype), bias)
+        dropped = layer.dropped(x)
         h = torch.mm(dropped, a.to(x.dtype).t())
         del dropped
         y.addmm_(h, b.to(x.dtype).t(), alpha=layer.scale)
-        ctx.layer, ctx.shape = layer, x.shape
+        ctx.layer = layer
         ctx.save_for_backward(*((x, h) if a.requires_grad else (None, None)), a, b)
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, h, a, b = ctx.saved_tensors
         layer: LoraLinear = ctx.layer
-        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        (dy,) = grads
         dh = torch.mm(dy, b.to(dy.dtype)).mul_(layer.scale)
         da = db = dx = None
         if x is not None:
             db = torch.mm(dy.t(), h).to(b.dtype).mul_(layer.scale)
-            dropped = layer.dropped(x.reshape(-1, x.shape[-1]))
+            dropped = layer.dropped(x)
             da = torch.mm(dh.t(), dropped).to(a.dtype)
             del dropped
         if ctx.needs_input_grad[0]:
             dx = torch.mm(dy, layer.frozen.compute_weight(dy.dtype))
             layer.add_dropped_grad(dx, dh, a.to(dy.dtype))
-            dx = dx.view(ctx.shape)
         return dx, da, db, bias_grad(ctx, dy, 3), None
 
 
@@ -260,21 +267,30 @@ class LoraLinear(nn.Module, LoraLayer):
         if self.dropout == 0.0:
             return x
         out = torch.empty_like(x)
-        ops.dropout(x, self.context.row_keys, self.stream, self.dropout, out, False)
+        ops.dropout(x, self._keys(len(x)), self.stream, self.dropout, out, False)
         return out
+
+    def _keys(self, rows: int) -> Tensor:
+        """Of the masks of so many rows, which are the tokens, or those that a model makes of them."""
+        keys = self.context.row_keys
+        return keys if len(keys) == rows else ops.other_keys(keys, rows)
 
     def add_dropped_grad(self, dx: Tensor, dh: Tensor, a: Tensor) -> None:
         """dx (tokens, in) += mask * (dh A), in place; dh: (tokens, r), a: (r, in)."""
         if self.dropout == 0.0:
             dx.addmm_(dh, a)
             return
-        ops.dropout(torch.mm(dh, a), self.context.row_keys, self.stream, self.dropout, dx, True)
+        self.add_dropped(torch.mm(dh, a), dx)
+
+    def add_dropped(self, x: Tensor, out: Tensor) -> None:
+        """out += mask * x, both (tokens, in)."""
+        ops.dropout(x, self._keys(len(x)), self.stream, self.dropout, out, True)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             return cast(Tensor, self.frozen(x))
         a, b = (cast(nn.Linear, part[self.adapter]).weight for part in (self.lora_A, self.lora_B))
         if self.magnitude is not None:
-            y = cast(Tensor, DoraProduct.apply(x, a, b, self.magnitude, self))
+            y = _by_rows(x, DoraProduct, a, b, self.magnitude, self)
             return y if self.frozen.bias is None else y + self.frozen.bias.to(y.dtype)
-        return cast(Tensor, _LoraProduct.apply(x, a, b, self.frozen.bias, self))
+        return _by_rows(x, _LoraProduct, a, b, self.frozen.bias, self)

@@ -35,6 +35,7 @@ class Network(Protocol):
 
     watch: Watch
     placement: Placement
+    together: bool  # whether sequences may lie behind each other in a micro-batch
 
     def adopt(self, plan: Plan) -> None:
         """Goes on as the plan says; between steps."""
@@ -94,6 +95,8 @@ class _Way:
 
 class HandNetwork:
     """Layers with a backward of their own. model: a causal model of a known family, filled."""
+
+    together = True
 
     def __init__(
         self, model: nn.Module, layers: Sequence[DecoderLayer], plan: Plan, placement: Placement
@@ -362,13 +365,30 @@ PLAIN_HEAD = frozenset(
 )
 
 
+def model_inputs(batch: MicroBatch, *, together: bool) -> dict[str, Any]:
+    """What transformers' forward is given. together: as of a `Network`."""
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    if together:  # of one sequence alone they are what the model takes by itself
+        inputs["position_ids"] = batch.position_ids
+    return inputs
+
+
 class AutogradNetwork:
-    """transformers' own forward, and autograd: any causal model."""
+    """transformers' own forward, and autograd: any causal model.
+
+    together: whether sequences behind each other stay apart in it; else micro-batches have one each.
+    """
 
     def __init__(
-        self, model: nn.Module, context: StepContext, plan: Plan, placement: Placement
+        self,
+        model: nn.Module,
+        context: StepContext,
+        plan: Plan,
+        placement: Placement,
+        *,
+        together: bool = True,
     ) -> None:
-        self.model, self.context = cast(Any, model), context
+        self.model, self.context, self.together = cast(Any, model), context, together
         self.plan, self.placement = plan, placement
         self.watch: Watch = _nobody
         layers = decoder_layers(model)
@@ -426,9 +446,9 @@ class AutogradNetwork:
 
     def _loss(self, batch: MicroBatch, scale: float) -> Tensor:
         self.context.enter(batch)
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        inputs = model_inputs(batch, together=self.together)
         if self.model.config.model_type in PLAIN_HEAD:
-            hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
+            hidden = self.model.get_decoder()(**inputs).last_hidden_state[0]
             hidden = hidden.index_select(0, batch.target_rows)
             head, chunk = self.model.get_output_embeddings(), self.plan.loss_chunk_tokens
             about = {"scale": scale, "bias": head.bias}
@@ -438,7 +458,7 @@ class AutogradNetwork:
                     hidden, streamed.slices, batch.targets, chunk=chunk, **about
                 )
             return chunked_cross_entropy(hidden, head.weight, batch.targets, chunk=chunk, **about)
-        logits = self.model(**inputs, use_cache=False).logits[0]
+        logits = self.model(**inputs).logits[0]
         logits = logits.index_select(0, batch.target_rows)
         loss = nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
         return loss * scale

@@ -160,6 +160,16 @@ def row_keys(seed: int, step: int, samples: Tensor, positions: Tensor) -> Tensor
     return keys
 
 
+def other_keys(row_keys: Tensor, rows: int) -> Tensor:
+    """Keys of rows that are not the tokens (those that an expert is given, say): int32 (rows,).
+
+    They follow from the first token's key and the row's number, so that a layer that is run again has
+    the same.
+    """
+    numbers = torch.arange(rows, dtype=torch.int32, device=row_keys.device)
+    return _mix(numbers.mul_(_as_int32(_GOLDEN)).bitwise_xor_(row_keys[:1]))
+
+
 def _mix_constant(value: Tensor | int) -> Tensor | int:
     if isinstance(value, Tensor):
         return value * _as_int32(_GOLDEN)

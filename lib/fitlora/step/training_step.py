@@ -18,6 +18,7 @@ from fitlora.offload.optimizer import CPUOffloadOptimizer
 from fitlora.params import TrainParams
 from fitlora.plan import Plan
 from fitlora.step.batch import MicroBatch, StepContext, TokenSequence, make_micro_batch
+from fitlora.step.linear import LoraLinear
 from fitlora.step.network import Network
 from fitlora.step.optimizer_state import make_states, put_states, take_states
 from fitlora.step.recompute import arrange
@@ -76,6 +77,8 @@ class TrainingStep:
     ) -> None:
         self.model, self.plan, self.settings = model, plan, settings
         self.context, self.network = context, network
+        model.eval()
+        self._lora = [module for module in model.modules() if isinstance(module, LoraLinear)]
         self.adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.by_layer = [
             [p for p in layer.parameters() if p.requires_grad] for layer in decoder_layers(model)
@@ -174,7 +177,14 @@ class TrainingStep:
 
     def micro_batches(self, sequences: Sequence[TokenSequence]) -> list[Sequence[TokenSequence]]:
         """This device's share of an effective batch, cut as the Plan says; the last may be smaller."""
-        size = self.plan.micro_batch_size
+        return self.parts_of(sequences, self.plan.micro_batch_size)
+
+    def parts_of(
+        self, sequences: Sequence[TokenSequence], size: int
+    ) -> list[Sequence[TokenSequence]]:
+        """Parts of `size` sequences; each alone, unpacked, where the network cannot keep them apart."""
+        if not self.network.together:
+            return [[part] for sequence in sequences for part in sequence.parts]
         return [sequences[i : i + size] for i in range(0, len(sequences), size)]
 
     def micro_batch(
@@ -251,12 +261,21 @@ class TrainingStep:
             return 0.0
         return float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
 
+    def _drop(self, on: bool) -> None:
+        """Adapters drop their inputs, or not.
+
+        The model itself is always as it is in evaluation: its own dropout and the noise of its routers
+        would not be the same when a layer is recomputed.
+        """
+        if self._lora and self._lora[0].training != on:  # setting thousands takes milliseconds
+            for layer in self._lora:
+                layer.train(on)
+
     def _gradients(
         self, sequences: Sequence[TokenSequence], step: int, total: int | None, loss_scale: float
     ) -> Tensor:
         """Makes the gradients; returns the loss. Both are `loss_scale` times what they are."""
-        if not self.model.training:  # asking thousands of modules takes milliseconds
-            self.model.train()
+        self._drop(True)
         if total is None:
             total = sum(s.target_tokens for s in sequences)
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -343,11 +362,9 @@ class TrainingStep:
     @torch.no_grad()
     def evaluate(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, int]:
         """Summed loss, float64 (), and number of target tokens of the sequences, without dropout."""
-        self.model.eval()
-        size = self.plan.evaluation_batch_size
+        self._drop(False)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for start in range(0, len(sequences), size):
-            part = sequences[start : start + size]
+        for part in self.parts_of(sequences, self.plan.evaluation_batch_size):
             batch = self.micro_batch(part)
             with self.phase("evaluation"):
                 total.add_(self.network.loss(batch, scale=1.0))

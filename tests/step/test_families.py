@@ -1,0 +1,176 @@
+"""Models that are not done by hand: what stock transformers gives, or a refusal that says why."""
+
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from fitlora.errors import UserError
+from fitlora.memory.estimate import Load, trace_step
+from fitlora.params import LoraParams, QuantizationParams, TrainParams
+from fitlora.plan import Plan
+from fitlora.planner.model import model_size
+from fitlora.step.batch import PackedSequence, TokenSequence
+from fitlora.step.build import build_step, step_skeleton
+from fitlora.step.families import FAMILIES, TOGETHER
+from fitlora.step.network import AutogradNetwork
+from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
+from fitlora.step.weights import RandomWeights
+from tests.step import steps
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": steps.VOCABULARY, "head_dim": 16, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+# of each way in which a token's past reaches it; sizes that transformers would make large
+ALONE: dict[str, dict[str, Any]] = {
+    "jamba": {  # state space layers
+        "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "qwen3_next": {  # linear attention
+        "layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0, 1],
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},  # convolutions
+    "llama4_text": {  # attention in chunks, and results that are written into
+        "layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 8,
+        "moe_layers": [], "intermediate_size_mlp": 96,
+    },
+    "granite_swa": {"sliding_window": 6},  # attention sinks
+    "doge": {},  # masks of its own
+    "bloom": {"n_head": 4, "n_layer": 2},  # attention of its own, and layers that return tuples
+    "gemma3n_text": {  # layers that hand on more than hidden states
+        "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
+        "vocab_size_per_layer_input": steps.VOCABULARY, "intermediate_size": [96, 96],
+        "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.5, 0.0], "sliding_window": 6,
+    },
+}  # fmt: skip
+
+
+def config(family: str, **changes: Any) -> Any:
+    return AutoConfig.for_model(family, **{**_SHAPE, **ALONE.get(family, {}), **changes})
+
+
+# PEFT takes other names for those of experts
+TARGETS = {"qwen3_next": ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "o_proj")}
+
+
+def settings(dropout: float = 0.0, targets: Any = "all-linear") -> StepSettings:
+    """In 4 bits where all linear layers have adapters, which is what `steps.plain_model` takes."""
+    lora = LoraParams(r=4, dropout=dropout, target_modules=targets)
+    bits: Any = 4 if targets == "all-linear" else 16
+    return StepSettings(QuantizationParams(bits=bits), lora, TrainParams())
+
+
+def make(family: str, *, dropout: float = 0.0, **plan: Any) -> TrainingStep:
+    weights = RandomWeights(torch.device("cpu"))
+    made = build_step(
+        config(family),
+        steps.plan(**plan),
+        settings(dropout, TARGETS.get(family, "all-linear")),
+        weights,
+    )
+    noise = torch.Generator().manual_seed(0)
+    for name, parameter in made.adapters.items():
+        if "lora_B" in name:
+            parameter.data.normal_(0.0, 0.05, generator=noise)
+    return made
+
+
+def stock(made: TrainingStep, rows: list[TokenSequence]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of stock transformers on the same weights, each row alone."""
+    model, loss = steps.plain_model(made), torch.zeros(())
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row.tokens]), use_cache=False).logits[0, :-1]
+        wanted = torch.tensor(row.learned[1:], dtype=torch.bool)
+        targets = torch.tensor(row.tokens[1:])[wanted]
+        loss = loss + nn.functional.cross_entropy(logits[wanted], targets, reduction="sum")
+    loss = loss / sum(row.target_tokens for row in rows)
+    loss.backward()
+    return float(loss), {n: cast(Tensor, model.get_parameter(n).grad) for n in made.learning}
+
+
+@pytest.mark.parametrize("family", ALONE)
+def test_a_family_of_any_kind_trains_as_stock_transformers_does(family: str) -> None:
+    rows = steps.sequences(3)
+    made = make(family, recompute_layers=(0, 1), micro_batch_size=3)
+    assert isinstance(made.network, AutogradNetwork)
+    assert not made.network.together
+    losses: list[float] = []
+    found = steps.gradients(made, rows, lambda loss, norm: losses.append(loss))
+    loss, expected = stock(made, rows)
+    assert losses == [pytest.approx(loss, rel=1e-6)]
+    assert steps.distance(found, expected) < 1e-4
+    assert min(float(gradient.abs().max()) for gradient in expected.values()) > 0
+
+
+@pytest.mark.parametrize("family", ["jamba", "llama4_text"])
+def test_its_memory_is_told_to_the_byte(family: str) -> None:
+    """Tensors without content take what real ones take, dropout among it."""
+    plan, load = steps.plan(micro_batch_size=2, recompute_layers=(0,)), Load.uniform(2, 9)
+    peaks = [
+        trace_step(config(family), plan, settings(0.1), load, weights).peak_bytes
+        for weights in (None, RandomWeights(torch.device("cpu")))
+    ]
+    assert peaks[0] == peaks[1]
+
+
+def test_packed_rows_are_taken_apart() -> None:
+    rows = steps.sequences(3)
+    packed = make("bloom"), [PackedSequence.of(rows[:2]), rows[2]]
+    found, expected = (
+        steps.gradients(step, batch) for step, batch in (packed, (make("bloom"), rows))
+    )
+    assert steps.distance(found, expected) == 0.0
+    sums = [step.evaluate(batch)[0] for step, batch in (packed, (make("bloom"), rows))]
+    assert sums[0] == sums[1]
+
+
+def test_layers_done_by_hand_take_sequences_together() -> None:
+    assert FAMILIES <= TOGETHER
+
+
+def shared_keys() -> Any:
+    layers = ["sliding_attention", "full_attention"] * 2
+    changes = {"intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4}
+    return config(
+        "gemma3n_text", num_hidden_layers=4, num_kv_shared_layers=2, layer_types=layers, **changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("gpt2", {}, "GPT2LMHeadModel has no linear layers"),
+        ("bert", {}, "BertLMHeadModel with this config looks ahead"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "looks ahead"),
+        ("xlm", {}, "XLMWithLMHeadModel has no decoder layers"),
+        (
+            "mamba",
+            {"num_heads": 4},
+            "MambaForCausalLM so: .*out_proj.* of: in_proj, out_proj, x_proj",
+        ),
+        ("musicgen", {}, "cannot make a causal language model of this musicgen config"),
+        ("jetmoe", {}, "JetMoeForCausalLM cannot be estimated"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_says_so(family: str, changes: dict[str, Any], says: str) -> None:
+    of = AutoConfig.for_model(family) if family == "musicgen" else config(family, **changes)
+    plan: Plan = steps.plan(compute_dtype="bfloat16")
+    with pytest.raises(UserError, match=says):
+        trace_step(of, plan, settings(), Load.uniform(1, 9))
+
+
+def test_layers_that_share_keys_are_not_recomputed() -> None:
+    model_size(shared_keys(), settings())  # of a config that cannot be cut short
+    skeleton = step_skeleton(shared_keys(), steps.plan(recompute_layers=(0,)), settings())
+    with pytest.raises(UserError, match=r"plan\.recompute: none"):
+        skeleton.fill(RandomWeights(torch.device("cpu")))
