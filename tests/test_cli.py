@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from fitlora import artifacts, rates
+from fitlora import artifacts, console, rates
 from fitlora.artifacts import Hardware, ModelFacts
-from fitlora.cli import frame, main
+from fitlora.cli import main
 from fitlora.errors import UserError
 from fitlora.params import read_params
 from fitlora.plan import ComputeDtype, Plan
@@ -315,7 +316,7 @@ def test_run_leaves_a_whole_run_in_its_folder(finished: Path) -> None:
     assert set(summary["models"]) == {"base", "quantized_base", "adapter", "merged"}
     said = (finished / "stderr").read_text()
     stages = re.findall(r"^\[(\d)/6\] (\w+)$", said, re.MULTILINE)
-    assert [name for _, name in stages] == list(frame.COMMANDS)
+    assert [name for _, name in stages] == list(console.COMMANDS)
     assert said.index("expected time") < said.index("step 1/2")
     assert {path.name for path in finished.iterdir()} == {
         "out", "params.yaml", "train.jsonl", "held_out.jsonl", "stdout", "stderr",
@@ -483,19 +484,31 @@ def test_out_of_memory_is_not_called_a_bug(
 
 def test_messages_name_commands_where_dvc_does_not_keep_the_artifacts(project: Path) -> None:
     text = "make it again with: dvc repro --force quantize_model"
-    assert frame.in_commands(text, None) == "make it again with: fitlora quantize"
-    assert frame.in_commands(text, Path("o")) == "make it again with: fitlora quantize --root o"
-    assert frame.in_commands("run: dvc repro", None) == "run: dvc repro"
+    assert console.in_commands(text, None) == "make it again with: fitlora quantize"
+    assert console.in_commands(text, Path("o")) == "make it again with: fitlora quantize --root o"
+    assert console.in_commands("run: dvc repro", None) == "run: dvc repro"
     Path("dvc.yaml").touch()
-    assert frame.in_commands(text, None) == text
-    assert frame.in_commands(text, Path("o")) == "make it again with: fitlora quantize --root o"
+    assert console.in_commands(text, None) == text
+    assert console.in_commands(text, Path("o")) == "make it again with: fitlora quantize --root o"
+
+
+def test_a_process_of_several_names_what_the_user_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tmp_path / "launch.json"
+    given.write_text(read_params(ROOT / "params.yaml").model_dump_json())
+    monkeypatch.setattr(sys, "argv", ["train_rank", str(given), str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("fitlora.pipeline.train_rank", run_name="__main__")
+    message = capsys.readouterr().err
+    assert f"plan.json is missing; make it with: fitlora plan --root {tmp_path}" in message
 
 
 def test_every_stage_has_a_command() -> None:
     from scripts import stage_deps
 
-    assert set(frame.COMMANDS) == set(stage_deps.stages())
-    assert set(frame.COMMANDS.values()) <= set(main.commands)
+    assert set(console.COMMANDS) == set(stage_deps.stages())
+    assert set(console.COMMANDS.values()) <= set(main.commands)
 
 
 @pytest.mark.slow

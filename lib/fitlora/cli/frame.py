@@ -9,7 +9,6 @@ import errno
 import functools
 import json
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,19 +19,9 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
+from fitlora.console import COMMANDS, in_commands
 from fitlora.errors import UserError
 from fitlora.params import PARAMS_FILE, Params, read_params
-
-# The stages' names, which messages of the library use, as commands.
-COMMANDS = {
-    "profile_hardware": "profile",
-    "estimate_memory": "estimate",
-    "find_batch_size": "plan",
-    "quantize_model": "quantize",
-    "train_adapters": "train",
-    "merge_and_evaluate": "evaluate",
-}
-_STAGE = re.compile(r"dvc repro(?: --force)? (\w+)")
 
 Command = Callable[..., Any]
 
@@ -119,23 +108,6 @@ def _stopped(ctx: click.Context) -> str:
         "what was being made is as it was before. The log of a training run, training.jsonl, ends "
         "where it was stopped."
     )
-
-
-def in_commands(message: str, root: Path | None) -> str:
-    """A message of the library with `dvc repro STAGE` as the command that does the same here.
-
-    Where DVC keeps the artifacts, its own words stand.
-    """
-    here = root in (None, Path())
-    if here and Path("dvc.yaml").is_file():
-        return message
-    place = "" if here else f" --root {root}"
-
-    def command(match: re.Match[str]) -> str:
-        name = COMMANDS.get(match[1])
-        return match[0] if name is None else f"fitlora {name}{place}"
-
-    return _STAGE.sub(command, message)
 
 
 def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:

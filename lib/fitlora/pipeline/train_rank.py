@@ -3,6 +3,7 @@
 PARAMS is a file with all params as JSON, as what is trained need not be what a params.yaml says.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from fitlora.params import Params
 from fitlora.pipeline.train_adapters import train_adapters
 
 
-def main() -> None:
-    params, root = sys.argv[1:]
-    train_adapters(Params.model_validate_json(Path(params).read_text("utf-8")), Path(root))
+def main(params: Path, root: Path) -> None:
+    train_adapters(Params.model_validate_json(params.read_text("utf-8")), root)
 
 
 if __name__ == "__main__":
-    run(main)
+    given, where = map(Path, sys.argv[1:])
+    run(functools.partial(main, given, where), where)
