@@ -53,7 +53,7 @@ def test_an_instant_names_its_layer() -> None:
     ],
 )
 def test_few_layers_stand_for_all(kinds: str, reach: int, chosen: str) -> None:
-    layers, places = representatives(kinds, reach)
+    layers, places, _ = representatives(kinds, reach)
     assert "".join(kinds[layer] for layer in layers) == chosen
     for layer, place in enumerate(places):
         for near in range(-reach, reach + 1):
@@ -67,7 +67,7 @@ def test_any_order_of_kinds_has_representatives() -> None:
     draw = random.Random(3)
     for _ in range(50):
         kinds = [draw.choice("aab") for _ in range(draw.randint(1, 60))]
-        layers, places = representatives(kinds, 1)
+        layers, places, _ = representatives(kinds, 1)
         assert layers == sorted(set(layers))
         assert [kinds[layers[place]] for place in places] == kinds
 
@@ -115,7 +115,7 @@ def run(kinds: str, window: int = 1, own: str = "") -> Timeline:
 @pytest.mark.parametrize("kinds", ["a" * 12, "aaabbbbbb", "aaab" * 4, "a" * 7 + "b" * 5 + "ab" * 4])
 @pytest.mark.parametrize("window", [1, 2])
 def test_many_layers_are_written_out_of_few(kinds: str, window: int) -> None:
-    layers, places = representatives(kinds, window)
+    layers, places, _ = representatives(kinds, window)
     assert len(layers) < len(kinds)
     few, whole = run("".join(kinds[layer] for layer in layers), window), run(kinds, window)
     found = deepened(few, places, window)
@@ -134,24 +134,38 @@ def test_many_layers_are_written_out_of_few(kinds: str, window: int) -> None:
 
 @pytest.mark.parametrize("own", ["x-" * 6, "--xy" * 3, "-" * 11 + "x", "xxxxx-xxxxxx"])
 def test_what_is_a_layers_own_needs_no_neighbours_of_its_kind(own: str) -> None:
-    layers, places = representatives("a" * 12, 2, own)
+    layers, places, dealt = representatives("a" * 12, 2, own)
     assert len(layers) <= 5 + 2
-    few = run("a" * len(layers), 2, "".join(own[layer] for layer in layers))
+    few = run("a" * len(layers), 2, "".join(map(str, dealt)))
     found, whole = deepened(few, places, 2), run("a" * 12, 2, own)
     assert found.events == whole.events
     assert [b.size for b in found.blocks] == [b.size for b in whole.blocks]
     assert found.layers == whole.layers
 
 
+def test_patterns_of_what_is_a_layers_own_have_the_same_few_layers() -> None:
+    """Of 34 layers every sixth is of another kind; as many as there are patterns were traced before."""
+    kinds = ("aaaaab" * 6)[:34]
+    found = set()
+    for count in range(4, 32):
+        own = ["x" if layer * count % 34 < count else "-" for layer in range(34)]
+        own[0] = "first"
+        layers, places, dealt = representatives(kinds, 2, own)
+        assert [dealt[place] for place in places] == own
+        assert [kinds[layers[place]] for place in places] == list(kinds)
+        found.add((tuple(layers), tuple(dealt)))
+    assert len(found) <= 8
+
+
 def test_layers_that_matter_farther_off_are_found_out() -> None:
-    _, places = representatives("a" * 12, 1)
+    _, places, _ = representatives("a" * 12, 1)
     with pytest.raises(Irregular, match="what is"):
         deepened(run("aaa", window=2), places, 1)
 
 
 def test_what_is_freed_in_another_size_is_found_out() -> None:
     few = run("aaaa")
-    _, places = representatives("a" * 12, 1)
+    _, places, _ = representatives("a" * 12, 1)
     made = zip(few.blocks, few.layers, strict=True)
     changed = next(n for n, (b, layer) in enumerate(made) if b.operator == "in" and layer == 1)
     few.blocks[changed] = Block(9, A, "", "in")  # which every layer but one would make

@@ -639,22 +639,29 @@ class Estimator:
         # what a layer leaves to the host's copies is freed two layers on
         nearest = 2 if "host" in (plan.checkpoints, plan.optimizer_device) else self._nearest
         for reach in range(nearest, self.FARTHEST + 1):
-            layers, places = representatives(kinds, reach, streamed)
+            layers, places, own = representatives(kinds, reach, streamed)
             if len(layers) == len(kinds) or self.config.get_text_config() is not self.config:
                 break
             try:
-                return self._deepened(plan, layers, places, reach)
+                away = [place for place, order in enumerate(own) if order is not None]
+                return self._deepened(plan, layers, places, away, reach)
             except Irregular:
                 self._nearest = reach + 1
         return self._trace(plan, range(len(kinds)))
 
     def _deepened(
-        self, plan: Plan, layers: Sequence[int], places: Sequence[int], reach: int
+        self,
+        plan: Plan,
+        layers: Sequence[int],
+        places: Sequence[int],
+        streamed: Sequence[int],
+        reach: int,
     ) -> Traced:
+        """By a model of these layers alone, of which `streamed` are; `places` as `representatives`."""
+
         def among(chosen: Collection[int]) -> list[int]:
             return [place for place, layer in enumerate(layers) if layer in chosen]
 
-        streamed = among(plan.streamed_layers)
         few = plan.replace(
             frozen_layers=among(plan.frozen_layers),
             recompute_layers=among(plan.recompute_layers),

@@ -184,22 +184,47 @@ def _surroundings(kinds: Sequence[Hashable], reach: int) -> list[tuple[Hashable,
 
 def representatives(
     kinds: Sequence[Hashable], reach: int, own: Sequence[Hashable] = ()
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[int], list[int], list[Hashable]]:
     """Few layers among which each layer has one with the same surroundings.
 
     kinds: of all layers, bottom up. own: of each, what else its representative shares with it, and
-    matters to no neighbour. Returns those few, ascending, and for every layer the place of its
-    representative among them.
+    matters to no neighbour. Returns those few, ascending, for every layer the place of its
+    representative among them, and what each of the few has for its own, which may be another's.
     """
     around = _surroundings(kinds, reach)
-    wanted: Sequence[Hashable] = list(zip(around, own, strict=True)) if own else around
+    own = own or [None] * len(kinds)
+    dealt = _dealt(around, own, reach)
+    wanted = list(zip(around, dealt, strict=True))
     chosen = list(range(len(kinds)))
     while cut := _longest_repeat([around[i] for i in chosen], [wanted[i] for i in chosen]):
         del chosen[cut]
     few = _surroundings([kinds[i] for i in chosen], reach)
     assert few == [around[i] for i in chosen]
     places = {wanted[layer]: place for place, layer in reversed([*enumerate(chosen)])}
-    return chosen, [places[one] for one in wanted]
+    found = [places[one] for one in zip(around, own, strict=True)]
+    return chosen, found, [dealt[layer] for layer in chosen]
+
+
+def _dealt(around: Sequence[Hashable], own: Sequence[Hashable], reach: int) -> list[Hashable]:
+    """`own`, such that layers with the same surroundings have all of what several layers have.
+
+    It matters to no neighbour, so that it may be anywhere, and where it always is in the same places, the
+    few layers are the same for many patterns. What one layer has alone stays, and so do those below it and
+    those within reach of the top.
+    """
+    count = Counter(own)
+    several = [one for one in count if count[one] > 1]
+    several.sort(key=repr)
+    begin = max((layer + 1 for layer, one in enumerate(own) if count[one] == 1), default=0)
+    alike: dict[Hashable, list[int]] = {}
+    for layer in range(begin, len(own) - reach - 1):
+        alike.setdefault(around[layer], []).append(layer)
+    found = list(own)
+    for layers in alike.values():
+        if len(layers) >= len(several):
+            for number, layer in enumerate(layers):
+                found[layer] = several[number % len(several)]
+    return found
 
 
 def _longest_repeat(around: Sequence[Hashable], wanted: Sequence[Hashable]) -> slice | None:
