@@ -208,9 +208,9 @@ def representatives(
 def _dealt(around: Sequence[Hashable], own: Sequence[Hashable], reach: int) -> list[Hashable]:
     """`own`, such that layers with the same surroundings have all of what several layers have.
 
-    It matters to no neighbour, so that it may be anywhere, and where it always is in the same places, the
-    few layers are the same for many patterns. What one layer has alone stays, and so do those below it and
-    those within reach of the top.
+    It matters to no neighbour, so that it may be anywhere, and where it always is in the same places,
+    the few layers are the same for many patterns. What one layer has alone stays, and so do those below
+    it and those within reach of the top.
     """
     count = Counter(own)
     several = [one for one in count if count[one] > 1]
