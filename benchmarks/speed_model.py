@@ -6,8 +6,7 @@ It needs no GPU: plans and tokens per second are those of the result files of a 
 what the hardware profile measured on it (`three_ways`). `error` is the forecast's share of what was
 measured, less one. Rows of an earlier step, which launched more (`measured_commit` is null or an older
 one), are held against what the step does today. The time of a launch was taken from one row,
-micro-batch 1 of step_speed with nothing recomputed, and the host's rate of an update from those of
-planner_regret that have the optimizer there; their errors tell nothing of these two.
+micro-batch 1 of step_speed with nothing recomputed, whose error therefore tells nothing.
 
 What the planner asks of the model is an order: `regret` is what it loses at each budget by taking the
 plan of step_speed's that is forecast to be the fastest, of those whose process stays within the budget.

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitlora.errors import UserError
 
@@ -109,6 +110,24 @@ def expert_names(model: nn.Module) -> list[str]:
     ]
 
 
+class _NothingToFill(TorchDispatchMode):
+    """Leaves meta tensors as they are: to fill one takes a millisecond, and comes to nothing."""
+
+    FILLS = frozenset(
+        (
+            torch.ops.aten.normal_,
+            torch.ops.aten.uniform_,
+            torch.ops.aten.fill_,
+            torch.ops.aten.zero_,
+        )
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in self.FILLS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def empty_model(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The model as transformers defines it, parameters on meta, computed buffers real.
 
@@ -118,7 +137,7 @@ def empty_model(config: Any, *, dtype: torch.dtype, trust_remote_code: bool = Fa
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _NothingToFill():  # type: ignore[no-untyped-call]
         try:
             model = AutoModelForCausalLM.from_config(
                 config,
