@@ -279,3 +279,35 @@ def test_fake_tensors_count_like_real_ones() -> None:
     real = traced()
     with FakeTensorMode():
         assert traced() == real
+
+
+def test_autograd_writes_into_the_zeros_that_it_makes() -> None:
+    """As it does where nobody watches; and what a forward asks a copy of is one."""
+    x = torch.zeros(1000, 256).requires_grad_()
+    rows = torch.zeros(1000, dtype=torch.int64)
+    y = x[rows]
+    grad = torch.ones_like(y)
+    with MemoryTrace() as trace:
+        y.backward(grad)
+        assert trace.peak.bytes == rounded(1000 * 256 * 4)
+    assert x.grad is not None
+    assert torch.equal(x.grad[0], torch.full((256,), 1000.0))
+    with MemoryTrace() as trace, torch.no_grad():
+        copy = x.index_add(0, rows, grad)
+        assert trace.live_bytes == rounded(1000 * 256 * 4)
+    assert float(copy.sum()) == x.numel()
+
+
+def test_asking_whether_all_is_so_is_answered_without_content() -> None:
+    with MemoryTrace(shapes=True):
+        positions = torch.arange(7, device="meta")
+        assert (positions.diff() == 1).all()
+        with pytest.raises(RuntimeError, match="meta"):
+            bool((positions == 1).any())
+
+
+def test_grouped_products_have_scratch() -> None:
+    a, b = torch.empty(64, 16), torch.empty(8, 16, 32)
+    groups, maps = ops.scratch_bytes["aten::_grouped_mm"](a, b)
+    assert groups == 8 * 60
+    assert 2**16 < maps < 2**17

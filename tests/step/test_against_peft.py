@@ -19,7 +19,7 @@ from fitlora.model import empty_model
 from fitlora.step import network, ops
 from fitlora.step.batch import TokenSequence
 from fitlora.step.build import lora_targets
-from fitlora.step.linear import LoraLinear
+from fitlora.step.linear import FrozenLinear, Linear4bit, LoraLinear
 from fitlora.step.network import HandNetwork
 from fitlora.step.training_step import TrainingStep
 from tests.step import steps
@@ -76,9 +76,10 @@ def stock(made: TrainingStep, dtype: torch.dtype) -> Any:
     given = dict(made.model.named_parameters())
     with torch.no_grad():
         for name, parameter in inner.named_parameters():
-            if name.endswith(".base_layer.weight"):
-                layer: Any = made.model.get_submodule(name.removesuffix(".base_layer.weight"))
-                parameter.copy_(layer.frozen.compute_weight(torch.bfloat16))
+            module, _, leaf = name.rpartition(".")
+            layer = made.model.get_submodule(module)
+            if leaf == "weight" and isinstance(layer, FrozenLinear | Linear4bit):
+                parameter.copy_(layer.compute_weight(torch.bfloat16))
             else:
                 parameter.copy_(given[name])
         for name, buffer in inner.named_buffers():

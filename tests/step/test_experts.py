@@ -1,5 +1,6 @@
 """Mixtures of experts: read as transformers reads them, and what cannot be done said by name."""
 
+import statistics
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from fitlora.checkpoint import Checkpoint
+from fitlora.device import give_back_memory
 from fitlora.errors import UserError
+from fitlora.memory.estimate import Load, rehearse, trace_step
 from fitlora.model import load_config
 from fitlora.params import LoraParams, QuantizationParams, TrainParams
 from fitlora.quantization.layout import QuantSpec
@@ -17,8 +20,10 @@ from fitlora.quantization.quantize import quantize_checkpoint
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
 from fitlora.step.training_step import TrainingStep
-from fitlora.step.weights import CheckpointWeights
+from fitlora.step.weights import CheckpointWeights, RandomWeights
 from tests.step import steps
+from tests.step.test_against_peft import LIMIT, SEEDS, by_peft, rows_of
+from tests.step.test_network import make
 from tests.tiny_models import make_checkpoint, read_tensors
 
 CPU = torch.device("cpu")
@@ -100,3 +105,91 @@ def test_a_part_that_is_lacking_is_named(lost: str, says: str, tmp_path: Path) -
 
     with pytest.raises(UserError, match=says):
         load()
+
+
+# --- against stock peft, and the estimate -----------------------------------------------------------
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32},
+    "olmoe": {"num_experts": 4},
+}  # fmt: skip
+ON_CPU = pytest.param("cpu", marks=pytest.mark.slow)
+ON_GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+def mixture(family: str, device: str, *, config: Any = None, **plan: Any) -> TrainingStep:
+    """Of random weights, in bfloat16; B is not zero. config: changes of the config."""
+    changes = {"num_experts_per_tok": 2, **MIXTURES[family], **(config or {})}
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return make(
+        family,
+        dropout=0.2,
+        dtype="bfloat16",
+        targets=targets,
+        config=changes,
+        device=device,
+        **plan,
+    )
+
+
+@pytest.mark.parametrize("device", [ON_CPU, ON_GPU])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_in_bf16_errs_no_more_than_peft(family: str, device: str) -> None:
+    """By the median, as there: in both a token may take another expert than in fp32."""
+    ratios, shares = [], []
+    for seed in SEEDS:
+        made, rows = mixture(family, device, recompute_layers=(1,), seed=seed), rows_of(seed)
+        _, exact = by_peft(made, rows, torch.float32)
+        _, peft = by_peft(made, rows, torch.bfloat16)
+        found = steps.gradients(made, rows)
+        for name, gradient in exact.items():
+            theirs, ours = (float((g[name].cpu() - gradient).norm()) for g in (peft, found))
+            ratios.append(ours / theirs)
+            shares.append(ours / float(gradient.norm()))
+    assert 1e-3 < statistics.median(shares) < 0.5, "it is the same gradient, and bf16's"
+    assert statistics.median(ratios) <= LIMIT
+
+
+LARGER = {
+    "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128,
+    "intermediate_size": 1024, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def test_shapes_take_what_a_real_step_of_a_mixture_takes() -> None:
+    made, load = mixture("mixtral", "cpu", recompute_layers=(1,)), Load.uniform(2, 23)
+    of = made.model.config, made.plan, made.settings, load
+    assert trace_step(*of).peak_bytes == trace_step(*of, RandomWeights(CPU)).peak_bytes
+
+
+@ON_GPU.marks[0]
+@ON_GPU.marks[1]
+@pytest.mark.parametrize("kept", [(), (0, 1, 2)], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_a_mixture_takes_is_what_is_told(family: str, kept: tuple[int, ...]) -> None:
+    """Allocated bytes, libraries' workspaces apart, which are there from the first run on."""
+    load, peaks = Load.uniform(1, 2048), []
+    for _ in range(2):
+        give_back_memory()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        made = mixture(
+            family, "cuda", config=LARGER, recompute_layers=kept, micro_batch_size=1,
+            sequence_length=2048,
+        )  # fmt: skip
+        rehearse(made, load)
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        config, plan, settings = made.model.config, made.plan, made.settings
+        del made
+    told = trace_step(config, plan, settings, load).peak_bytes
+    assert peaks[1] == pytest.approx(told, rel=0.015)

@@ -65,6 +65,7 @@ def make(
     dtype: str = "float32",
     seed: int = 0,
     config: Any = None,
+    device: str = "cpu",
     transport: Transport | None = None,
     **plan: Any,
 ) -> TrainingStep:
@@ -78,9 +79,9 @@ def make(
     )
     made = build_step(
         made_of,
-        steps.plan(compute_dtype=dtype, **plan),
+        steps.plan(device=device, compute_dtype=dtype, **plan),
         settings,
-        RandomWeights(torch.device("cpu"), seed),
+        RandomWeights(torch.device(device), seed),
         transport,
     )
     make = torch.Generator().manual_seed(seed)
@@ -88,7 +89,7 @@ def make(
         for name, parameter in made.model.named_parameters():
             if "lora_B" in name or name.endswith(("norm.weight", "bias")):
                 noise = torch.empty(parameter.shape).normal_(0.0, 0.05, generator=make)
-                parameter.add_(noise.to(parameter.dtype))
+                parameter.add_(noise.to(parameter))
     return made
 
 

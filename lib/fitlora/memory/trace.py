@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +31,15 @@ _WRITERS = frozenset(
     f"aten::{name}_"
     for name in ("add", "addmm", "bitwise_xor", "copy", "div", "fill", "index_copy", "mul", "zero")
 )
+# In its formulas autograd writes into zeros that it has made, but for an operator that is watched, of
+# which it asks a copy.
+_aten = torch.ops.aten
+_WRITTEN = {
+    _aten.index_add.default: _aten.index_add_.default,
+    _aten.index_put.default: _aten.index_put_.default,
+    _aten.scatter.src: _aten.scatter_.src,
+    _aten.scatter_add.default: _aten.scatter_add_.default,
+}
 BLOCK = 512  # the CUDA allocator hands out multiples of this
 
 
@@ -174,6 +184,9 @@ class MemoryTrace(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        # what a recomputed layer does itself has gradients switched on
+        if func in _WRITTEN and torch._C._current_graph_task_id() != -1:
+            func = func if torch.is_grad_enabled() else _WRITTEN[func]
         name = func._schema.name
         scratch = scratch_bytes.get(name)
         extra = 0 if scratch is None else sum(self._size(block) for block in scratch(*args))

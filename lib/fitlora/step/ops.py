@@ -387,3 +387,18 @@ attention_backward = implement(
     _attention_backward_meta,
 )
 scratch_bytes["fitlora::attention_backward"] = _attention_backward_scratch
+
+
+# --- products of a mixture's experts ---------------------------------------------------------------
+
+
+def _grouped_scratch(a: Tensor, b: Tensor, *_: Any) -> list[int]:
+    """What CUTLASS is handed for each expert, and its tensor maps for each of Hopper's multiprocessors.
+
+    b: (experts, in, out). As in PyTorch's GroupMM.cu: three pointers, three sizes and three strides; two
+    maps of the inputs and three of the outputs, 128 bytes each.
+    """
+    return [b.shape[0] * (3 * 8 + 3 * 4 + 3 * 8), 132 * (2 + 3) * 128]
+
+
+scratch_bytes["aten::_grouped_mm"] = _grouped_scratch
