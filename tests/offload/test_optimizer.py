@@ -227,6 +227,47 @@ def test_an_update_of_views_is_no_change_of_the_users(dtype: torch.dtype) -> Non
     assert torch.equal(optimizer.master(params[1]), torch.full((4, 5), 3.0))
 
 
+def test_neighbours_in_memory_are_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of memory, which is not that of the parameters; a gap ends what goes together."""
+    monkeypatch.setattr(module, "BUCKET_BYTES", 10_000)
+    flat = torch.randn(7 * 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cuts = [flat[384:768], flat[:128], flat[128:384]]  # the rest is no one's
+    other = torch.randn(7, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+    params = [nn.Parameter(cut.view(-1, 8)) for cut in cuts] + [nn.Parameter(other)]
+    plain = [nn.Parameter(p.detach().float().clone()) for p in params]
+    copies: list[tuple[str, int]] = []
+
+    class Counting(HostTransport):
+        def _upload(self, destination: Tensor, source: Tensor, after: Any) -> None:
+            copies.append(("up", source.numel()))
+            super()._upload(destination, source, after)
+
+        def _download(self, destination: Tensor, source: Tensor, after: Any) -> None:
+            copies.append(("down", source.numel()))
+            super()._download(destination, source, after)
+
+    optimizer = CPUOffloadOptimizer(
+        torch.optim.SGD(params, lr=1.0), transport=Counting(CPU), offload_gradients=True
+    )
+    expected = torch.optim.SGD(plain, lr=1.0)
+    gradients = torch.arange(7 * 128.0).bfloat16()
+    for _ in range(2):
+        for p, q, place in zip(params, plain, (384, 0, 128, None), strict=True):
+            cut = torch.ones(28) if place is None else gradients[place : place + p.numel()]
+            p.grad, q.grad = cut.bfloat16().view_as(p), cut.float().view_as(q).clone()
+        optimizer._send_down([optimizer._masters[p] for p in params])
+        optimizer.clip_grad_norm_(None)
+    assert copies == 2 * [("down", 768), ("down", 28)]
+    optimizer.step()
+    optimizer.zero_grad()
+    assert copies[-2:] == [("up", 768), ("up", 28)]
+    for q in plain:
+        assert q.grad is not None
+        q.grad.mul_(2)  # two backwards' sum
+    expected.step()
+    assert_same([optimizer.master(p) for p in params], [q.detach() for q in plain])
+
+
 def test_an_existing_state_moves_along() -> None:
     expected_params = parameters()
     expected = train(expected_params, OPTIMIZERS["adamw"](expected_params), range(5))

@@ -7,10 +7,14 @@ What it saves is the state (8 bytes a parameter with AdamW) and, under bf16, the
 
 All of the host's work is done by one thread of its own, in the order that it is asked for, beside the
 device's: gradients are taken in as they come down, and an update is cut into buckets of parameters, of
-which one goes up while the next is computed. With `overlap` a step does not wait for its update: who
-is about to compute with a parameter asks for it with `receive`, so that the next forward's lowest layers
-go while the higher ones' parameters are still made. Only PyTorch's own optimizers are cut, whose update
-of a parameter depends on no other; a foreign one may count steps or measure distances over all of them.
+which one goes up while the next is computed. The host's buffers have the parameters in the order of the
+device's memory, so that neighbours there are one copy and one operation: a layer's adapters are many
+small matrices, and the thread shares an interpreter with the one that launches kernels.
+
+With `overlap` a step does not wait for its update: who is about to compute with a parameter asks for it
+with `receive`, so that the next forward's lowest layers go while the higher ones' parameters are still
+made. Only PyTorch's own optimizers are cut, whose update of a parameter depends on no other; a foreign
+one may count steps or measure distances over all of them.
 
 Masters follow their parameters: what was written to a parameter since the last step is seen by its
 version and taken over, but for values that are the master's own, rounded. (Writing through `.data`
@@ -38,9 +42,12 @@ from fitlora.offload.transport import (
     view_as,
 )
 
-BUCKET_BYTES = 32 * 2**20
+BUCKET_BYTES = 16 * 2**20  # of masters: as little as keeps what a bucket costs by itself small
 _IN_FLIGHT = 16  # gradients on their way down that autograd's backward leaves alive on the device
 PURPOSE, STATE_PURPOSE = "optimizer masters and gradients", "optimizer state"
+
+
+_Sent = tuple[list[Tensor], list[Mark]]  # gradients on their way down, and their copies' marks
 
 
 @dataclass
@@ -52,11 +59,55 @@ class _Master:
     gradient: Tensor  # fp32
     up: Tensor  # wire; under fp32 the master itself
     down: Tensor  # wire; under fp32 and gradients that stay on the device, the gradient itself
+    place: int  # in the order of the host's buffers
     version: int | None = None  # of the parameter, when the master was last like it
     has_gradient: bool = False
     norm: Tensor | None = None  # of the gradient
     taken: "Future[None] | None" = None  # the gradient that came down last, into `gradient`
     updated: "Future[Mark] | None" = None  # the parameter, as the last step made it
+
+
+def _follows(tensor: Tensor, before: Tensor) -> bool:
+    """Whether a tensor lies in memory where the one before it ends."""
+    return (
+        tensor.is_contiguous()
+        and before.is_contiguous()
+        and tensor.untyped_storage()._cdata == before.untyped_storage()._cdata
+        and tensor.storage_offset() == before.storage_offset() + before.numel()
+    )
+
+
+def _joined(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of tensors of one size, those that are neighbours on both sides as one flat pair."""
+    run: list[tuple[Tensor, Tensor]] = []
+
+    def whole() -> tuple[Tensor, Tensor]:
+        first, second = run[0]
+        if len(run) == 1:
+            return first, second
+        size = (sum(one.numel() for one, _ in run),)
+        return (
+            first.as_strided(size, (1,), first.storage_offset()),
+            second.as_strided(size, (1,), second.storage_offset()),
+        )
+
+    for pair in pairs:
+        if run and not all(map(_follows, pair, run[-1])):
+            yield whole()
+            run = []
+        run.append(pair)
+    if run:
+        yield whole()
+
+
+def _by_memory(tensors: Sequence[Tensor]) -> list[int]:
+    """The numbers of tensors in the order of memory, storages in the order that they come in."""
+    storages: dict[int, int] = {}
+    keys = []
+    for tensor in tensors:
+        storage = storages.setdefault(tensor.untyped_storage()._cdata, len(storages))
+        keys.append((storage, tensor.storage_offset()))
+    return sorted(range(len(tensors)), key=keys.__getitem__)
 
 
 class _StateByMaster(MutableMapping[Tensor, dict[str, Any]]):
@@ -116,7 +167,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         self.transport = transport or make_transport(device)
         self._offload_gradients = offload_gradients
         self._masters: dict[Tensor, _Master] = {}
-        self._leaving: deque[list[tuple[Tensor, Mark]]] = deque()
+        self._leaving: deque[_Sent] = deque()
         self._thread = ThreadPoolExecutor(1, "optimizer")
         self._asked: list[Future[Any]] = []
         self._broke_off = False
@@ -157,7 +208,8 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.send_down(self._masters)
+        for bucket in self._buckets():
+            self.send_down(one.parameter for one in bucket)
         self.join()
         self._leaving.clear()
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
@@ -223,8 +275,9 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
         Hooks do that when autograd has finished one; a backward of another kind does it by itself.
         """
-        sent = [self._send_down(self._masters[p]) for p in parameters if p.grad is not None]
-        self._leave(sent, 1)  # those of the call before are let go
+        ones = [self._masters[parameter] for parameter in parameters if parameter.grad is not None]
+        if ones:
+            self._leave(self._send_down(ones), 1)  # those of the call before are let go
 
     @property
     def gradients_leave(self) -> bool:
@@ -280,8 +333,10 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
     def gradient_norm(self) -> Tensor:
         """The total norm of gradients that are on the host, float32 () on the CPU."""
         self.join()
+        there = [one for one in self._masters.values() if one.has_gradient]
+        self._find_norms(there)
         with self.transport.hidden():
-            norms = [self._norm(one) for one in self._masters.values() if one.has_gradient]
+            norms = [one.norm for one in there if one.norm is not None]
             return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
     def scale_gradients(self, factor: Tensor) -> None:
@@ -333,17 +388,23 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         """The host sides of a group, in one buffer."""
         needed = [self._parts(parameter) for parameter in parameters]
         buffer = self.transport.reserve(sum(map(self.pinned_bytes, parameters)), PURPOSE)
-        found, offset = [], 0
-        for parameter, parts in zip(parameters, needed, strict=True):
-            views = []
+        views: list[list[Tensor]] = [[] for _ in parameters]
+        order, offset = _by_memory(parameters), 0
+        with self.transport.hidden():
+            for part in range(max(map(len, needed), default=0)):
+                for number in order:
+                    if part < len(needed[number]):
+                        views[number].append(view_as(buffer, offset, needed[number][part]))
+                        offset += aligned(tensor_bytes(needed[number][part]))
+        first = len(self._masters)
+        places = {number: first + place for place, number in enumerate(order)}
+        found = []
+        for number, (parameter, parts) in enumerate(zip(parameters, views, strict=True)):
             with self.transport.hidden():
-                for part in parts:
-                    views.append(view_as(buffer, offset, part))
-                    offset += aligned(tensor_bytes(part))
-                master = nn.Parameter(views[0])
-            up = views[0] if parameter.dtype == torch.float32 else views[2]
-            down = views[1] if len(views) == 2 else views[-1]
-            one = _Master(parameter, master, gradient=views[1], up=up, down=down)
+                master = nn.Parameter(parts[0])
+            up = parts[0] if parameter.dtype == torch.float32 else parts[2]
+            down = parts[1] if len(parts) == 2 else parts[-1]
+            one = _Master(parameter, master, parts[1], up, down, places[number])
             if self._offload_gradients and parameter.requires_grad:
                 self._send_down_when_finished(one)
             self._masters[parameter] = one
@@ -371,7 +432,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         def finished(parameter: Tensor) -> None:
             optimizer = mine()
             if optimizer is not None:
-                optimizer._leave([optimizer._send_down(optimizer._masters[parameter])], _IN_FLIGHT)
+                optimizer._leave(optimizer._send_down([optimizer._masters[parameter]]), _IN_FLIGHT)
 
         cast(Any, one.parameter).register_post_accumulate_grad_hook(finished)
 
@@ -393,45 +454,64 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
                     one.master.copy_(torch.where(own, one.master, one.up.float()))
             one.version = one.parameter._version
 
-    def _send_down(self, one: _Master) -> tuple[Tensor, Mark]:
-        """A gradient that backward has finished, to the host; it must live until the copy's mark."""
-        if one.taken is not None:  # the wire is free then
-            one.taken.result()
-        gradient = cast(Tensor, one.parameter.grad).detach()
-        coming = self.transport.download(one.down, gradient, self.transport.mark())
-        one.taken = self._ask(self._take_in, one, coming)
-        if self._offload_gradients:
-            one.parameter.grad = None
-        return gradient, coming
+    def _send_down(self, ones: Sequence[_Master]) -> _Sent:
+        """Gradients that backward has finished, to the host; they must live until the copies' marks."""
+        ones = sorted(ones, key=lambda one: one.place)
+        for one in ones:
+            if one.taken is not None:  # the wire is free then
+                one.taken.result()
+        gradients = [cast(Tensor, one.parameter.grad).detach() for one in ones]
+        here = self.transport.mark()
+        wires = (one.down for one in ones)
+        coming = [
+            self.transport.download(down, gradient, here)
+            for down, gradient in _joined(zip(wires, gradients, strict=True))
+        ]
+        taken = self._ask(self._take_in, ones, coming)
+        for one in ones:
+            one.taken = taken
+            if self._offload_gradients:
+                one.parameter.grad = None
+        return gradients, coming
 
-    def _leave(self, sent: list[tuple[Tensor, Mark]], most: int) -> None:
+    def _leave(self, sent: _Sent, most: int) -> None:
         """Keeps alive what was sent; of all that ever was, the last `most` are."""
         self._leaving.append(sent)
         while len(self._leaving) > most:
-            for _, copied in self._leaving[0]:
+            for copied in self._leaving[0][1]:
                 self.transport.wait(copied)
             self._leaving.popleft()  # not before
 
     # what the host's thread does
 
-    def _take_in(self, one: _Master, coming: Mark) -> None:
-        """Adds the gradient that comes down to what is there."""
-        self.transport.finish(coming)
+    def _take_in(self, ones: Sequence[_Master], coming: Sequence[Mark]) -> None:
+        """Adds the gradients that come down to what is there."""
+        self.transport.finish(*coming)
         if self.transport.computes:
             with self.transport.hidden():
-                if one.has_gradient:
-                    one.gradient.add_(one.down)
-                elif one.down is not one.gradient:
-                    one.gradient.copy_(one.down)
-        one.has_gradient, one.norm = True, None
+                more = ((one.gradient, one.down) for one in ones if one.has_gradient)
+                for total, arrived in _joined(more):
+                    total.add_(arrived)
+                new = (
+                    (one.gradient, one.down)
+                    for one in ones
+                    if not one.has_gradient and one.down is not one.gradient
+                )
+                for total, arrived in _joined(new):
+                    total.copy_(arrived)
+        for one in ones:
+            one.has_gradient, one.norm = True, None
         if self._offload_gradients:
-            self._norm(one)
+            self._find_norms(ones)
 
-    def _norm(self, one: _Master) -> Tensor:
-        if one.norm is None:
+    def _find_norms(self, ones: Sequence[_Master]) -> None:
+        """The norm of each gradient, where it is not known."""
+        unknown = [one for one in ones if one.norm is None]
+        if unknown:
             with self.transport.hidden():
-                one.norm = torch.linalg.vector_norm(one.gradient)
-        return one.norm
+                norms = torch._foreach_norm([one.gradient for one in unknown])
+            for one, norm in zip(unknown, norms, strict=True):
+                one.norm = norm
 
     def _forget(self) -> None:
         for one in self._masters.values():
@@ -439,23 +519,23 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
     def _update(self, bucket: list[_Master], clip: Tensor | None, device: Mark) -> Mark:
         """One update of parameters that have a gradient; returns the mark of their way up."""
-        last = None
         if self._broke_off:
             return None
         self._broke_off = True  # until it is through
         with_gradient = [one for one in bucket if one.has_gradient]
         if clip is not None and self.transport.computes:
             with self.transport.hidden():
-                for one in with_gradient:
-                    one.gradient.mul_(clip)
-                    one.norm = None
+                for gradient, _ in _joined((one.gradient, one.gradient) for one in with_gradient):
+                    gradient.mul_(clip)
+            for one in with_gradient:
+                one.norm = None
         self._step_inner(bucket)
+        mark = self._send_up(with_gradient, device)
         for one in with_gradient:
-            last = self._send_up(one, device)
             # one that the device still has comes down again, and one that it has not is kept
             one.has_gradient = self._offload_gradients
         self._broke_off = False
-        return last
+        return mark
 
     def _end_step(self) -> None:
         # parameters that are views of one buffer have one version: each that went up changed all
@@ -465,16 +545,24 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             outer.update({key: value for key, value in inner.items() if key != "params"})
         self._count_state()
 
-    def _send_up(self, one: _Master, device: Mark) -> Mark:
-        if self.transport.computes and one.up.dtype != torch.float32:
+    def _send_up(self, ones: Sequence[_Master], device: Mark) -> Mark:
+        """Parameters as their masters are; returns the mark of the last copy."""
+        if self.transport.computes:
+            rounded = (
+                (one.up, one.master.detach()) for one in ones if one.up.dtype != torch.float32
+            )
             with self.transport.hidden():
-                one.up.copy_(one.master)
-        return self.transport.upload(one.parameter.detach(), one.up, device)
+                for up, master in _joined(rounded):
+                    up.copy_(master)
+        mark = None
+        for parameter, up in _joined((one.parameter.detach(), one.up) for one in ones):
+            mark = self.transport.upload(parameter, up, device)
+        return mark
 
     def _buckets(self) -> Iterator[list[_Master]]:
         bucket: list[_Master] = []
         size = 0
-        for one in self._ordered():
+        for one in sorted(self._masters.values(), key=lambda one: one.place):
             bucket.append(one)
             size += tensor_bytes(one.master)
             if size >= BUCKET_BYTES and self._divisible:
