@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -206,8 +206,7 @@ class CudaTransport(_PagedTransport):
         shared: SharedMemory | None = None,
     ) -> None:
         super().__init__(device, memory, shared)
-        self._up = torch.cuda.Stream(device)
-        self._down = torch.cuda.Stream(device)
+        self._up, self._down = _copy_streams(device)
 
     def mark(self) -> Mark:
         return torch.cuda.current_stream(self.device).record_event()
@@ -258,6 +257,16 @@ class CudaTransport(_PagedTransport):
         if int(error) != 0:
             raise RuntimeError(f"{count} bytes of host memory could not be pinned: {error}")
         pages.before_free = partial(_unregister, address)
+
+
+@cache
+def _copy_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """One for each direction, the same for all transports of a process.
+
+    A GPU has few queues for streams. With a pair for each step that is built, one comes to share the
+    computation's queue after a while, and copies no longer run beside kernels.
+    """
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 def _unregister(address: int) -> None:
