@@ -4,11 +4,14 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, LlamaConfig
 
 from benchmarks.common import shape_config
@@ -20,19 +23,24 @@ from fitlora.plan import KEPT, Kept, Plan
 from fitlora.planner.speed import (
     BACKWARD_LAUNCHES,
     LAUNCHES,
+    OPERATORS,
     STREAMING_LOSS,
     Forecast,
     Shape,
+    Way,
     forecast,
     guess_bytes,
     guess_host_bytes,
 )
+from fitlora.planner.task import Task
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
 from fitlora.step.weights import RandomWeights
 from fitlora.units import GIB
+from tests.planner.test_search import hardware
 
 LAYERS = 32
+VIEWS = {"as_strided", "detach", "split", "split_with_sizes", "_unsafe_view", "alias"}
 LLAMA_8B = LlamaConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=LAYERS, num_attention_heads=32,
     num_key_value_heads=8, vocab_size=128256,
@@ -57,6 +65,11 @@ def shape(bits: int = 4) -> Shape:
     found = Shape.of(LLAMA_8B, bits=bits, rank=16)
     assert found is not None
     return found
+
+
+def task_of(config: Any, *, dora: bool = False) -> Task:
+    params = check_params({"lora": {"r": 4, "dora": dora}})
+    return Task(config, params, Load.uniform(4, 64), hardware())
 
 
 def plan(**changes: Any) -> Plan:
@@ -84,9 +97,29 @@ def test_the_shape_is_the_models() -> None:
     assert not shape(bits=16).dequantized
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
-def test_a_shape_that_is_not_understood_has_no_speed(family: str) -> None:
-    assert Shape.of(AutoConfig.for_model(family), bits=4, rank=16) is None
+def test_a_config_without_these_widths_has_no_speed() -> None:
+    assert Shape.of(AutoConfig.for_model("gpt2"), bits=4, rank=16) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [
+        ("llama", "hand"),
+        ("olmo2", "autograd"),
+        ("mixtral", None),
+        ("qwen3_moe", None),
+        ("gpt_neox", None),
+    ],
+)
+def test_what_a_layer_is_the_model_tells(family: str, way: str | None) -> None:
+    """Experts, or an MLP without a gate, have other weights than the widths say."""
+    config = AutoConfig.for_model(
+        family, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, pad_token_id=0,
+    )  # fmt: skip
+    for dora in (False, True):
+        task = task_of(config, dora=dora)
+        assert (task.shape and task.shape.way) == ("dora" if way and dora else way)
 
 
 def test_what_was_measured_of_todays_step_is_forecast() -> None:
@@ -114,6 +147,105 @@ def test_an_update_on_the_host_hides_behind_the_next_forward() -> None:
     assert more == many < few < LAYERS * many
 
 
+@pytest.mark.parametrize("way", ["autograd", "dora"])
+def test_what_autograd_does_takes_longer_and_is_a_count_alone(way: Way) -> None:
+    base = plan(recompute_layers=range(LAYERS))
+    by_hand, by_autograd = (
+        forecast(base, replace(shape(), way=each), H200, 8192) for each in ("hand", way)
+    )
+    assert by_hand is not None
+    assert by_autograd is not None
+    assert by_hand.measured
+    assert not by_autograd.measured
+    assert 1.1 * by_hand.step_seconds < by_autograd.step_seconds < 2 * by_hand.step_seconds
+    kept = forecast(plan(), replace(shape(), way=way), H200, 8192)
+    assert kept is not None
+    assert kept.step_seconds < by_autograd.step_seconds
+
+
+def test_pefts_steps_which_autograd_does_are_hardly_slower() -> None:
+    """They have the same layers, and slower adapters."""
+    contents = (
+        json.loads((RESULTS / f"{name}.h200.json").read_text())
+        for name in ("step_speed", "three_ways")
+    )
+    measured, facts = contents
+    seen = set()
+    for row in measured["rows"]:
+        if row["system"] == "peft" and "tokens_per_second" in row:
+            micro, recomputed = row["micro_batch"], round(row["recomputed_share"] * LAYERS)
+            made = plan(
+                effective_batch_size=micro, micro_batch_size=micro,
+                recompute_layers=range(recomputed),
+            )  # fmt: skip
+            rates, tokens = hardware_of(facts).rates, micro * row["sequence_length"]
+            found = forecast(made, replace(shape(), way="autograd"), rates, tokens)
+            assert found is not None
+            assert 0.75 < row["tokens_per_second"] / found.tokens_per_second < 1.05
+            seen.add((micro, recomputed))
+    assert len(seen) >= 5
+
+
+class Moved(TorchDispatchMode):
+    """Counts what a step launches, and the bytes that all but products and attention read and write."""
+
+    PRODUCTS = ("mm", "addmm_", "bmm", "dequantize_4bit", "attention", "attention_backward")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()
+        self.name = ""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.name = name
+        yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = func.name().split("::")[1].partition(".")[0]
+        if not (func.is_view or made in VIEWS or "empty" in made):
+            self.launched[self.name] += 1
+            if made not in self.PRODUCTS:
+                tensors = (t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
+                self.moved[self.name] += sum(t.numel() * t.element_size() for t in tensors)
+        return out
+
+
+def moved(layers: int, tokens: int, dora: bool, monkeypatch: pytest.MonkeyPatch) -> Moved:
+    """A step of a Llama's layers, done by autograd."""
+    monkeypatch.setattr("fitlora.step.build.recognise", lambda model: ([], "for a test"))
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=896, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=2, vocab_size=64,
+    )  # fmt: skip
+    made = plan(device="cpu", effective_batch_size=1, micro_batch_size=1, sequence_length=tokens)
+    settings = StepSettings.of(check_params({"lora": {"dropout": 0.0, "dora": dora}}))
+    step = build_step(config, made, settings, RandomWeights(torch.device("cpu")))
+    count = Moved()
+    step.phase = count.phase
+    with count:
+        step.run(sequences_of(Load.uniform(1, tokens).train), step=0, learning_rate=1e-4)
+    return count
+
+
+@pytest.mark.parametrize("way", ["autograd", "dora"])
+def test_what_autograd_does_is_that_of_the_step(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one layer, by the difference of two steps; of each token, by that of their differences."""
+    one, two, one_longer, two_longer = (
+        moved(layers, tokens, way == "dora", monkeypatch)
+        for tokens in (32, 64)
+        for layers in (1, 2)
+    )
+    for phase, done in zip(("forward", "backward"), OPERATORS[way], strict=True):
+        assert two.launched[phase] - one.launched[phase] == done.launches
+        longer = two_longer.moved[phase] - one_longer.moved[phase]
+        features = (longer - (two.moved[phase] - one.moved[phase])) / 32 / 2
+        counted = done.hidden * 256 + done.rotated * 320 + done.intermediate * 896
+        assert features == pytest.approx(counted, rel=0.03)
+
+
 class _Launches(TorchDispatchMode):
     """Counts what a decoder layer launches, by phase: all but views and empty tensors."""
 
@@ -133,8 +265,7 @@ class _Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func.name().split("::")[1].partition(".")[0]
-        views = {"as_strided", "detach", "split", "split_with_sizes", "_unsafe_view", "alias"}
-        if self.layer == 1 and not (func.is_view or made in views or "empty" in made):
+        if self.layer == 1 and not (func.is_view or made in VIEWS or "empty" in made):
             self.counts[self.name] += 1
         return func(*args, **(kwargs or {}))
 

@@ -8,11 +8,15 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
+from torch import nn
+
 from fitlora.memory.estimate import layer_kinds, shallow
 from fitlora.memory.timeline import Irregular
+from fitlora.model import decoder_layers
 from fitlora.plan import Plan
 from fitlora.planner.size import ModelSize
 from fitlora.step.build import StepSkeleton, step_skeleton
+from fitlora.step.linear import FrozenLinear, Linear4bit
 from fitlora.step.settings import StepSettings
 from fitlora.step.whole import whole_parameters
 
@@ -59,4 +63,11 @@ def size_of(config: Any, skeleton: StepSkeleton) -> ModelSize:
         head_moves=size.head_moves and not head.requires_grad,
         by_hand=bool(skeleton.layers),
         trained_whole=sum(p.numel() for p in whole_parameters(model).values()),
+        layer_weights=frozenset(map(_linear_weights, decoder_layers(model))),
     )
+
+
+def _linear_weights(layer: nn.Module) -> int:
+    """Of a layer's frozen linear layers; of experts in one tensor, none."""
+    frozen = (m for m in layer.modules() if isinstance(m, FrozenLinear | Linear4bit))
+    return sum(m.in_features * m.out_features for m in frozen)

@@ -16,6 +16,8 @@ class ModelSize:
     by_hand: bool = True  # its layers have a step by hand (`fitlora.step.families`)
     trained_whole: int = 0  # parameters that are trained beside the adapters
     table_bytes: int | None = None  # of the head's table, where that is known
+    # weights of a layer's linear ones, of each kind of layer; None where that is not known
+    layer_weights: frozenset[int] | None = None
 
     @classmethod
     def of(cls, config: Any) -> "ModelSize":

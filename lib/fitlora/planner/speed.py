@@ -10,9 +10,12 @@ kernel by kernel; the one time taken from a step, a launch's, is that of a step 
 else. `benchmarks/speed_model.py` holds the model against every step that was measured, and
 benchmarks/results/speed_model.h200.json has the error of each.
 
+Layers that autograd does have the same products, and PyTorch's own operators beside them, which are
+counted as well (`OPERATORS`), of layers like Llama's. No step of ours of that kind was measured, and a
+Forecast says so by `measured`; peft's, whose adapters are more operators yet, reach 78% to 101% of it.
+
 Left out: the first fetch of a pass; gathering an embedding's rows on the host; that FlashAttention
-reaches more of the products' rate before Hopper; that models which autograd does take longer. This
-module imports no torch.
+reaches more of the products' rate before Hopper. This module imports no torch.
 """
 
 from collections.abc import Collection, Sequence
@@ -62,6 +65,34 @@ LAUNCH_SECONDS = 57e-6
 
 
 @dataclass(frozen=True)
+class Operators:
+    """What PyTorch's own operators do in a layer: launches, and features of each token that they move.
+
+    These are so many times a width: the residual's, queries' and keys', and the MLP's.
+    """
+
+    launches: int
+    hidden: float
+    rotated: float
+    intermediate: float
+
+
+# How a layer is done: by hand, or by autograd, without DoRA or with it.
+Way = Literal["hand", "autograd", "dora"]
+# Forward and backward where autograd does it; what it recomputes is a forward. Norms, rotation and gate
+# are many operators, in fp32 and with copies between types; tests/planner/test_speed.py counts them.
+OPERATORS: dict[Way, tuple[Operators, Operators]] = {
+    "autograd": (Operators(73, 42.3, 10.6, 4.9), Operators(141, 104.6, 20.7, 8.8)),
+    "dora": (Operators(199, 46.5, 13.2, 8.9), Operators(183, 117.0, 28.4, 20.6)),
+}
+# One of these launches: peft's step on one sequence of 2,048 tokens, whose layers are transformers' as
+# well, takes no longer for all of them (9,767 tokens/s in benchmarks/results/step_speed.h200.json).
+OPERATOR_SECONDS = 30e-6
+# Bytes of each weight that DoRA's norms move in every forward, once it is dequantized.
+DORA_NORM_BYTES = 6
+
+
+@dataclass(frozen=True)
 class Shape:
     """What of a model its speed depends on. Widths are features of one token."""
 
@@ -76,20 +107,28 @@ class Shape:
     weight_bytes: float  # of a frozen weight of a layer, as it is stored
     dequantized: bool
     adapters: int  # parameters, with those that are trained beside them
+    way: Way = "hand"
 
     @classmethod
     def of(
-        cls, config: Any, *, bits: int, rank: int, dropout: bool = False, whole: int = 0
+        cls,
+        config: Any,
+        *,
+        bits: int,
+        rank: int,
+        dropout: bool = False,
+        whole: int = 0,
+        way: Way = "hand",
     ) -> "Shape | None":
-        """Of a transformers config; None for what is no dense decoder with a gated MLP.
+        """Of the transformers config of a dense decoder with a gated MLP; None where widths are missing.
 
-        whole: parameters that are trained beside the adapters.
+        Whether its layers are such is seen in the model (`weights`). whole: parameters that are trained
+        beside the adapters.
         """
         text = config.get_text_config()
         hidden, inner = (getattr(text, n, None) for n in ("hidden_size", "intermediate_size"))
         heads = getattr(text, "num_attention_heads", None)
-        sparse = any(getattr(text, n, None) for n in ("num_local_experts", "num_experts"))
-        if not (hidden and inner and heads) or sparse:
+        if not (hidden and inner and heads):
             return None
         size = getattr(text, "head_dim", None) or hidden // heads
         kv = getattr(text, "num_key_value_heads", None) or heads
@@ -108,6 +147,7 @@ class Shape:
             weight_bytes=4.13 / 8 if bits == 4 else 2.0,
             dequantized=bits == 4,
             adapters=text.num_hidden_layers * rank * (ends + 3 * (hidden + inner)) + whole,
+            way=way,
         )
 
     @property
@@ -125,10 +165,23 @@ class Shape:
             "down": (self.intermediate, self.hidden),
         }
 
+    @property
+    def launch_seconds(self) -> float:
+        """Of the host, for an operator."""
+        return LAUNCH_SECONDS if self.way == "hand" else OPERATOR_SECONDS
+
     def launches(self, parts: Collection[Part]) -> int:
-        """Operators that make these parts of a layer."""
+        """Operators that make these parts of a layer; where autograd does it, they are made together."""
         dropped = sum(part in self.products for part in parts) if self.dropout else 0
+        if self.way != "hand":
+            return dropped + OPERATORS[self.way][0].launches
         return dropped + sum(LAUNCHES[part] for part in parts)
+
+    @property
+    def backward_launches(self) -> int:
+        """Operators of a layer's backward."""
+        own = BACKWARD_LAUNCHES if self.way == "hand" else OPERATORS[self.way][1].launches
+        return own + 2 * len(self.products) * self.dropout
 
     @cached_property
     def weights(self) -> int:
@@ -169,6 +222,7 @@ class Forecast:
     optimizer_seconds: float
     step_seconds: float
     bound: str  # compute, launches, link, disk or host
+    measured: bool = True  # whether forecasts of steps of its kind were held against measured ones
 
     @property
     def tokens_per_second(self) -> float:
@@ -228,22 +282,37 @@ class _Clock:
             return self.attention(backward=False)
         inputs, outputs = self.shape.products[part]
         shape = self.shape
-        beside = {
+        by_hand = {
             "qkv": 2 * shape.hidden + 2 * shape.rotated,  # norm, rotation
             "middle": 4 * shape.hidden,  # sum and norm
             "mlp": 0,
             "down": 3 * shape.intermediate + 3 * shape.hidden,  # gate, sum
-        }[part]
+        }
+        beside = by_hand[part] if shape.way == "hand" else 0
         dropped = 2 * inputs if shape.dropout else 0
         # the adapter reads the input and writes the output, to which the frozen product adds
         return self.product(part) + self.moved(inputs + dropped + 2 * outputs + beside)
 
+    def operators(self, done: Operators) -> float:
+        """What PyTorch's own operators move in one phase."""
+        shape = self.shape
+        features = done.hidden * shape.hidden + done.rotated * shape.rotated
+        features += done.intermediate * shape.intermediate
+        return self.element_bytes * features * self.tokens / (PLAIN_SHARE * self.copy_rate)
+
     @cached_property
     def forward(self) -> float:
-        return sum(self.part(part) for part in PARTS)
+        seconds = sum(self.part(part) for part in PARTS)
+        if self.shape.way != "hand":
+            seconds += self.operators(OPERATORS[self.shape.way][0])
+        if self.shape.way == "dora":
+            seconds += self.shape.weights * DORA_NORM_BYTES / (PLAIN_SHARE * self.copy_rate)
+        return seconds
 
     def again(self, kept: tuple[Kept, ...]) -> float:
-        """What a layer makes again that has kept this: all but the last product."""
+        """What a layer makes again that has kept this: all but the last product; by autograd, all."""
+        if self.shape.way != "hand":
+            return self.forward
         return sum(self.part(part) for part in KEPT if part not in kept)
 
     @cached_property
@@ -253,6 +322,8 @@ class _Clock:
             # the adapter's part of the input's gradient, and the sum of both
             dropped = 2 * inputs if shape.dropout else 0
             seconds += self.product(part) + self.moved(2 * inputs + dropped + outputs)
+        if shape.way != "hand":
+            return seconds + self.operators(OPERATORS[shape.way][1])
         norms, rotation = 12 * shape.hidden, 2 * shape.rotated + 2 * shape.qkv
         return seconds + self.moved(norms + 6 * shape.intermediate + rotation)
 
@@ -293,7 +364,8 @@ def forecast(plan: Plan, shape: Shape, rates: Rates, tokens: int) -> Forecast | 
     optimizer = _optimizer_seconds(plan, shape, rates, full.phases[0])
     bound = "host" if optimizer > seconds else full.bound
     each = full.seconds / together
-    return Forecast(step_tokens, each, optimizer, seconds + optimizer, bound)
+    measured = shape.way == "hand"
+    return Forecast(step_tokens, each, optimizer, seconds + optimizer, bound, measured)
 
 
 @dataclass(frozen=True)
@@ -334,8 +406,7 @@ def _pass(plan: Plan, shape: Shape, rates: Rates, count: int, tokens: int) -> _P
     missing = [part for part in KEPT if part not in plan.recompute_keeps]
     launches = [
         layers * shape.launches(PARTS),
-        (layers - end) * (BACKWARD_LAUNCHES + 2 * len(shape.products) * shape.dropout)
-        + recomputed * shape.launches(missing),
+        (layers - end) * shape.backward_launches + recomputed * shape.launches(missing),
     ]
     # of forward, backward and loss
     compute = [
@@ -350,7 +421,7 @@ def _pass(plan: Plan, shape: Shape, rates: Rates, count: int, tokens: int) -> _P
     ]
     waits = {
         "compute": [count * seconds for seconds in compute],
-        "launches": [*(count * LAUNCH_SECONDS * launched for launched in launches), 0.0],
+        "launches": [*(count * shape.launch_seconds * launched for launched in launches), 0.0],
     }
     if plan.uses_host and up is not None and down is not None:
         waits["link"] = _link_seconds(plan, shape, count * tokens, up, down)

@@ -15,7 +15,7 @@ from fitlora.plan import Plan, Side
 from fitlora.planner.model import model_size
 from fitlora.planner.search import Search, default_plan, least_of, smallest_plans
 from fitlora.planner.size import ModelSize
-from fitlora.planner.speed import Shape
+from fitlora.planner.speed import Shape, Way
 from fitlora.step.settings import StepSettings
 
 LOWEST_RANK = 4  # that is worth proposing
@@ -40,16 +40,20 @@ class Task:
 
     @cached_property
     def shape(self) -> Shape | None:
-        """What the model's speed depends on; None where that is not known."""
-        rank = self.params.lora.r
-        assert rank != "auto", "with_found has the number"
-        return Shape.of(
+        """What the model's speed depends on; None where that is not known: of experts, for one."""
+        lora = self.params.lora
+        assert lora.r != "auto", "with_found has the number"
+        by_autograd: Way = "dora" if lora.dora else "autograd"
+        found = Shape.of(
             self.config,
             bits=self.params.quantization.bits,
-            rank=rank,
-            dropout=self.params.lora.dropout > 0,
+            rank=lora.r,
+            dropout=lora.dropout > 0,
             whole=self.size.trained_whole,
+            way="hand" if self.size.by_hand else by_autograd,
         )
+        there = self.size.layer_weights
+        return found if found and there in (None, {found.weights}) else None
 
     @cached_property
     def start(self) -> Plan:

@@ -81,6 +81,7 @@ def plan_lines(choice: Choice, budget_bytes: int, probes: Sequence[ProbeResult])
         yield (
             f"predicted      {choice.forecast.tokens_per_second:,.0f} tokens/s, held up by "
             f"{_LIMITS[choice.limit or choice.forecast.bound]}"
+            f"{'' if choice.forecast.measured else '; a count of its work that no run has confirmed'}"
         )
     if choice.all_learn is not None:
         yield _bought(choice, choice.all_learn)
