@@ -51,7 +51,7 @@ from fitlora.hardware import profile
 from fitlora.memory.estimate import Estimator, Load, sequences_of
 from fitlora.offload import disk, residency
 from fitlora.offload.host_memory import HostMemory
-from fitlora.offload.residency import spread
+from fitlora.offload.residency import streaming
 from fitlora.offload.transport import CudaTransport, HostTransport, Transport, copy
 from fitlora.params import check_params
 from fitlora.plan import Plan
@@ -400,7 +400,7 @@ def choose_plan(plan: Plan, layers: int, fits: Callable[[Plan], bool]) -> Plan |
     for layout in LAYOUTS:
 
         def laid_out(count: int, layout: dict[str, str] = layout) -> Plan:
-            return plan.replace(**layout, streamed_layers=spread(layers, count))
+            return plan.replace(**layout, **streaming(layers, count))
 
         count = least(0, layers, lambda count, make=laid_out: fits(make(count)))  # type: ignore[misc]
         if count is not None:
@@ -431,7 +431,7 @@ def plan_case(case: Case, described: Hardware) -> dict[str, Any]:
             plan, lambda p: estimator(p).host_pinned_bytes <= room_on_host(hardware)
         )
     if plan is None:
-        smallest = asked.replace(**LAYOUTS[-1], streamed_layers=spread(layers, layers))
+        smallest = asked.replace(**LAYOUTS[-1], **streaming(layers, layers))
         return {"fits": False, "predicted_process_bytes": estimator(smallest).process_bytes}
     found = estimator(plan)
     return {

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fitlora.errors import UserError
 from fitlora.memory.trace import MemoryTrace, rounded
 from fitlora.offload.host_memory import HostMemory
-from fitlora.offload.residency import Residency, spread, streamed_bytes
+from fitlora.offload.residency import Residency, spread, streamed_bytes, streaming
 from fitlora.offload.transport import HostTransport, TracedTransport
 from tests.offload.stacks import WIDTH, Run, make_stack, resident, streamed
 from tests.offload.transports import ClockedTransport, DelayedTransport
@@ -226,6 +226,20 @@ def test_spread_is_the_fastest_choice_of_layers(transfer: float, slots: int) -> 
             for which in itertools.combinations(range(layers), count)
         )
         assert mine == pytest.approx(best)
+
+
+@pytest.mark.parametrize("transfer", [0.7, 1.1, 1.2, 2.5])
+def test_a_third_slot_is_worth_a_resident_layer(transfer: float) -> None:
+    layers, gains = 12, []
+    for count in range(2, layers - 1):
+        two = simulate(spread(layers, count), layers, 2, transfer)
+        chosen = streaming(layers, count + 1)
+        assert chosen["streaming_slots"] == 3
+        three = simulate(chosen["streamed_layers"], layers, 3, transfer)
+        assert three <= two * (1 + 1e-9)
+        gains.append(two / three)
+    assert max(gains) > 1.005 or transfer in (0.7, 2.5)  # these are computing's, or the link's
+    assert streaming(layers, layers)["streaming_slots"] == 2
 
 
 def test_spread() -> None:

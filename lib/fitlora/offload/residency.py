@@ -107,6 +107,16 @@ def spread(layers: int, streamed: int) -> tuple[int, ...]:
     return tuple(index for index in range(layers) if index not in resident)
 
 
+def streaming(layers: int, streamed: int) -> dict[str, Any]:
+    """What a Plan says of streaming `streamed` of `layers` layers: which, and through how many slots.
+
+    A third slot takes the place of a resident layer and is never slower: copies go on while a resident
+    layer computes. Where no layer is resident there is nothing to go ahead of.
+    """
+    slots = 3 if 0 < streamed < layers else 2
+    return {"streamed_layers": spread(layers, streamed), "streaming_slots": slots}
+
+
 class _Slot:
     """A buffer on the device, whose weights it has, and when it may be read and written."""
 
