@@ -382,6 +382,7 @@ def predict_case(case: Case, hardware: Hardware, tiny: bool) -> dict[str, Any]:
         "predicted_host_pinned_bytes": found.host_pinned_bytes,
         "predicted_host_unpinned_bytes": found.host_unpinned_bytes,
         "predicted_host_copies_bytes": found.host_copies_bytes,
+        "predicted_host_process_bytes": found.host_bytes,
         "instant": found.instant,
         "estimate_seconds": time.perf_counter() - start,
         "estimate_cpu_seconds": time.process_time() - cpu,

@@ -354,6 +354,10 @@ class Estimate(Record):
         0,
         description="the same, in a training run: the best adapter, and a checkpoint that is written",
     )
+    host_own_bytes: int = Field(
+        0,
+        description="the same, for Python, CUDA and libraries; 0 on the CPU, where it is not told",
+    )
     device_peak_bytes: tuple[int, ...] = Field(
         (),
         strict=False,
@@ -367,8 +371,9 @@ class Estimate(Record):
 
     @property
     def host_bytes(self) -> int:
-        """Of a host's memory, what the step has there all along."""
-        return self.host_pinned_bytes + self.host_unpinned_bytes
+        """Of a host's memory, the most that a run has: all but the pages of files."""
+        planned = self.host_pinned_bytes + self.host_unpinned_bytes + self.host_copies_bytes
+        return planned + self.host_own_bytes
 
     @property
     def heaviest_device(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma3TextConfig, Olmo2Config, Qwen2Config
 
-from fitlora.artifacts import Hardware, Rates, SequenceSize
+from fitlora.artifacts import Gpu, Hardware, Rates, SequenceSize
 from fitlora.memory import estimate as memory_estimate
 from fitlora.memory.estimate import (
     CPU_MARGIN,
@@ -49,7 +49,7 @@ LOAD = Load(
 def hardware(**changes: Any) -> Hardware:
     base: dict[str, Any] = {
         "device": "cpu", "gpus": (), "cpu_name": "", "cpu_cores": 1, "host_memory_bytes": 1,
-        "host_budget_bytes": 1, "budget_bytes": 2**30, "context_bytes": 0, "workspace_bytes": 0,
+        "host_budget_bytes": 2**40, "budget_bytes": 2**30, "context_bytes": 0, "workspace_bytes": 0,
         "rates": Rates(
             host_to_device_bytes_per_second=None, device_to_host_bytes_per_second=None,
             device_copy_bytes_per_second=None, disk_read_bytes_per_second=None,
@@ -382,7 +382,7 @@ def test_what_is_told_of_the_host_is_what_a_step_has_there(changes: dict[str, An
     assert found.host_pinned_bytes == transport.pinned_bytes
     assert found.host_unpinned_bytes == transport.memory.taken.get(STATE_PURPOSE, 0)
     assert (found.host_unpinned_bytes > 0) is (plan.optimizer_device == "host")
-    assert found.host_bytes == transport.memory.bytes
+    assert found.host_pinned_bytes + found.host_unpinned_bytes == transport.memory.bytes
     learned = Learned.of(step)
     copies = [*step.adapter_state().values(), *learned.adapter.values()]
     copies += learned.optimizer.values()
@@ -397,6 +397,24 @@ def test_a_rehearsal_has_its_update_whatever_the_gradients_are() -> None:
         next(iter(step.adapters.values())).fill_(float("nan"))
     rehearse(step, LOAD)
     assert all(step.states_of([parameter]) for parameter in step.learning.values())
+
+
+def test_each_process_of_a_host_has_memory_of_its_own_there() -> None:
+    def own(config: Any = CONFIG, **here: Any) -> Any:
+        changes: dict[str, Any] = {"micro_batch_size": 2, "recompute_layers": (0, 1)}
+        plan = steps.plan(devices=2, optimizer_device="host", **changes)
+        return Estimator(config, SETTINGS, LOAD, hardware(**here))(plan)
+
+    gpu = Gpu(name="", compute_capability="8.0", memory_bytes=1, bf16=True, fp8=False)
+    alone, both = (own(device="cuda", gpus=(gpu,) * count) for count in (1, 2))
+    assert alone.host_own_bytes == memory_estimate.OWN_HOST_BYTES
+    assert both.host_own_bytes == 2 * alone.host_own_bytes
+    parts = (both.host_pinned_bytes, both.host_unpinned_bytes, both.host_copies_bytes)
+    assert all(parts)
+    assert both.host_bytes == both.host_own_bytes + sum(parts)
+    by_autograd = own(Olmo2Config(**SMALL, num_hidden_layers=2), device="cuda", gpus=(gpu,))
+    assert by_autograd.host_own_bytes == memory_estimate.OWN_HOST_BYTES_GENERAL
+    assert own().host_own_bytes == 0
 
 
 def test_states_on_the_host_count_against_its_budget() -> None:

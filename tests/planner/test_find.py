@@ -374,16 +374,17 @@ def test_what_the_device_has_no_room_for_goes_to_the_host() -> None:
         return choice
 
     resident = {**NO_HOST, "micro_batch_size": 1, "recompute": "all"}
-    least = plan_for(GIB, 0, **resident).estimate.process_bytes
-    choice = plan_for(least - 1, GIB, micro_batch_size=1)
+    alone = plan_for(GIB, 2 * GIB, **resident).estimate
+    least, own = alone.process_bytes, alone.host_bytes
+    choice = plan_for(least - 1, own + GIB, micro_batch_size=1)
     assert choice.estimate.process_bytes < least
     assert 0 < choice.estimate.host_pinned_bytes <= GIB
     assert choice.plan.embedding == "host"
     unstreamed = {"recompute": "all", "stream_layers": 0, "head": "device"}
     last = plan_for(
-        GIB, GIB, micro_batch_size=1, embedding="host", checkpoints="host", **unstreamed
+        GIB, own + GIB, micro_batch_size=1, embedding="host", checkpoints="host", **unstreamed
     )
-    streams = plan_for(last.estimate.process_bytes - 1, GIB, micro_batch_size=1)
+    streams = plan_for(last.estimate.process_bytes - 1, own + GIB, micro_batch_size=1)
     assert streams.plan.streamed_layers
     with pytest.raises(UserError, match=r"larger hardware\.host_memory_budget|nothing fits"):
-        plan_for(least - 1, 0, micro_batch_size=1)
+        plan_for(least - 1, own, micro_batch_size=1)

@@ -50,7 +50,7 @@ def hardware(budget: int = 8 * GIB, **changes: Any) -> Hardware:
     )
     base: dict[str, Any] = {
         "device": "cuda", "gpus": (gpu,), "cpu_name": "", "cpu_cores": 1, "context_bytes": 0,
-        "host_memory_bytes": 1, "host_budget_bytes": 1, "budget_bytes": budget,
+        "host_memory_bytes": 1, "host_budget_bytes": 2**40, "budget_bytes": budget,
         "workspace_bytes": 0, "rates": rates, "target": None,
     }  # fmt: skip
     return Hardware.model_validate({**base, **changes})

@@ -28,7 +28,7 @@ from tests.step import steps
 from tests.tiny_models import VOCABULARY, make_checkpoint, make_config, make_tokenizer
 
 HARDWARE = Hardware(
-    device="cpu", gpus=(), cpu_name="", cpu_cores=1, host_memory_bytes=1, host_budget_bytes=1,
+    device="cpu", gpus=(), cpu_name="", cpu_cores=1, host_memory_bytes=1, host_budget_bytes=2**40,
     budget_bytes=2**30, context_bytes=0, workspace_bytes=0, target=None,
     rates=Rates(
         host_to_device_bytes_per_second=None, device_to_host_bytes_per_second=None,

@@ -317,6 +317,7 @@ def _answer(question: "Question", model: str) -> dict[str, Any]:
         "model": model,
         "budget_bytes": budget,
         "left_bytes": budget - found.process_bytes,
+        "host_left_bytes": question.hardware.host_budget_bytes - found.host_bytes,
         "estimate": found.model_dump(mode="json"),
         "longest_sequence": longest and longest.plan.sequence_length,
         "largest_micro_batch": longest and question.largest_micro_batch(longest),
@@ -368,6 +369,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     verdict = f"fits, {format_bytes(left)} are left" if estimate.fits else "does not fit"
     if left < 0:
         verdict += f", {format_bytes(-left)} are lacking"
+    if (host_left := found["host_left_bytes"]) < 0:
+        verdict += f", {format_bytes(-host_left)} of the host's memory are lacking"
     yield f"in {format_bytes(budget)}: {verdict}"
     if found["longest_sequence"] is not None:
         yield (
@@ -399,11 +402,13 @@ def _parts(estimate: "Estimate") -> Iterator[str]:
         "pinned on the host": estimate.host_pinned_bytes,
         "there, not pinned": estimate.host_unpinned_bytes,
         "there, copies": estimate.host_copies_bytes,
+        "there, libraries": estimate.host_own_bytes,
+        "whole host": estimate.host_bytes,
     }
     for name, count in rows.items():
         yield f"  {name:<20}{format_bytes(count):>12}"
     yield f"  at: {estimate.instant}"
-    yield "  what else Python, its libraries and the data take of the host is not known"
+    yield "  the rows of the data are beside that, on the host"
 
 
 def _table_lines(found: dict[str, Any]) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """The host's memory as a budget: counted before it is taken, and refused with figures.
 
 What counts is what the kernel cannot take back: anonymous pages of this process, touched or promised,
-and pinned ones. The page cache, which a memory-mapped checkpoint fills, is apart.
+and pinned ones, with those that Python and libraries have, as an estimate counts them
+(`Estimate.host_bytes`). The page cache, which a memory-mapped checkpoint fills, is apart.
 
 `Pages` are mapped by ourselves, and pinned by registering them. PyTorch's own pinned allocator rounds
 a buffer up to a power of two, which costs a 70B model some 8 GB, and zeroes it page by page in one
