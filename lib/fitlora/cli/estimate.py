@@ -470,7 +470,7 @@ def estimate(
 
 def _show_probe(found: dict[str, Any]) -> None:
     click.echo(found["plan"])
-    for name in ("allocated", "reserved"):
+    for name in ("allocated", "reserved", "host"):
         predicted, measured = found[f"predicted_{name}_bytes"], found[f"measured_{name}_bytes"]
         if measured:
             share = f"{predicted / measured - 1:+.2%}"
@@ -478,9 +478,6 @@ def _show_probe(found: dict[str, Any]) -> None:
                 f"peak {name:<10} predicted {format_bytes(predicted)}, measured "
                 f"{format_bytes(measured)} ({share})"
             )
-    if found["measured_host_bytes"]:
-        host = format_bytes(found["measured_host_bytes"])
-        click.echo(f"of the host    {host}, with what Python and its libraries take")
     if not found["fits"]:
         click.echo(f"it did not fit: {found['why']}")
 
@@ -521,6 +518,7 @@ def probe(model: str, asked: dict[str, Any]) -> Any:
         "measured_allocated_bytes": measured.peak_allocated_bytes,
         "predicted_reserved_bytes": predicted.peak_reserved_bytes,
         "measured_reserved_bytes": measured.peak_reserved_bytes,
+        "predicted_host_bytes": predicted.host_bytes,
         "measured_host_bytes": measured.host_peak_bytes,
         "why": measured.why,
         "tokens_per_second": measured.tokens_per_second,

@@ -68,8 +68,8 @@ CPU_MARGIN = 0.05
 REPLAY_MARGIN = 0.015
 
 # What a run's process has of the host's memory of its own, at most: Python and its libraries, CUDA's
-# context and kernels, what compiles Triton's on a first run, and this estimate. Medians of the fitting draw
-# (summary of benchmarks/results/estimate_accuracy_fit.h200.json), by hand and where autograd does the layers.
+# context and kernels, and this estimate; by hand, and where autograd does the layers. Medians of the
+# fitting draw (summary of benchmarks/results/estimate_accuracy_fit.h200.json).
 OWN_HOST_BYTES = 1200 * MIB
 OWN_HOST_BYTES_GENERAL = 1350 * MIB
 
