@@ -49,7 +49,15 @@ from benchmarks.common import ROOT, SHAPES, device_label, device_name, shape_con
 from fitlora.artifacts import Hardware, SequenceSize
 from fitlora.device import gpu_uuid, limit_memory, nvml_session, process_used_bytes
 from fitlora.hardware import profile
-from fitlora.memory.estimate import Estimator, Load, rehearse, rehearse_save, trace_step
+from fitlora.memory.estimate import (
+    OWN_HOST_MIB,
+    Estimator,
+    Load,
+    own_host_parts,
+    rehearse,
+    rehearse_save,
+    trace_step,
+)
 from fitlora.offload.host_memory import HostMemory, resident_bytes
 from fitlora.offload.residency import spread
 from fitlora.offload.transport import make_transport
@@ -59,7 +67,7 @@ from fitlora.planner.search import loss_chunk
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
 from fitlora.step.weights import RandomWeights
-from fitlora.units import GIB
+from fitlora.units import GIB, MIB
 
 SEED, FIT_SEED, COUNT, FIT_COUNT, TINY_COUNT = 20261123, 7, 64, 12, 8
 MOST_BYTES = 100 * GIB  # by the formula of `rough_bytes`, on a GPU of 139 GiB
@@ -383,6 +391,7 @@ def predict_case(case: Case, hardware: Hardware, tiny: bool) -> dict[str, Any]:
         "predicted_host_unpinned_bytes": found.host_unpinned_bytes,
         "predicted_host_copies_bytes": found.host_copies_bytes,
         "predicted_host_process_bytes": found.host_bytes,
+        "host_own_parts": own_host_parts(plan, by_hand=config.model_type not in GENERAL),
         "instant": found.instant,
         "estimate_seconds": time.perf_counter() - start,
         "estimate_cpu_seconds": time.process_time() - cpu,
@@ -558,21 +567,21 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _own_of_host(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What processes have of the host beside what a plan puts there, by the kind of step."""
+    """`OWN_HOST_MIB` by the rows: what processes have of the host beside what a plan puts there."""
     planned = [f"predicted_host_{name}_bytes" for name in ("pinned", "unpinned", "copies")]
-    found: dict[str, Any] = {}
-    for kind, general in (("by_hand", False), ("general", True)):
-        own = [
-            row["measured_host_process_bytes"] - sum(row[name] for name in planned)
-            for row in rows
-            if (row["family"] in GENERAL) == general
-            and {"measured_host_process_bytes", *planned} <= row.keys()
-        ]
-        if own:
-            found[f"host_own_{kind}_median_bytes"] = int(statistics.median(own))
-            found[f"host_own_{kind}_least_bytes"] = min(own)
-            found[f"host_own_{kind}_most_bytes"] = max(own)
-    return found
+    needed = {"measured_host_process_bytes", "host_own_parts", *planned}
+    told = [row for row in rows if needed <= row.keys()]
+    if len(told) < len(OWN_HOST_MIB):
+        return {}
+    own = [row["measured_host_process_bytes"] - sum(row[name] for name in planned) for row in told]
+    parts = [[float(part in row["host_own_parts"]) for part in OWN_HOST_MIB] for row in told]
+    measured = torch.tensor(own, dtype=torch.float64).unsqueeze(1) / MIB
+    there = torch.tensor(parts, dtype=torch.float64)
+    # what is never there gets nothing
+    fitted = torch.linalg.lstsq(there, measured, driver="gelsd").solution.flatten().tolist()
+    return {
+        "host_own_mib": {part: round(mib) for part, mib in zip(OWN_HOST_MIB, fitted, strict=True)}
+    }
 
 
 def line(row: dict[str, Any]) -> str:

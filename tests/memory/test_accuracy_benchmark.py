@@ -10,7 +10,7 @@ import pytest
 from benchmarks import estimate_accuracy as accuracy
 from fitlora.memory.estimate import sequences_of
 from fitlora.step.batch import PackedSequence
-from fitlora.units import GIB
+from fitlora.units import GIB, MIB
 from tests.memory.test_estimate import hardware
 
 
@@ -88,30 +88,22 @@ def test_a_summary_has_mean_and_worst_and_counts_failures() -> None:
     assert rows[2]["allocated_error"] is None
 
 
-def test_what_libraries_have_of_the_host_is_told_by_the_kind_of_step() -> None:
-    planned = {
-        "predicted_host_pinned_bytes": 5,
-        "predicted_host_unpinned_bytes": 3,
-        "predicted_host_copies_bytes": 2,
-    }
-    found = accuracy.summarize(
-        [
-            row(0, 1, 1, measured_host_process_bytes=110, **planned),
-            row(1, 1, 1, measured_host_process_bytes=130, **planned),
-            row(2, 1, 1, measured_host_process_bytes=120, **planned),
-            row(3, 1, 1, measured_host_process_bytes=510, family="olmo2", **planned),
-            row(4, 1, 1, measured_host_process_bytes=10**9),  # and not predicted yet
-        ]
-    )
-    own = {key: value for key, value in found.items() if key.startswith("host_own")}
-    assert own == {
-        "host_own_by_hand_median_bytes": 110,
-        "host_own_by_hand_least_bytes": 100,
-        "host_own_by_hand_most_bytes": 120,
-        "host_own_general_median_bytes": 500,
-        "host_own_general_least_bytes": 500,
-        "host_own_general_most_bytes": 500,
-    }
+def test_what_processes_have_of_the_host_is_fitted_by_what_they_do() -> None:
+    """To rows that follow the rule, beside what the plan puts there, the rule is found again."""
+    rule = dict(zip(accuracy.OWN_HOST_MIB, (1000, 120, 70, 90), strict=True))
+    always, *some = rule
+    subsets = [[], some[:1], some[1:2], some[2:], some[:2], some]
+    rows = []
+    for number, chosen in enumerate(subsets):
+        parts = [always, *chosen]
+        planned = {"pinned": 5 * number, "unpinned": 3, "copies": 2 * number}
+        own = sum(rule[part] for part in parts) * MIB
+        more = {f"predicted_host_{name}_bytes": count for name, count in planned.items()}
+        more["measured_host_process_bytes"] = own + sum(planned.values())
+        rows.append(row(number, 1, 1, host_own_parts=parts, **more))
+    rows.append(row(9, 1, 1, measured_host_process_bytes=10**12))  # and not predicted yet
+    assert accuracy.summarize(rows)["host_own_mib"] == rule
+    assert "host_own_mib" not in accuracy.summarize(rows[:3])
 
 
 def test_cases_share_a_gpu_as_far_as_it_has_room(

@@ -366,6 +366,7 @@ def test_few_layers_tell_of_many(layers: int, recomputed: int, changes: dict[str
     [
         {"optimizer_device": "host"},
         {"optimizer_device": "host", "frozen_layers": (0,), "checkpoints": "host"},
+        {"optimizer_device": "host", "compute_dtype": "bfloat16"},
         {"optimizer": "adamw_8bit"},
         {"frozen_layers": (1,)},
     ],
@@ -400,20 +401,25 @@ def test_a_rehearsal_has_its_update_whatever_the_gradients_are() -> None:
 
 
 def test_each_process_of_a_host_has_memory_of_its_own_there() -> None:
-    def own(config: Any = CONFIG, **here: Any) -> Any:
+    def own(config: Any = CONFIG, *, optimizer: str = "host", **here: Any) -> Any:
         changes: dict[str, Any] = {"micro_batch_size": 2, "recompute_layers": (0, 1)}
-        plan = steps.plan(devices=2, optimizer_device="host", **changes)
+        plan = steps.plan(devices=2, optimizer_device=optimizer, **changes)
         return Estimator(config, SETTINGS, LOAD, hardware(**here))(plan)
+
+    def mib(*parts: str) -> int:
+        return sum(memory_estimate.OWN_HOST_MIB[part] for part in parts) * 2**20
 
     gpu = Gpu(name="", compute_capability="8.0", memory_bytes=1, bf16=True, fp8=False)
     alone, both = (own(device="cuda", gpus=(gpu,) * count) for count in (1, 2))
-    assert alone.host_own_bytes == memory_estimate.OWN_HOST_BYTES
+    assert alone.host_own_bytes == mib("every process")
     assert both.host_own_bytes == 2 * alone.host_own_bytes
+    here = own(optimizer="device", device="cuda", gpus=(gpu,))
+    assert here.host_own_bytes == mib("every process", "optimizer on the device")
     parts = (both.host_pinned_bytes, both.host_unpinned_bytes, both.host_copies_bytes)
     assert all(parts)
     assert both.host_bytes == both.host_own_bytes + sum(parts)
     by_autograd = own(Olmo2Config(**SMALL, num_hidden_layers=2), device="cuda", gpus=(gpu,))
-    assert by_autograd.host_own_bytes == memory_estimate.OWN_HOST_BYTES_GENERAL
+    assert by_autograd.host_own_bytes == mib("every process", "layers by autograd")
     assert own().host_own_bytes == 0
 
 
