@@ -44,7 +44,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from benchmarks.common import ROOT, device_label, shape_config, write_result
+from benchmarks.common import ROOT, commit, device_label, shape_config, write_result
 from fitlora.artifacts import Hardware, SequenceSize, write_text_atomically
 from fitlora.device import give_back_memory, limit_memory
 from fitlora.hardware import profile
@@ -745,9 +745,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {}
     if path.is_file():
         rows = {key_of(row): row for row in json.loads(path.read_text())["rows"]}
-    error = None
+    stamp, error = {"date": time.strftime("%Y-%m-%d"), "commit": commit()}, None
     for row in run(cases, args):
-        rows[key_of(row)] = row
+        rows[key_of(row)] = {**row, **stamp}
         print(line(row), flush=True)
         write_result(path, "offload", list(rows.values()))
         if row.get("error") is not None and row["error"] == error:
