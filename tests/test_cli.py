@@ -104,7 +104,7 @@ def test_estimate_takes_a_whole_plan_and_says_what_is_lacking(tmp_path: Path) ->
     done = fitlora("estimate", MODEL, *card, "--plan", str(file))
     assert done.exit_code == 0, done.output
     assert "micro-batch 4 x 1 accumulation x 128 tokens" in done.stdout
-    lacking = r"[\d.]+ [KM]iB are lacking, [\d.]+ GiB of the host's memory are lacking"
+    lacking = r"[\d.]+ [KM]iB are lacking, [\d.]+ [MG]iB of the host's memory are lacking"
     assert re.search(rf"in 621.00 MiB: does not fit, {lacking}", done.stdout)
     assert "activations" in done.stdout
     assert re.search(r"no layout of it fits, the smallest takes [\d.]+ MiB", done.stdout)
