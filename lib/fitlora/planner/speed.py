@@ -6,9 +6,9 @@ adapters, norms and activations move. Beside it run the link to the host, with w
 host itself, which launches the kernels: a pass over the layers takes the longest of the three.
 
 No constant is fitted to a step. What share of a rate a kind of work reaches was measured by itself,
-kernel by kernel; the one time taken from a step, a launch's, is that of a step that waits for nothing
-else. `benchmarks/speed_model.py` holds the model against every step that was measured, and
-benchmarks/results/speed_model.h200.json has the error of each.
+kernel by kernel; the times that are taken from steps, a launch's by hand and by autograd, are those of
+steps that wait for nothing else. `benchmarks/speed_model.py` holds the model against every step that was
+measured, and benchmarks/results/speed_model.h200.json has the error of each.
 
 Layers that autograd does have the same products, and PyTorch's own operators beside them, which are
 counted as well (`OPERATORS`), of layers like Llama's. No step of ours of that kind was measured, and a

@@ -90,7 +90,9 @@ def plan_lines(choice: Choice, budget_bytes: int, probes: Sequence[ProbeResult])
         told = "" if rate is None else f", {rate:,.0f} tokens/s"
         yield f"instead        {_otherwise(other.plan, plan)}{told}: {other.why}"
     if not probes:
-        unknown = "" if choice.forecast else "; how fast is not known, of this card or of such layers"
+        unknown = (
+            "" if choice.forecast else "; how fast is not known, of this card or of such layers"
+        )
         yield f"not probed: the plan is for a GPU that is not here{unknown}"
     for probe in probes:
         if not probe.fits:
