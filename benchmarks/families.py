@@ -86,7 +86,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 4, "head_dim": 32},
     "minimax": {"layer_types": ["full_attention", "linear_attention"]},
-    "ministral": {"head_dim": 16}, "nemotron": {"head_dim": 16},
+    "ministral": {"head_dim": 16}, "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
 }  # fmt: skip
 
 
