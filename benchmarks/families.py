@@ -39,7 +39,6 @@ from tests.step import steps
 
 Made = TypeVar("Made")
 SECONDS = 120  # after which a family is given up
-ROUNDING = 1e-5  # of float32, in a loss
 
 # What keys of configs are to be at most, wherever they are.
 _NAMES = {

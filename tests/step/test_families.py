@@ -1,5 +1,7 @@
 """Models that are not done by hand: what stock transformers gives, or a refusal that says why."""
 
+import json
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -155,8 +157,17 @@ def test_packed_rows_are_taken_apart() -> None:
     assert sums[0] == sums[1]
 
 
-def test_layers_done_by_hand_take_sequences_together() -> None:
-    assert FAMILIES <= TOGETHER
+def test_what_goes_together_has_been_compared() -> None:
+    path = Path(__file__).parents[2] / "benchmarks/results/families.cpu.json"
+    rows = json.loads(path.read_text())["rows"]
+    compared = {r["model_type"] for r in rows if r["way"] in ("by hand", "together")}
+    assert compared == TOGETHER
+    assert {r["model_type"] for r in rows if r["way"] == "by hand"} == FAMILIES
+    trained = [r for r in rows if r["way"] in ("by hand", "together", "alone")]
+    assert len(trained) > 150
+    for row in trained:
+        assert max(row["loss_off"], row["recomputing_off"]) < 1e-6, row["family"]
+    assert all(row["refused"] or row["stock"] for row in rows if row not in trained)
 
 
 def shared_keys() -> Any:
