@@ -75,7 +75,7 @@ PRESETS = {
         notes={"hardware.memory_budget": "8 GiB less the driver's and a desktop's; null: all"},
         card="RTX 3070",
         planned="micro-batch 3 x 6 accumulation x 512 tokens, 0 layers recomputed, bfloat16, adamw on "
-        "cuda, on the host: 25 layers, embedding",
+        "cuda, on the host: 26 layers, embedding",
     ),
     "16gb": Preset(
         "16 GB GPU, like an RTX 4060 Ti or 4080",

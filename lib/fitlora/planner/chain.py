@@ -91,10 +91,10 @@ def segments(start: Plan, free: Freedom) -> dict[str, list[Plan]]:
         if free.checkpoints and plan.recompute_layers:
             add("checkpoints", [plan.replace(checkpoints="host")])
     if free.stream and free.most_streamed:
-        from fitlora.offload.residency import spread  # here, as torch comes with it
+        from fitlora.offload.residency import streaming  # here, as torch comes with it
 
         counts = range(1, free.most_streamed + 1)
-        add("stream", [plan.replace(streamed_layers=spread(free.layers, n)) for n in counts])
+        add("stream", [plan.replace(**streaming(free.layers, n)) for n in counts])
     if free.head:
         add("head", [plan.replace(head="host", embedding="host" if free.tied else plan.embedding)])
     if free.optimizer:
@@ -129,12 +129,12 @@ def offloads(plan: Plan, free: Freedom, has_room: Callable[[Plan], bool]) -> Ite
     if free.checkpoints and plan.recompute_layers:
         moves.append({"checkpoints": "host"})
     if free.stream and (free.by_hand or len(plan.recompute_layers) == free.layers):
-        from fitlora.offload.residency import spread  # here, as torch comes with it
+        from fitlora.offload.residency import streaming  # here, as torch comes with it
 
         count = len(plan.streamed_layers)
         while count < free.most_streamed:
             count += -(-(free.most_streamed - count) // 2)
-            moves.append({"streamed_layers": spread(free.layers, count)})
+            moves.append(streaming(free.layers, count))
     if free.head:
         moves.append({"head": "host", **({"embedding": "host"} if free.tied else {})})
     # several devices sum their gradients much faster among each other than on the host

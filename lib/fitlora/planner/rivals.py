@@ -198,18 +198,20 @@ class Rivals:
         free, whole = self.free, len(plan.recompute_layers) == self.free.layers
         if not free.stream or not (whole or free.by_hand):
             return None
-        count, least = plan.streaming_slots, plan.streaming_slots + 1
+        slots = self._streaming(1)["streaming_slots"]
+        count, fitted = slots, None
         for _ in range(CORRECTIONS + 1):
-            count = max(least, count + -(-over // self.shape.layer_bytes))
+            count = max(slots + 1, count + -(-over // self.shape.layer_bytes))
             count = min(count, free.most_streamed)
-            plan = plan.model_copy(update={"streamed_layers": self._spread(count)})
+            plan = plan.model_copy(update=self._streaming(count))
             over = guesses.process_bytes(plan) - limit
-        return plan if over <= 0 else None
+            fitted = plan if over <= 0 else fitted
+        return fitted
 
-    def _spread(self, count: int) -> tuple[int, ...]:
-        from fitlora.offload.residency import spread  # here, as torch comes with it
+    def _streaming(self, count: int) -> dict[str, Any]:
+        from fitlora.offload.residency import streaming  # here, as torch comes with it
 
-        return spread(self.free.layers, count)
+        return streaming(self.free.layers, count)
 
 
 def _ranked(plan: Plan, told: Forecast) -> float:

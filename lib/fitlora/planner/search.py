@@ -219,15 +219,15 @@ def default_plan(
 def _placed(params: Params, model: ModelSize) -> dict[str, Any]:
     """Where params want the parts of the step; on the device where they say auto."""
     asked = params.plan
-    streamed: tuple[int, ...] = ()
+    streamed: dict[str, Any] = {"streamed_layers": ()}
     if asked.stream_layers != "auto" and asked.stream_layers:
-        from fitlora.offload.residency import spread  # here, as torch comes with it
+        from fitlora.offload.residency import streaming  # here, as torch comes with it
 
         if asked.stream_layers > model.layers:
             raise UserError(
                 f"plan.stream_layers is {asked.stream_layers}, and the model has {model.layers} layers"
             )
-        streamed = spread(model.layers, asked.stream_layers)
+        streamed = streaming(model.layers, asked.stream_layers)
     sides = {
         name: "device" if getattr(asked, name) == "auto" else getattr(asked, name)
         for name in ("checkpoints", "embedding", "head", "optimizer_device")
@@ -255,7 +255,7 @@ def _placed(params: Params, model: ModelSize) -> dict[str, Any]:
             "plan.checkpoints is host, which needs a family of models that FitLoRA does by hand; set it "
             "to auto"
         )
-    return {"streamed_layers": streamed, **sides}
+    return {**streamed, **sides}
 
 
 def enough_sequences(sizes: Sequence[int], tokens: Callable[[int], int]) -> int:
@@ -742,6 +742,7 @@ def _ranked(others: list[Considered], chosen: Plan, budget_bytes: int) -> tuple[
         one = {
             "recompute_layers": plan.recompute_layers[:1],
             "streamed_layers": plan.streamed_layers[:1],
+            "streaming_slots": 1,
         }
         return plan.model_copy(update=one)
 
