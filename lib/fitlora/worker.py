@@ -3,14 +3,14 @@
 A CUDA context, an allocator and what libraries keep can be had anew in no other way, and a process
 that a driver or the kernel ends need not be this one. It is started as a command: a fork cannot use a
 GPU, and `multiprocessing` would run a user's script, if that has no guard, a second time. A call is a
-function of some module with its arguments, pickled; there is one at a time.
+function of some module with its arguments, over a pipe that no other process has; there is one at a
+time.
 
 Its messages go where ours do. It ends with this process, however that ends; the kernel, short of memory,
 takes it first; and Ctrl-C is left to us.
 """
 
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -115,7 +116,7 @@ def serve(pipe: Connection) -> None:
     outcome = ""
     while outcome != "failed":
         try:
-            call = pickle.loads(calls.get())
+            call = ForkingPickler.loads(calls.get())  # as Connection.recv, in the thread that calls
             if callable(call):  # expected: it is imported now
                 continue
             function, arguments = call
