@@ -39,6 +39,7 @@ from fitlora.offload.transport import (
     make_transport,
     outline,
     tensor_bytes,
+    untraced,
     view_as,
 )
 
@@ -86,10 +87,11 @@ def _joined(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Te
         if len(run) == 1:
             return first, second
         size = (sum(one.numel() for one, _ in run),)
-        return (
-            first.as_strided(size, (1,), first.storage_offset()),
-            second.as_strided(size, (1,), second.storage_offset()),
-        )
+        with untraced():  # views of what a memory trace knows already, or is not to know
+            return (
+                first.as_strided(size, (1,), first.storage_offset()),
+                second.as_strided(size, (1,), second.storage_offset()),
+            )
 
     for pair in pairs:
         if run and not all(map(_follows, pair, run[-1])):
