@@ -66,7 +66,6 @@ GB = 10**9
 LINK_BYTES = 2**30
 CARD = {"name": "H200", "memory": "139GiB", "compute_capability": "9.0"}
 CARD_CONTEXT_BYTES = 760 * MIB  # as results/offload.h200.json has it, more than is documented
-HOST_OWN_BYTES = 5 * GIB  # what a process that uses CUDA has of its own on the host
 WORKER = ("-m", "benchmarks.offload", "--worker")
 
 # From what costs least to what costs most; in each, as few layers as possible are streamed.
@@ -415,10 +414,6 @@ def read_from_disk(plan: Plan, fits: Callable[[Plan], bool]) -> Plan | None:
     return None if count is None else plan.replace(disk_layers=count)
 
 
-def room_on_host(hardware: Hardware) -> int:
-    return hardware.host_budget_bytes - HOST_OWN_BYTES
-
-
 def plan_case(case: Case, described: Hardware) -> dict[str, Any]:
     """The case's plan and what it is predicted to take; `fits` is False where no layout does."""
     torch.set_num_threads(1)
@@ -427,9 +422,8 @@ def plan_case(case: Case, described: Hardware) -> dict[str, Any]:
     asked, layers = resident_plan(case, hardware.device), config.num_hidden_layers
     plan = choose_plan(asked, layers, lambda p: estimator(p).process_bytes <= hardware.budget_bytes)
     if plan is not None:
-        plan = read_from_disk(
-            plan, lambda p: estimator(p).host_pinned_bytes <= room_on_host(hardware)
-        )
+        room = hardware.host_budget_bytes
+        plan = read_from_disk(plan, lambda p: estimator(p).host_bytes <= room)
     if plan is None:
         smallest = asked.replace(**LAYOUTS[-1], **streaming(layers, layers))
         return {"fits": False, "predicted_process_bytes": estimator(smallest).process_bytes}
