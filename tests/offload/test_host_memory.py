@@ -19,7 +19,7 @@ def test_anonymous_memory_is_what_the_kernel_counts() -> None:
     before = anonymous_bytes()
     kept = torch.ones(64 * MIB, dtype=torch.uint8)
     grown = anonymous_bytes() - before
-    assert kept.numel() - MIB <= grown <= kept.numel() + 8 * MIB
+    assert abs(grown - kept.numel()) <= 8 * MIB  # what else the tests have comes and goes
 
 
 def test_a_peak_that_is_over_by_the_end_is_seen() -> None:
