@@ -12,13 +12,14 @@ that is reshuffled when it is empty, so that all of them come equally often; a c
 more memory than `MOST_BYTES` or more work than `MOST_OPERATIONS` gets fewer tokens. The fitting draw
 has another seed and `FIT_MODELS` only, so that three families are unseen by whatever is fitted on it.
 
-The two sides are apart, as they are in truth. Measuring describes the hardware as the product does.
-Each case then has a process of its own, which predicts as a run does, builds the step on noise, runs the
-very rehearsal that is traced, makes the copies that a run makes, and asks the allocator, NVML and the
-kernel what that took. Several processes may share the GPU (`--at-once`): a case begins when it has room
-beside those that run. One that dies leaves its last words in its row. What the file has measured already
-is left alone, so that the same command goes on where time ran out, and tries again what failed.
-Predicting is given the description and the case, and sees no GPU. Rows are written as they come.
+The two sides are apart, as they are in truth. Measuring describes the hardware as the product does. Each
+case then has a process of its own, forked before anything is done, which predicts as a run does, builds
+the step on noise, runs the very rehearsal that is traced, makes the copies that a run makes, and asks
+the allocator, NVML and the kernel what that took. Several processes may share the GPU (`--at-once`): a
+case begins when it has room beside those that run. One that dies leaves its last words in its row. What
+the file has measured already is left alone, so that the same command goes on where time ran out, and
+tries again what failed. Predicting is given the description and the case, and sees no GPU. Rows are
+written as they come.
 
 What a process has of the host is its anonymous and its shared memory, pinned or not: all but the pages
 of files. Its peak is the kernel's of all, less the pages of files. Who comes to a Triton kernel first
@@ -601,29 +602,51 @@ class Child:
 
     def __init__(self, role: str, cases: Sequence[Case], args: argparse.Namespace) -> None:
         numbers = ",".join(str(case.number) for case in cases)
-        self.name = f"measure-{numbers}" if role == "measure" else role
-        self.work, self.log = args.work, args.work / f"{self.name}.log"
+        self.log = args.work / f"{role}.log"
         command = [sys.executable, "-m", "benchmarks.estimate_accuracy", "--role", role]
         command += ["--work", str(args.work), f"--numbers={numbers}"]
         command += [flag for flag in ("--fit", "--tiny") if getattr(args, flag[2:])]
-        # an optimizer on the host has threads, which must not spin while the device is waited for
-        changes = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(_threads())}
-        if role == "measure":
-            changes["TRITON_CACHE_DIR"] = str(args.work / "triton")
-        if role == "predict":
-            changes["CUDA_VISIBLE_DEVICES"] = ""
+        changes = {"CUDA_VISIBLE_DEVICES": ""} if role == "predict" else {}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **changes}
             )
 
     def last_words(self) -> str:
-        lines = self.log.read_text().strip().splitlines()
-        return lines[-1][:300] if lines else "nothing said"
+        return _last_words(self.log)
 
 
-def _threads() -> int:
-    return min(8, len(os.sched_getaffinity(0)))
+def _last_words(log: Path) -> str:
+    lines = log.read_text().strip().splitlines()
+    return lines[-1][:300] if lines else "nothing said"
+
+
+_forks = get_context("forkserver")
+
+
+class Measuring:
+    """A case's measurement in a process of its own, whose imports were made before it was forked."""
+
+    def __init__(self, case: Case, args: argparse.Namespace) -> None:
+        self.found = args.work / f"measure-{case.number}.json"
+        self.log = self.found.with_suffix(".log")
+        self.log.write_text("")
+        hardware = args.work / "hardware.json"
+        self._process = _forks.Process(
+            target=_measure_apart, args=(case, hardware, args.tiny, self.found, self.log)
+        )
+        self._process.start()
+
+    @property
+    def ended(self) -> bool:
+        return self._process.exitcode is not None
+
+    def result(self) -> dict[str, Any]:
+        """What it has found, and what it died of otherwise."""
+        if self._process.exitcode != 0:
+            return {"error": f"ended with {self._process.exitcode}: {_last_words(self.log)}"}
+        found: dict[str, Any] = json.loads(self.found.read_text())
+        return found
 
 
 Found = Iterator[tuple[Case, dict[str, Any]]]
@@ -642,18 +665,23 @@ def measured(cases: Sequence[Case], hardware: Hardware, args: argparse.Namespace
     """Each case when it was measured, the largest first; none begins after the time for it."""
     end = time.perf_counter() + args.limit_seconds
     waiting = sorted(cases, key=lambda case: -case.rough_bytes)
-    running: list[tuple[Case, Child]] = []
+    running: list[tuple[Case, Measuring]] = []
+    # an optimizer on the host has threads, which must not spin while the device is waited for
+    threads = str(min(8, len(os.sched_getaffinity(0))))
+    os.environ.update(OMP_WAIT_POLICY="passive", OMP_NUM_THREADS=threads)
+    os.environ["TRITON_CACHE_DIR"] = str(args.work / "triton")
+    _forks.set_forkserver_preload(["fitlora.memory.estimate", "fitlora.step.build", "peft"])
     while running or (waiting and time.perf_counter() < end):
         for case in list(waiting):
             if time.perf_counter() < end and _has_room(
                 case, [other for other, _ in running], hardware, args.at_once
             ):
                 waiting.remove(case)
-                running.append((case, Child("measure", [case], args)))
-        for case, child in list(running):
-            if child.process.poll() is not None:
-                running.remove((case, child))
-                yield case, _measurement(child)
+                running.append((case, Measuring(case, args)))
+        for case, measuring in list(running):
+            if measuring.ended:
+                running.remove((case, measuring))
+                yield case, measuring.result()
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
@@ -670,12 +698,11 @@ def _has_room(case: Case, running: Sequence[Case], hardware: Hardware, at_once: 
     )
 
 
-def _measurement(child: Child) -> dict[str, Any]:
-    """What a child that has ended found, and what it died of otherwise."""
-    if child.process.returncode != 0:
-        return {"error": f"ended with {child.process.returncode}: {child.last_words()}"}
-    found: dict[str, Any] = json.loads((child.work / f"{child.name}.json").read_text())
-    return found
+def _measure_apart(case: Case, hardware: Path, tiny: bool, out: Path, log: Path) -> None:
+    with log.open("w") as words:
+        for stream in (1, 2):
+            os.dup2(words.fileno(), stream)
+    out.write_text(json.dumps(measure_case(case, Hardware.read(hardware), tiny)))
 
 
 def predicted(cases: list[Case], args: argparse.Namespace) -> Found:
@@ -704,13 +731,7 @@ def act(role: str, cases: list[Case], args: argparse.Namespace) -> None:
         named = {"device_label": device_label(), "device": device_name()}
         (args.work / "device.json").write_text(json.dumps(named))
         return
-    hardware = Hardware.read(described)
-    if role == "predict":
-        predict(cases, hardware, args.work, tiny=args.tiny)
-    else:
-        (case,) = cases
-        found = measure_case(case, hardware, args.tiny)
-        (args.work / f"measure-{case.number}.json").write_text(json.dumps(found))
+    predict(cases, Hardware.read(described), args.work, tiny=args.tiny)
 
 
 def chosen(args: argparse.Namespace) -> list[Case]:
@@ -738,7 +759,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="draw the rows that there are, and end")
     parser.add_argument("--work", type=Path, default=ROOT / ".fitlora" / "estimate_accuracy")
     parser.add_argument("--json", type=Path, help="rows of other cases in it stay")
-    parser.add_argument("--role", choices=("profile", "predict", "measure"), help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=("profile", "predict"), help=argparse.SUPPRESS)
     parser.add_argument("--numbers", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.plot is not None:
