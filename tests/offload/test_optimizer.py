@@ -380,6 +380,15 @@ def test_an_update_that_failed_on_the_hosts_thread_is_half_done() -> None:
         optimizer.join()
 
 
+def test_the_hosts_thread_leaves_cores_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    optimizer = CPUOffloadOptimizer(torch.optim.SGD(parameters(), lr=0.1))
+    monkeypatch.undo()
+    assert optimizer._ask(torch.get_num_threads).result() == 4
+    assert torch.get_num_threads() == ours
+
+
 def test_lbfgs_is_refused() -> None:
     with pytest.raises(UserError, match="use AdamW"):
         CPUOffloadOptimizer(torch.optim.LBFGS(parameters()))

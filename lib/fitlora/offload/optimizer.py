@@ -43,6 +43,10 @@ from fitlora.offload.transport import (
     view_as,
 )
 
+# Operators of the host's thread use a quarter of the cores, or so many: they wait for memory more than
+# for cores, and OpenMP's threads spin for a while after each, so that on all cores they would keep the
+# thread that launches kernels from its own.
+MOST_THREADS = 8
 BUCKET_BYTES = 16 * 2**20  # of masters: as little as keeps what a bucket costs by itself small
 _IN_FLIGHT = 16  # gradients on their way down that autograd's backward leaves alive on the device
 PURPOSE, STATE_PURPOSE = "optimizer masters and gradients", "optimizer state"
@@ -170,7 +174,8 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         self._offload_gradients = offload_gradients
         self._masters: dict[Tensor, _Master] = {}
         self._leaving: deque[_Sent] = deque()
-        self._thread = ThreadPoolExecutor(1, "optimizer")
+        threads = max(1, min(MOST_THREADS, torch.get_num_threads() // 4))
+        self._thread = ThreadPoolExecutor(1, "optimizer", torch.set_num_threads, (threads,))
         self._asked: list[Future[Any]] = []
         self._broke_off = False
         self._clip: Tensor | None = None  # what the next update multiplies gradients by
