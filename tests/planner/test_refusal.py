@@ -133,6 +133,26 @@ def test_the_smallest_plan_reads_what_the_host_has_no_room_for() -> None:
     assert task(8, host=1).smallest(host=True).plan.disk_layers == 32
 
 
+def test_what_is_plainly_too_much_for_the_host_is_not_traced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Plan] = []
+    of = Task.estimator.fget  # type: ignore[attr-defined]
+
+    def recorded(task: Task) -> Any:
+        return lambda plan: asked.append(plan) or of(task)(plan)
+
+    monkeypatch.setattr(Task, "estimator", property(recorded))
+    shape = task(8).shape
+    assert shape is not None
+    weights = 32 * shape.layer_bytes / GIB
+    task(8, host=weights / 1.2).smallest(host=True)
+    assert {plan.disk_layers for plan in asked} == {32}
+    asked.clear()
+    task(8, host=weights / 1.05).smallest(host=True)
+    assert {plan.disk_layers for plan in asked} == {0, 32}  # by a little: the formula's are larger
+
+
 def test_the_message_lists_them_by_what_they_need() -> None:
     asked = task(1)
     with pytest.raises(UserError) as caught:

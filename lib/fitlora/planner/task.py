@@ -19,6 +19,7 @@ from fitlora.planner.speed import Shape, Way
 from fitlora.step.settings import StepSettings
 
 LOWEST_RANK = 4  # that is worth proposing
+PLAINLY = 1.1  # times a budget: more than a count of weights is off by
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,18 @@ class Task:
         where its head is, where that is known to be smaller.
         """
         plans = smallest_plans(self.params, self.size, self.start, host=host)
-        known = [plan for plan in plans if plan.head == head]
-        found = least_of(map(self.estimate, known or plans))
-        plan, may_read = found.plan, host and self.params.plan.stream_layers == "auto"
-        if may_read and found.host_bytes > self.hardware.host_budget_bytes:
-            found = self.estimate(plan.replace(disk_layers=len(plan.streamed_layers)))
+        plans = [plan for plan in plans if plan.head == head] or plans
+        if not host or self.params.plan.stream_layers != "auto":
+            return least_of(map(self.estimate, plans))
+        room, layer_bytes = self.hardware.host_budget_bytes, self.shape and self.shape.layer_bytes
+        # what is plainly too much for the host needs no trace that says so
+        if layer_bytes and len(plans[0].streamed_layers) * layer_bytes > PLAINLY * room:
+            return least_of(self.estimate(_read_from_disk(plan)) for plan in plans)
+        found = least_of(map(self.estimate, plans))
+        if found.host_bytes > room:
+            found = self.estimate(_read_from_disk(found.plan))
         return found
+
+
+def _read_from_disk(plan: Plan) -> Plan:
+    return plan.replace(disk_layers=len(plan.streamed_layers))
