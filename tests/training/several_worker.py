@@ -105,7 +105,7 @@ def main() -> None:
                 "streamed": streamed(ranks),
             }
             (folder / f"found{ranks.rank}.json").write_text(json.dumps(found))
-        print(f"this is process {ranks.rank}")
+        print(f"this is process {ranks.rank}", flush=True)  # it may be ended by a signal
         run = make(folder / "run", ranks)
         run.begin()
         plain = run.recovery.step.run
