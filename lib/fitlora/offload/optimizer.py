@@ -215,7 +215,8 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for bucket in self._buckets():
+        buckets = list(self._buckets())
+        for bucket in buckets:
             self.send_down(one.parameter for one in bucket)
         self.join()
         self._leaving.clear()
@@ -224,7 +225,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         self._follow_parameters()
         clip, self._clip = self._clip, None
         device = self.transport.mark()  # the device's last use of the parameters
-        for bucket in self._buckets():
+        for bucket in buckets:
             updated = self._ask(self._update, bucket, clip, device)
             for one in bucket:
                 one.updated = updated
