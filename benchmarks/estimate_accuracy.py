@@ -622,6 +622,10 @@ def _last_words(log: Path) -> str:
 
 
 _forks = get_context("forkserver")
+# Two thirds of the time that imports take. peft and our own import bitsandbytes, which asks CUDA what
+# there is, and no process that is forked after that can use CUDA.
+IMPORTED_ONCE = ("transformers.modeling_utils", "transformers.generation.utils")
+FAILURES_TO_END = 3
 
 
 class Measuring:
@@ -670,7 +674,8 @@ def measured(cases: Sequence[Case], hardware: Hardware, args: argparse.Namespace
     threads = str(min(8, len(os.sched_getaffinity(0))))
     os.environ.update(OMP_WAIT_POLICY="passive", OMP_NUM_THREADS=threads)
     os.environ["TRITON_CACHE_DIR"] = str(args.work / "triton")
-    _forks.set_forkserver_preload(["fitlora.memory.estimate", "fitlora.step.build", "peft"])
+    _forks.set_forkserver_preload(list(IMPORTED_ONCE))
+    failures: list[str] = []
     while running or (waiting and time.perf_counter() < end):
         for case in list(waiting):
             if time.perf_counter() < end and _has_room(
@@ -681,7 +686,12 @@ def measured(cases: Sequence[Case], hardware: Hardware, args: argparse.Namespace
         for case, measuring in list(running):
             if measuring.ended:
                 running.remove((case, measuring))
-                yield case, measuring.result()
+                found = measuring.result()
+                if "error" in found:
+                    failures.append(found["error"])
+                    if failures.count(found["error"]) == FAILURES_TO_END:
+                        waiting.clear()  # the rest would fail alike
+                yield case, found
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
