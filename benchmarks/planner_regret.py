@@ -33,11 +33,12 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,11 @@ class Question:
     def effective_batch_size(self) -> int:
         tokens = TOKENS if self.case is None else CASE_TOKENS
         return min(MOST_SEQUENCES, max(1, tokens // self.sequence_length))
+
+    @classmethod
+    def of(cls, row: Row) -> "Question":
+        """What a row of the result file answers."""
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
 
     def params(self) -> Params:
         lora = {"r": self.rank, "alpha": 2.0 * self.rank, "dropout": 0.0}
@@ -284,6 +290,13 @@ class Task:
     def key(self) -> str:
         where = "grid" if self.asked is None else f"{self.asked.case} {self.asked.budget_gib}"
         return f"{where} {self.model} {self.plan.sequence_length} {self.plan.fingerprint()}"
+
+    @classmethod
+    def of(cls, answer: Row) -> "Task":
+        """What the planner answered to one question."""
+        asked = Question.of(answer)
+        plan = Plan.model_validate_json(json.dumps(answer["plan"]))
+        return cls(asked.model, plan, asked.rank, asked)
 
     @property
     def built_with(self) -> tuple[Any, ...]:
@@ -469,15 +482,15 @@ def _order(task: Task) -> tuple[Any, ...]:
 
 def cell_row(answer: Row, measured: Sequence[Row], context_bytes: int) -> Row | None:
     """The regret of one cell; None before its plan was measured. measured: rows of plans."""
+    budget, key = answer["budget_gib"], Task.of(answer).key
+    mine = next((row for row in measured if row["key"] == key), None)
+    if mine is None:
+        return None
     same = [
         row
         for row in measured
         if (row["model"], row["sequence_length"]) == (answer["model"], answer["sequence_length"])
     ]
-    budget = answer["budget_gib"]
-    mine = next((row for row in same if row["budget_gib"] == budget), None)
-    if mine is None:
-        return None
     fitting = [
         row
         for row in same
@@ -557,15 +570,13 @@ class Table:
     def __init__(self, path: Path, hardware: Hardware, device: str) -> None:
         content = json.loads(path.read_text()) if path.is_file() else {}
         self.path, self.hardware, self.device = path, hardware, device
+        self._lock = threading.Lock()
         self.answers: list[Row] = content.get("answers", [])
         self.plans: list[Row] = content.get("plans", [])
 
-    def questions(self, row: Row) -> Question:
-        return Question(**{name: row[name] for name in Question.__dataclass_fields__})
-
     def answer(self, row: Row) -> None:
-        asked = self.questions(row)
-        self.answers = [a for a in self.answers if self.questions(a) != asked] + [row]
+        asked = Question.of(row)
+        self.answers = [a for a in self.answers if Question.of(a) != asked] + [row]
         self.write()
 
     def measured(self, task: Task, found: Row) -> None:
@@ -578,17 +589,16 @@ class Table:
             "described": task.plan.describe(),
             **found,
         }
-        self.plans = [old for old in self.plans if old["key"] != task.key] + [row]
-        self.write()
+        with self._lock:
+            self.plans = [old for old in self.plans if old["key"] != task.key] + [row]
+            self.write()
 
     def tasks(self, questions: Sequence[Question], *, grid: bool) -> list[Task]:
         """Every plan to measure: the answers', and the grid's of the same models and lengths."""
         found = []
         for row in self.answers:
-            asked = self.questions(row)
-            if asked in questions and row["plan"] is not None:
-                plan = Plan.model_validate_json(json.dumps(row["plan"]))
-                found.append(Task(asked.model, plan, asked.rank, asked))
+            if Question.of(row) in questions and row["plan"] is not None:
+                found.append(Task.of(row))
         if grid:
             for key in {(q.model, q.sequence_length) for q in questions if q.case is None}:
                 plans = [grid_plan(key, layout, self.hardware.device) for layout in GRID[key]]
@@ -605,13 +615,20 @@ class Table:
         return [row for row in rows if row is not None]
 
     def cases(self) -> list[Row]:
-        measured = {row["case"]: row for row in self.plans if row["case"] is not None}
+        measured = {row["key"]: row for row in self.plans if row["case"] is not None}
         answers = sorted(
             (a for a in self.answers if a["case"] is not None), key=lambda a: a["case"]
         )
-        return [{**measured.get(answer["case"], {}), **answer} for answer in answers]
+        return [
+            {**(measured.get(Task.of(a).key, {}) if a["plan"] is not None else {}), **a}
+            for a in answers
+        ]
 
     def write(self) -> None:
+        answered = {Task.of(a).key for a in self.answers if a["plan"] is not None}
+        self.plans = [
+            row for row in self.plans if row["budget_gib"] is None or row["key"] in answered
+        ]
         rows, cases = self.rows(), self.cases()
         write_result(
             self.path,
@@ -628,9 +645,23 @@ class Table:
 
 
 def run_measuring(tasks: list[Task], table: Table, args: argparse.Namespace) -> None:
-    """In processes of their own: where one dies, its plan's row says so, and another goes on."""
-    out, log = args.work / "measurements", args.work / "measure.log"
+    """Speeds one after the other, each alone on the device; then cases, several at one time."""
     end = time.perf_counter() + args.limit_seconds
+    drawn = [task for task in tasks if task.asked is not None and task.asked.case is not None]
+    _run_lane([task for task in tasks if task not in drawn], table, args.work, end)
+    with ThreadPoolExecutor(args.at_once) as lanes:
+        running = [
+            lanes.submit(_run_lane, drawn[i :: args.at_once], table, args.work / f"lane-{i}", end)
+            for i in range(args.at_once)
+        ]
+    for lane in running:
+        lane.result()  # raises what it died of
+
+
+def _run_lane(tasks: list[Task], table: Table, work: Path, end: float) -> None:
+    """In processes of their own: where one dies, its plan's row says so, and another goes on."""
+    work.mkdir(parents=True, exist_ok=True)
+    out, log = work / "measurements", work / "measure.log"
     out.unlink(missing_ok=True)
     left = {task.key: task for task in sorted(tasks, key=_order)}
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "8"}
@@ -640,10 +671,10 @@ def run_measuring(tasks: list[Task], table: Table, args: argparse.Namespace) -> 
              "asked": t.asked and asdict(t.asked)}
             for t in left.values()
         ]  # fmt: skip
-        (args.work / "tasks").write_text(json.dumps(listed))
-        (args.work / "hardware").write_text(table.hardware.model_dump_json())
+        (work / "tasks").write_text(json.dumps(listed))
+        (work / "hardware").write_text(table.hardware.model_dump_json())
         command = [sys.executable, "-m", "benchmarks.planner_regret", "--role", "measure"]
-        command += ["--work", str(args.work), f"--limit-seconds={end - time.perf_counter()}"]
+        command += ["--work", str(work), f"--limit-seconds={end - time.perf_counter()}"]
         with log.open("a") as file:
             child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
         running = True
@@ -704,6 +735,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", help="A:B, numbers from A up to before B")
     parser.add_argument("--again", action="store_true", help="also what is there")
     parser.add_argument("--limit-seconds", type=float, default=3600, help="to begin measuring in")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="cases that are measured at one time, at most"
+    )
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--facts", type=Path, default=FACTS, help="a result file with hardware")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU")
@@ -726,7 +760,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         questions += drawn[int(start or 0) : int(end or len(drawn))]
     questions = [q for q in questions if args.model in (None, q.model)]
     if args.side != "measured":
-        known = [] if args.again else [table.questions(row) for row in table.answers]
+        known = [] if args.again else [Question.of(row) for row in table.answers]
         for row in planned([q for q in questions if q not in known], hardware, args.workers):
             table.answer(row)
             words = row.get("described") or row["refused"]

@@ -127,6 +127,7 @@ def cases(args: argparse.Namespace) -> list[Row]:
         if case["system"] in args.systems
         and case["compute_dtype"] in args.dtypes
         and (args.micro_batches is None or case["micro_batch"] in args.micro_batches)
+        and (args.shares is None or case["recomputed_share"] in args.shares)
     ]
 
 
@@ -334,6 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--dtypes", nargs="+", default=[_BF16, _FP8])
     parser.add_argument("--micro-batches", nargs="+", type=int)
+    parser.add_argument("--shares", nargs="+", type=float, help="of the layers that are recomputed")
     parser.add_argument(
         "--limit-seconds", type=float, default=3600, help="start no case after this"
     )

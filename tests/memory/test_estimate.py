@@ -418,8 +418,10 @@ def test_each_process_of_a_host_has_memory_of_its_own_there() -> None:
     parts = (both.host_pinned_bytes, both.host_unpinned_bytes, both.host_copies_bytes)
     assert all(parts)
     assert both.host_bytes == both.host_own_bytes + sum(parts)
-    by_autograd = own(Olmo2Config(**SMALL, num_hidden_layers=2), device="cuda", gpus=(gpu,))
-    assert by_autograd.host_own_bytes == mib("every process", "layers by autograd")
+    config = Olmo2Config(**SMALL, num_hidden_layers=2)
+    for optimizer in ("host", "device"):  # whose kernels there are then
+        by_autograd = own(config, optimizer=optimizer, device="cuda", gpus=(gpu,))
+        assert by_autograd.host_own_bytes == mib("every process", "layers by autograd")
     assert own().host_own_bytes == 0
 
 

@@ -69,13 +69,13 @@ REPLAY_MARGIN = 0.015
 
 # What a run's process has of the host's memory of its own on a GPU, in MiB: Python and its libraries,
 # CUDA's context, the kernels that every step loads, and this estimate; and what comes with some steps,
-# which load other kernels. By least squares from what benchmarks/estimate_accuracy.py measured on an
-# H200 (`host_own_mib` in its summary).
+# which load other kernels. By least squares from the draw for fitting of benchmarks/estimate_accuracy.py
+# on an H200: `host_own_mib` in the summary of benchmarks/results/estimate_accuracy_fit.h200.json.
 OWN_HOST_MIB = {
-    "every process": 1000,
-    "layers by autograd": 120,
-    "optimizer on the device": 80,
-    "head on the host": 98,
+    "every process": 985,
+    "layers by autograd": 187,
+    "optimizer on the device": 91,
+    "head on the host": 109,
 }
 
 # bitsandbytes pages states of parameters from this many elements on (`Optimizer8bit.get_state_buffer`).
@@ -713,7 +713,8 @@ def own_host_parts(plan: Plan, *, by_hand: bool) -> list[str]:
     found = {
         "every process": True,
         "layers by autograd": not by_hand,
-        "optimizer on the device": plan.optimizer_device == "device",
+        # autograd's layers have loaded its kernels
+        "optimizer on the device": plan.optimizer_device == "device" and by_hand,
         "head on the host": plan.head == "host",
     }
     return [part for part, is_there in found.items() if is_there]
