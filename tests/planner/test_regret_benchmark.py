@@ -1,5 +1,8 @@
 """The grid and the draw that the planner is held to, and what is made of the measurements."""
 
+import argparse
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,10 +42,12 @@ def test_plans_share_a_step_where_a_step_can_adopt_them() -> None:
     assert held.built_with != tasks[0].built_with, "a limit is for one step alone"
 
 
+CELL = ("llama-3-8b", 2048)
+PLAN = regret.grid_plan(CELL, regret.GRID[CELL][0], "cuda")
 ANSWER = {
-    "model": "llama-3-8b", "sequence_length": 2048, "budget_gib": 8.0, "described": "mine",
-    "search_seconds": 9.0, "search_cpu_seconds": 8.0, "predicted_tokens_per_second": 110.0,
-    "predicted_process_bytes": 7 * GIB,
+    **asdict(regret.Question(CELL[0], 8.0, CELL[1])), "plan": PLAN.model_dump(mode="json"),
+    "described": "mine", "search_seconds": 9.0, "search_cpu_seconds": 8.0,
+    "predicted_tokens_per_second": 110.0, "predicted_process_bytes": 7 * GIB,
 }  # fmt: skip
 
 
@@ -50,7 +55,8 @@ def measured(speed: float | None, gib: float, budget: float | None = None) -> di
     found = {"tokens_per_second": speed} if speed is not None else {}
     return {
         "model": "llama-3-8b", "sequence_length": 2048, "budget_gib": budget,
-        "peak_reserved_bytes": int(gib * GIB), "described": f"{speed}", **found,
+        "peak_reserved_bytes": int(gib * GIB), "described": f"{speed}",
+        "key": regret.Task.of(ANSWER).key if budget else f"grid {speed}", **found,
     }  # fmt: skip
 
 
@@ -68,6 +74,23 @@ def test_a_chosen_plan_may_be_the_best_and_only_one() -> None:
     assert found is not None
     assert (found["share_of_best"], found["best"]) == (1.0, None)
     assert regret.cell_row(ANSWER, [measured(100, 7)], 0) is None
+    once = {**measured(100, 7, 8.0), "key": f"None 8.0 {CELL[0]} {CELL[1]} 0123456789ab"}
+    assert regret.cell_row(ANSWER, [once], 0) is None, "another plan was measured there"
+
+
+def test_a_result_file_keeps_no_row_of_a_plan_that_is_no_answer_any_more(tmp_path: Path) -> None:
+    hardware, device = regret.facts(argparse.Namespace(tiny=False, facts=regret.FACTS))
+    table = regret.Table(tmp_path / "rows.json", hardware, device)
+    table.answer(ANSWER)
+    mine, grid = regret.Task.of(ANSWER), regret.Task(CELL[0], PLAN)
+    for task in (mine, grid):
+        table.measured(task, {"tokens_per_second": 100.0, "peak_reserved_bytes": 7 * GIB})
+    assert [row["key"] for row in table.plans] == [mine.key, grid.key]
+    assert len(table.rows()) == 1
+    other = PLAN.replace(micro_batch_size=PLAN.micro_batch_size * 2)
+    table.answer({**ANSWER, "plan": other.model_dump(mode="json")})
+    assert [row["key"] for row in table.plans] == [grid.key]
+    assert table.rows() == []
 
 
 def test_an_overflow_is_told() -> None:

@@ -26,10 +26,11 @@ from typing import Any, Literal
 from fitlora.artifacts import Rates
 from fitlora.plan import KEPT, Kept, Plan
 
-# Shares of the product rate that FlashAttention 2 reaches on an H200, forward and backward: 4 x 2,048
-# tokens with 32 heads of 128 in 0.506 and 1.409 ms a layer, where products reach 770 TFLOP/s
-# (slowest kernels of benchmarks/results/step_profile.h200.json).
-ATTENTION_SHARE, ATTENTION_BACKWARD_SHARE = 0.35, 0.32
+# How many times as long an operation of FlashAttention 2 takes as one of a product, in forward and in
+# backward: a + b / length, as blocks on the diagonal are done whole, and are more of a short sequence.
+# From 4 x 2,048 and 1 x 8,192 tokens with 32 heads of 128 (0.500 and 1.492, 1.708 and 4.812 ms a layer;
+# benchmarks/results/attention.h200.json), where products reach 770 TFLOP/s.
+ATTENTION_TIMES, ATTENTION_BACKWARD_TIMES = (2.25, 1120), (2.48, 1770)
 # Attention's backward does five products where its forward does two.
 ATTENTION_BACKWARD = 2.5
 # Bytes of each score where there is no FlashAttention: what `fitlora.step.attention` reads and writes of
@@ -266,10 +267,10 @@ class _Clock:
     def attention(self, *, backward: bool) -> float:
         """Causal attention in one layer."""
         operations = 2 * self.tokens * self.sequence * self.shape.attended
-        if self.flash and backward:
-            return ATTENTION_BACKWARD * operations / (ATTENTION_BACKWARD_SHARE * self.product_rate)
         if self.flash:
-            return operations / (ATTENTION_SHARE * self.product_rate)
+            times, more = ATTENTION_BACKWARD_TIMES if backward else ATTENTION_TIMES
+            work = (ATTENTION_BACKWARD if backward else 1) * operations
+            return (times + more / self.sequence) * work / self.product_rate
         # every score, those of later tokens too; backward makes them again
         scores = self.tokens * self.sequence * self.shape.heads
         moved = (PLAIN_BACKWARD_BYTES if backward else PLAIN_BYTES) * scores
