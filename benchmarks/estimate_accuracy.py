@@ -23,7 +23,8 @@ written as they come.
 
 What a process has of the host is its anonymous and its shared memory, pinned or not: all but the pages
 of files. Its peak is the kernel's of all, less the pages of files. Who comes to a Triton kernel first
-compiles it, as a first run does; the others find it there.
+compiles it, as a first run does; the others find it there. Where three cases fail alike, no other
+begins.
 """
 
 import argparse

@@ -151,6 +151,28 @@ def test_cases_share_a_gpu_as_far_as_it_has_room(
     assert not list(accuracy.measured(cases, here, args))
 
 
+def test_where_three_cases_fail_alike_no_other_begins(
+    cases: list[accuracy.Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["no CUDA", "too large", "no CUDA", "too large", "no CUDA"]  # the third of a kind
+
+    class Failing:
+        ended = True
+
+        def __init__(self, case: accuracy.Case, args: argparse.Namespace) -> None:
+            pass
+
+        def result(self) -> dict[str, Any]:
+            return {"error": words.pop(0)}
+
+    monkeypatch.setattr(accuracy, "Measuring", Failing)
+    monkeypatch.setattr(accuracy, "SECONDS_BETWEEN_LOOKS", 0.0)
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+    args = argparse.Namespace(limit_seconds=60.0, at_once=1, work=tmp_path)
+    assert len(list(accuracy.measured(cases, hardware(budget_bytes=80 * GIB), args))) == 5
+
+
 @pytest.mark.slow
 def test_a_case_that_dies_leaves_its_last_words(cases: list[accuracy.Case], tmp_path: Path) -> None:
     (tmp_path / "hardware.json").write_text("{")
