@@ -123,8 +123,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], ProbeResult]:
     rehearse_save = module.rehearse_save
 
     def save(step: Any) -> Any:
-        assert rehearse_save(step)
-        return torch.ones(SAVED, dtype=torch.uint8)
+        best, *checkpoint = rehearse_save(step)
+        return [best, {"much": torch.ones(SAVED, dtype=torch.uint8)}, *checkpoint]
 
     monkeypatch.setattr(module, "rehearse_save", save)
     for name in ("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
@@ -144,6 +144,20 @@ def test_what_a_probe_takes_of_the_host_is_told_with_a_saves_copies(
     assert before + SAVED // 2 < found.host_peak_bytes < before + 2 * SAVED
     assert found.tokens_per_second is not None
     assert found.host_over_bytes is None
+
+
+def test_processes_that_share_a_host_have_what_is_alike_and_a_checkpoint_once(
+    on_gpu: Callable[..., ProbeResult],
+) -> None:
+    """Each has pages of its own beside it: here all that the tests' process has."""
+    gc.collect()
+    alone, three = on_gpu(2**40), on_gpu(2**40, 3)
+    assert alone.host_peak_bytes is not None
+    assert three.host_peak_bytes is not None
+    own = (three.host_peak_bytes - alone.host_peak_bytes) / 2
+    assert own == pytest.approx(alone.host_peak_bytes - SAVED, rel=0.1)
+    found = on_gpu(alone.host_peak_bytes + SAVED // 4, 2)
+    assert (found.fits, on_gpu(alone.host_peak_bytes + SAVED // 4).fits) == (False, True)
 
 
 def test_more_of_the_host_than_the_budget_does_not_fit(

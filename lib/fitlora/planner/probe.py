@@ -33,7 +33,7 @@ from fitlora.memory.estimate import (
     trace_step,
 )
 from fitlora.offload.host_memory import HostMemory, HostMemoryShort, HostPeak
-from fitlora.offload.transport import make_transport
+from fitlora.offload.transport import make_transport, tensor_bytes
 from fitlora.plan import Plan
 from fitlora.planner.search import Choice
 from fitlora.step.build import build_step
@@ -53,7 +53,8 @@ class ProbeResult:
     """What a probe measured; None is not known, as reserved bytes and the host's are on the CPU.
 
     step_seconds: of an effective batch, as far as one device has it, of its heaviest micro-batches.
-    host_peak_bytes: of the host's memory, pinned or not, with what the process had before; files aside.
+    host_peak_bytes: of the host's memory, pinned or not, with what a process had before; files aside.
+    Where several of a run are on the host, of all: one is probed, and others have what it has for itself.
     why: it does not fit. host_over_bytes: where that is for the host's memory, by how much at least.
     """
 
@@ -135,7 +136,9 @@ def probe(
         seconds, tokens = time_step(build_step(config, plan, settings, RandomWeights(device)), load)
         return ProbeResult(plan, True, peak, None, seconds, tokens / seconds)
     try:
-        return _probe_cuda(config, plan, settings, load, devices, hardware.host_budget_bytes)
+        processes = hardware.processes_here(plan.devices)
+        budget = hardware.host_budget_bytes
+        return _probe_cuda(config, plan, settings, load, devices, budget, processes)
     except (HostMemoryShort, MemoryError) as error:
         why = str(error) or "the host is out of memory"
         return ProbeResult(plan, False, why=why, host_over_bytes=0)
@@ -152,7 +155,9 @@ def _probe_cuda(
     load: Load,
     devices: Sequence[torch.device],
     host_budget_bytes: int,
+    processes: int = 1,
 ) -> ProbeResult:
+    """processes: of a run like this one, which have the host together."""
     give_back_memory()
     for each in devices:
         torch.cuda.reset_peak_memory_stats(each)
@@ -161,13 +166,16 @@ def _probe_cuda(
         step = build_step(config, plan, settings, RandomWeights(devices[0]), transport)
         rehearse(step, load)
         saved = rehearse_save(step)
+    # every process keeps the best adapter, and one of them has a checkpoint's copies beside it
+    checkpoint = sum(tensor_bytes(t) for state in saved[1:] for t in state.values())
     del saved
+    host_bytes = host.bytes + (processes - 1) * (host.bytes - transport.shared_bytes - checkpoint)
     allocated = max(map(torch.cuda.max_memory_allocated, devices))
     reserved = max(map(torch.cuda.max_memory_reserved, devices))
-    found = ProbeResult(plan, True, allocated, reserved, host_peak_bytes=host.bytes)
-    over = host.bytes - host_budget_bytes
+    found = ProbeResult(plan, True, allocated, reserved, host_peak_bytes=host_bytes)
+    over = host_bytes - host_budget_bytes
     if over > 0:
-        held, allowed = format_bytes(host.bytes), format_bytes(host_budget_bytes)
+        held, allowed = format_bytes(host_bytes), format_bytes(host_budget_bytes)
         why = f"it took {held} of the host, and {allowed} may be used"
         return replace(found, fits=False, why=why, host_over_bytes=over)
     seconds, tokens = time_step(step, load)
