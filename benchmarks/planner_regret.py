@@ -315,14 +315,21 @@ def build(task: Task, hardware: Hardware) -> TrainingStep:
     )
 
 
-def speed_of(step: TrainingStep, plan: Plan) -> Row:
-    """Peak memory of a rehearsal, and seconds of a micro-batch and of the optimizer."""
+def speed_of(step: TrainingStep, plan: Plan, *, rehearsed: bool) -> Row:
+    """Seconds of a micro-batch and of the optimizer, and peak memory.
+
+    rehearsed: after all that a probe does, where the peak is to be told of a whole run; what that is
+    compared with gets a step to warm up, whose peak is the least that a run of it takes.
+    """
     give_back_memory()
     if step.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     load = Load.uniform(plan.micro_batch_size, plan.sequence_length)
-    rehearse(step, load)
     heavy = sequences_of(load.train)
+    if rehearsed:
+        rehearse(step, load)
+    else:
+        step.run(heavy, step=1, learning_rate=0.0)
     one = _seconds(step, lambda: step.run(heavy, step=2, learning_rate=0.0))
     two = _seconds(step, lambda: step.run(heavy * 2, step=3, learning_rate=0.0))
     micro = two - one if two > one else one
@@ -441,7 +448,7 @@ def measure(tasks: Sequence[Task], hardware: Hardware, out: Path, seconds: float
                     give_back_memory()
                     step, built = build(task, here), task.built_with
                 step.adopt(task.plan)
-                found = speed_of(step, task.plan)
+                found = speed_of(step, task.plan, rehearsed=task.asked is not None)
         # whatever a plan comes to is its row; only a device that is gone ends them all
         except Exception as error:
             traceback.print_exc()

@@ -54,7 +54,7 @@ class ProbeResult:
 
     step_seconds: of an effective batch, as far as one device has it, of its heaviest micro-batches.
     host_peak_bytes: of the host's memory, pinned or not, with what a process had before; files aside.
-    Where several of a run are on the host, of all: one is probed, and others have what it has for itself.
+    Where several of a run are there, of all: one is probed, and others have what it has for itself.
     why: it does not fit. host_over_bytes: where that is for the host's memory, by how much at least.
     """
 
