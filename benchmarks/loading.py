@@ -47,12 +47,11 @@ from fitlora.params import check_params
 from fitlora.plan import Plan
 from fitlora.quantization.layout import QuantSpec
 from fitlora.quantization.quantize import quantize_checkpoint
-from fitlora.quantization.writer import write_safetensors
+from fitlora.quantization.writer import ModelWriter, read_config
 from fitlora.step.build import build_step
 from fitlora.step.weights import CheckpointWeights
 from fitlora.units import GIB
 
-INDEX = "model.safetensors.index.json"
 WRITERS = 4
 LAYER = ".layers.0."
 
@@ -78,19 +77,11 @@ def write_checkpoint(model: str, folder: Path, device: torch.device) -> int:
         for i in range(config.num_hidden_layers)
     }
     shards["model-rest.safetensors"] = rest
-    folder.mkdir(parents=True)
-    with ThreadPoolExecutor(WRITERS) as pool:
-        written = list(
-            pool.map(lambda item: write_safetensors(folder / item[0], item[1]), shards.items())
-        )
-    total = sum(one.bytes for one in written)
-    content = json.loads((quantized / "config.json").read_text())
-    content["num_hidden_layers"] = config.num_hidden_layers
-    (folder / "config.json").write_text(json.dumps(content))
-    weight_map = {name: file for file, shard in shards.items() for name in shard}
-    (folder / INDEX).write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
-    )
+    with ModelWriter(quantized, folder) as writer:
+        with ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(writer.write_shard, shards.keys(), shards.values()))
+        whole = {**read_config(quantized), "num_hidden_layers": config.num_hidden_layers}
+        total = writer.finish(whole)
     shutil.rmtree(quantized)
     return total
 

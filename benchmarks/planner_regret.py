@@ -299,10 +299,20 @@ class Task:
         return cls(asked.model, plan, asked.rank, asked)
 
     @property
+    def is_case(self) -> bool:
+        """Whether it answers a drawn question."""
+        return self.asked is not None and self.asked.case is not None
+
+    @property
     def built_with(self) -> tuple[Any, ...]:
         """What a step cannot change once it is built; a limit is for one step alone."""
         fixed = self.plan.replace(micro_batch_size=1, recompute_layers=(), recompute_keeps=())
         return self.model, self.rank, self.asked, fixed.replace(evaluation_batch_size=1)
+
+
+def key_of(answer: Row) -> str | None:
+    """The key of the plan that was answered; None where none fits."""
+    return None if answer["plan"] is None else Task.of(answer).key
 
 
 def build(task: Task, hardware: Hardware) -> TrainingStep:
@@ -439,7 +449,7 @@ def measure(tasks: Sequence[Task], hardware: Hardware, out: Path, seconds: float
         limit_memory(here)
         found: Row = {}
         try:
-            if task.asked is not None and task.asked.case is not None:
+            if task.is_case:
                 step = built = None
                 found = _apart(task, here)
             else:
@@ -489,7 +499,7 @@ def _order(task: Task) -> tuple[Any, ...]:
 
 def cell_row(answer: Row, measured: Sequence[Row], context_bytes: int) -> Row | None:
     """The regret of one cell; None before its plan was measured. measured: rows of plans."""
-    budget, key = answer["budget_gib"], Task.of(answer).key
+    budget, key = answer["budget_gib"], key_of(answer)
     mine = next((row for row in measured if row["key"] == key), None)
     if mine is None:
         return None
@@ -626,13 +636,10 @@ class Table:
         answers = sorted(
             (a for a in self.answers if a["case"] is not None), key=lambda a: a["case"]
         )
-        return [
-            {**(measured.get(Task.of(a).key, {}) if a["plan"] is not None else {}), **a}
-            for a in answers
-        ]
+        return [{**measured.get(key_of(answer), {}), **answer} for answer in answers]
 
     def write(self) -> None:
-        answered = {Task.of(a).key for a in self.answers if a["plan"] is not None}
+        answered = {key_of(answer) for answer in self.answers}
         self.plans = [
             row for row in self.plans if row["budget_gib"] is None or row["key"] in answered
         ]
@@ -654,8 +661,8 @@ class Table:
 def run_measuring(tasks: list[Task], table: Table, args: argparse.Namespace) -> None:
     """Speeds one after the other, each alone on the device; then cases, several at one time."""
     end = time.perf_counter() + args.limit_seconds
-    drawn = [task for task in tasks if task.asked is not None and task.asked.case is not None]
-    _run_lane([task for task in tasks if task not in drawn], table, args.work, end)
+    drawn = [task for task in tasks if task.is_case]
+    _run_lane([task for task in tasks if not task.is_case], table, args.work, end)
     with ThreadPoolExecutor(args.at_once) as lanes:
         running = [
             lanes.submit(_run_lane, drawn[i :: args.at_once], table, args.work / f"lane-{i}", end)

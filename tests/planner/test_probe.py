@@ -160,6 +160,19 @@ def test_processes_that_share_a_host_have_what_is_alike_and_a_checkpoint_once(
     assert (found.fits, on_gpu(alone.host_peak_bytes + SAVED // 4).fits) == (False, True)
 
 
+def test_a_probe_counts_the_processes_that_a_host_has_of_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(module, "torch_device", lambda hardware: torch.device("cuda", 0))
+    monkeypatch.setattr(module, "limit_memory", lambda hardware, devices: None)
+    monkeypatch.setattr(module, "_probe_cuda", lambda *question: asked.append(question))
+    two_here = hardware().model_copy(update={"gpus": hardware().gpus * 2})
+    for count in (1, 2, 4):
+        probe(CONFIG, PLAN.replace(devices=count, micro_batch_size=1), SETTINGS, LOAD, two_here)
+    assert [question[-1] for question in asked] == [1, 2, 2]
+
+
 def test_more_of_the_host_than_the_budget_does_not_fit(
     on_gpu: Callable[[int], ProbeResult],
 ) -> None:

@@ -28,6 +28,7 @@ from fitlora.planner.speed import (
     Forecast,
     Shape,
     Way,
+    _Clock,
     forecast,
     guess_bytes,
     guess_host_bytes,
@@ -332,6 +333,30 @@ def test_a_shared_pass_waits_for_the_weights_once() -> None:
     for tokens in (64, 2048):  # what computes is the same
         one, eight = (told(tokens=tokens, micro_batches_per_pass=n, **layout) for n in (1, 8))
         assert eight.step_seconds == pytest.approx(one.step_seconds)
+
+
+def test_flash_attention_takes_what_its_kernels_did_at_each_length() -> None:
+    shape = Shape.of(LLAMA_8B, bits=4, rank=16)
+    assert shape is not None
+    rows = [
+        row
+        for row in json.loads((RESULTS / "attention.h200.json").read_text())["rows"]
+        if row["kernel"] == "flash" and row["micro_batch"] * row["sequence_length"] > 6000
+    ]  # fewer tokens leave the device idle
+    assert len({row["sequence_length"] for row in rows}) >= 2
+    for row in rows:
+        clock = _Clock(
+            shape=shape,
+            tokens=row["micro_batch"] * row["sequence_length"],
+            sequence=row["sequence_length"],
+            product_rate=770e12,
+            copy_rate=3.7e12,
+            element_bytes=2,
+            float8=False,
+            flash=True,
+        )
+        found = [1000 * clock.attention(backward=backward) for backward in (False, True)]
+        assert found == pytest.approx([row["forward_ms"], row["backward_ms"]], rel=0.03)
 
 
 def test_fp8_speeds_products_up_and_plain_attention_holds_up() -> None:
