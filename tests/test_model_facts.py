@@ -1,0 +1,54 @@
+"""Files by their content: one sum for all, and each file read once."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from fitlora import model_facts
+from fitlora.model_facts import fingerprint
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Of unlike sizes, the last more than one part; the largest is not the first by name."""
+    sizes = {"b": 3, "a": 0, "c": model_facts.PART_BYTES + 5}
+    made = [tmp_path / name for name in sizes]
+    for file, size in zip(made, sizes.values(), strict=True):
+        file.write_bytes(bytes(range(256)) * (size // 256) + b"x" * (size % 256))
+    return made
+
+
+def test_it_is_the_sum_of_names_and_contents_in_order(files: list[Path], tmp_path: Path) -> None:
+    lines = [f"{f.name}:{hashlib.sha256(f.read_bytes()).hexdigest()}\n" for f in sorted(files)]
+    expected = hashlib.sha256("".join(lines).encode()).hexdigest()
+    cache = tmp_path / "cache.json"
+    assert fingerprint(files, cache) == expected
+    assert fingerprint(iter(reversed(files)), cache) == expected
+    assert fingerprint([], cache) is None
+
+
+def test_a_file_is_read_again_when_it_has_changed_and_only_then(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def digest(file: Path, advance: object) -> str:
+        read.append(file.name)
+        return file.read_bytes()[:3].hex()
+
+    monkeypatch.setattr(model_facts, "_digest", digest)
+    cache = tmp_path / "cache.json"
+    first = fingerprint(files, cache)
+    assert sorted(read) == ["a", "b", "c"]
+    assert fingerprint(files, cache) == first
+    assert len(read) == 3
+    files[0].write_bytes(b"other")
+    assert fingerprint(files, cache) != first
+    assert read[3:] == ["b"]
+
+
+def test_how_much_was_read_is_told(files: list[Path]) -> None:
+    told: list[int] = []
+    model_facts._digest(files[2], told.append)
+    assert told == [model_facts.PART_BYTES, 5]
