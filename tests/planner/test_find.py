@@ -14,18 +14,19 @@ import torch
 
 from fitlora.artifacts import Estimate, Hardware, Rates
 from fitlora.errors import UserError
-from fitlora.memory.estimate import OWN_HOST_MIB, Load, estimate
+from fitlora.memory.estimate import OWN_HOST_MIB, Load, estimate, rehearse
 from fitlora.params import Params, check_params
 from fitlora.plan import Plan
 from fitlora.planner import find
 from fitlora.planner.find import MAX_PROBES, _faster, _in_turn, find_plan
-from fitlora.planner.probe import ProbeResult, probe, time_step, write_log
+from fitlora.planner.probe import ProbeResult, Stopwatch, probe, time_step, write_log
 from fitlora.planner.search import Choice, Search
 from fitlora.planner.size import ModelSize
 from fitlora.planner.task import Task
 from fitlora.report.memory import plan_lines
 from fitlora.step.build import build_step
 from fitlora.step.settings import StepSettings
+from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import RandomWeights
 from fitlora.units import GIB, MIB, format_bytes
 from tests.planner.test_rivals import Truth, make
@@ -320,21 +321,48 @@ def test_after_an_overflow_no_other_plan_is_tried(measured: Measured) -> None:
     assert len(probes) == 2
 
 
-def test_the_speed_is_that_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two passes of two sequences are timed, of the three that seven sequences take."""
+@dataclass
+class Timed:
+    """A step of seven sequences, two in a pass: what it ran, and seconds of the first and others."""
+
+    step: TrainingStep
+    first: float = 4.0
+    others: float = 4.0
+    now: float = 0.0
+    ran: list[int] = field(default_factory=list)
+
+    def run(self, sequences: Any, **options: Any) -> None:
+        self.now += self.others if self.ran else self.first
+        self.ran.append(len(sequences))
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Timed:
     asked = params(micro_batch_size=2)
-    now, ran = [0.0], []
     plan = run(cpu(), asked)[0].plan.replace(effective_batch_size=7)
     step = build_step(CONFIG, plan, StepSettings.of(asked), RandomWeights(torch.device("cpu")))
+    made = Timed(step)
+    monkeypatch.setattr(step, "run", made.run)
+    monkeypatch.setattr(step, "evaluate", lambda sequences: None)
+    monkeypatch.setattr("fitlora.planner.probe.time.perf_counter", lambda: made.now)
+    return made
 
-    def timed(sequences: Any, **options: Any) -> None:
-        ran.append(len(sequences))
-        now[0] += 4.0
 
-    monkeypatch.setattr(step, "run", timed)
-    monkeypatch.setattr("fitlora.planner.probe.time.perf_counter", lambda: now[0])
-    assert time_step(step, Load.uniform(7, 60)) == (7.0, 7 * 60)
-    assert ran == [4]
+def test_the_speed_is_that_of_the_whole_batch(timed: Timed) -> None:
+    """Two passes of two sequences are timed, of the three that seven sequences take."""
+    assert time_step(timed.step, Load.uniform(7, 60)) == (7.0, 7 * 60)
+    assert timed.ran == [4]
+    assert time_step(timed.step, Load.uniform(7, 60), rehearsed=2.9) == (7.0, 7 * 60)
+    assert timed.ran == [4, 4]
+
+
+def test_a_long_step_is_timed_as_it_is_rehearsed(timed: Timed) -> None:
+    timed.first, timed.others = 100.0, 8.0
+    load = Load.uniform(7, 60)
+    rehearse(timed.step, load, watch := Stopwatch(timed.step))
+    assert timed.ran == [2, 4]
+    assert time_step(timed.step, load, watch.seconds) == (14.0, 7 * 60)
+    assert timed.ran == [2, 4]
 
 
 def test_the_log(tmp_path: Path) -> None:

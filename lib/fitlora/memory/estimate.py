@@ -25,7 +25,7 @@ largest of those. `HostMemory` holds a run to the same budget, by what its proce
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -259,10 +259,13 @@ def accept_any(loss: float, norm: float) -> bool:
     return True
 
 
-def rehearse(step: TrainingStep, load: Load) -> None:
+def rehearse(
+    step: TrainingStep, load: Load, around_second: AbstractContextManager[Any] | None = None
+) -> None:
     """The work whose memory is asked for: two optimizer steps and an evaluation, at their heaviest.
 
-    It is what an estimate traces and what a probe runs.
+    It is what an estimate traces and what a probe runs. around_second: entered for the second step,
+    the first one that finds everything warm.
     """
     plan = step.plan
     heavy = sequences_of(load.train[: plan.sequences_per_pass])
@@ -272,9 +275,10 @@ def rehearse(step: TrainingStep, load: Load) -> None:
         step.adopt(plan.replace(frozen_layers=()))
         step.survey(heavy * passes, step=0)
         step.adopt(plan)
-    for index, batch in enumerate((heavy, heavy * passes)):
-        rate = step.settings.train.learning_rate
-        step.run(batch, step=index, learning_rate=rate, accept=accept_any)
+    rate = step.settings.train.learning_rate
+    step.run(heavy, step=0, learning_rate=rate, accept=accept_any)
+    with around_second or nullcontext():
+        step.run(heavy * passes, step=1, learning_rate=rate, accept=accept_any)
     held_out = sequences_of(load.validation[: plan.evaluation_batch_size])
     if held_out:
         step.evaluate(held_out)
