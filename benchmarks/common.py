@@ -17,6 +17,7 @@ import torch
 from fitlora import known_models
 
 ROOT = Path(__file__).resolve().parents[1]
+INDEX = "model.safetensors.index.json"
 PACKAGES = (
     "torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "unsloth",
 )  # fmt: skip
@@ -62,33 +63,16 @@ def make_checkpoint(name: str, folder: Path, device: torch.device, **changes: An
     """
     from safetensors.torch import save_file
 
-    from fitlora.model import empty_model
-
     config = shape_config(name, **changes)
-    index_file = folder / "model.safetensors.index.json"
-    if index_file.is_file():
+    if (folder / INDEX).is_file():
         there = json.loads((folder / "config.json").read_text())
         assert there["hidden_size"] == config.hidden_size, f"{folder} holds another model"
         assert there["num_hidden_layers"] == config.num_hidden_layers, f"{folder}: other layers"
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    model = empty_model(config, dtype=torch.bfloat16)
-    config.architectures = [type(model).__name__]
-    config.dtype = "bfloat16"
-    config.save_pretrained(folder)
-    sample = ROOT / "assets" / "sample_model"
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(sample / file, folder / file)
+    model = _write_all_but_weights(config, folder)
     generator = torch.Generator(device).manual_seed(0)
     weight_map: dict[str, str] = {}
-    total = 0
-    groups: dict[str, list[tuple[str, torch.Tensor]]] = {}
-    for key, value in model.state_dict().items():
-        parts = key.split(".")
-        group = parts[2] if parts[1] == "layers" else "rest"
-        groups.setdefault(group, []).append((key, value))
-    for index, tensors in enumerate(groups.values(), start=1):
-        file = f"model-{index:05d}-of-{len(groups):05d}.safetensors"
+    for file, tensors in _shards(model):
         shard = {}
         for key, like in tensors:
             filled = torch.empty(like.shape, dtype=torch.bfloat16, device=device)
@@ -98,11 +82,64 @@ def make_checkpoint(name: str, folder: Path, device: torch.device, **changes: An
                 filled.normal_(0.0, 0.02, generator=generator)
             shard[key] = filled.cpu()
             weight_map[key] = file
-            total += filled.numel() * 2
         save_file(shard, folder / file, metadata={"format": "pt"})
-    index_file.write_text(
+    _write_index(folder, weight_map, model)
+
+
+def make_hollow_checkpoint(name: str, folder: Path) -> None:
+    """A bf16 checkpoint in the named shape whose weights are holes in its files, one a layer.
+
+    It is as large as it looks to whoever asks, and takes no disk: for what reads headers alone.
+    """
+    model = _write_all_but_weights(shape_config(name), folder)
+    weight_map: dict[str, str] = {}
+    for file, tensors in _shards(model):
+        header: dict[str, Any] = {}
+        total = 0
+        for key, like in tensors:
+            end = total + like.numel() * 2
+            header[key] = {"dtype": "BF16", "shape": list(like.shape), "data_offsets": [total, end]}
+            weight_map[key], total = file, end
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as content:
+            content.write(len(text).to_bytes(8, "little") + text)
+            content.truncate(8 + len(text) + total)
+    _write_index(folder, weight_map, model)
+
+
+def _shards(model: torch.nn.Module) -> list[tuple[str, list[tuple[str, torch.Tensor]]]]:
+    """The files of a checkpoint and what they have: one for each layer, and one for the rest."""
+    groups: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for key, value in model.state_dict().items():
+        parts = key.split(".")
+        group = parts[2] if parts[1] == "layers" else "rest"
+        groups.setdefault(group, []).append((key, value))
+    return [
+        (f"model-{index:05d}-of-{len(groups):05d}.safetensors", tensors)
+        for index, tensors in enumerate(groups.values(), start=1)
+    ]
+
+
+def _write_index(folder: Path, weight_map: dict[str, str], model: torch.nn.Module) -> None:
+    total = sum(2 * tensor.numel() for tensor in model.state_dict().values())
+    (folder / INDEX).write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
     )
+
+
+def _write_all_but_weights(config: Any, folder: Path) -> torch.nn.Module:
+    """A checkpoint's config and tokenizer; the model that it is of, without content."""
+    from fitlora.model import empty_model
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model = empty_model(config, dtype=torch.bfloat16)
+    config.architectures = [type(model).__name__]
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
+    sample = ROOT / "assets" / "sample_model"
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(sample / file, folder / file)
+    return model
 
 
 def device_label() -> str:

@@ -31,24 +31,25 @@ STAGES = (
 )
 
 
-def write_inputs(args: argparse.Namespace) -> None:
+def write_inputs(
+    work: Path, *, tokens: int, batch: int, steps: int = 3, hardware: dict[str, Any]
+) -> None:
     """params.yaml and rows whose texts are longer than any sequence."""
-    (args.work / "data").mkdir(parents=True, exist_ok=True)
-    text = " ".join(["the quick brown fox jumps over the lazy dog"] * args.tokens)
+    (work / "data").mkdir(parents=True, exist_ok=True)
+    text = " ".join(["the quick brown fox jumps over the lazy dog"] * tokens)
     long = {
         "messages": [{"role": "user", "content": "go on"}, {"role": "assistant", "content": text}]
     }
     short = {
         "messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "on"}]
     }
-    (args.work / "data/train.jsonl").write_text((json.dumps(long) + "\n") * 4 * args.batch)
-    (args.work / "data/validation.jsonl").write_text((json.dumps(short) + "\n") * 4)
-    budget = f"{{memory_budget: {args.budget}}}" if args.budget else "{}"
-    (args.work / "params.yaml").write_text(
+    (work / "data/train.jsonl").write_text((json.dumps(long) + "\n") * 4 * batch)
+    (work / "data/validation.jsonl").write_text((json.dumps(short) + "\n") * 4)
+    (work / "params.yaml").write_text(
         f"""model: {{id: model}}
-data: {{train: data/train.jsonl, validation: data/validation.jsonl, max_length: {args.tokens}}}
-hardware: {budget}
-train: {{effective_batch_size: {args.batch}, max_steps: {args.steps}, warmup_steps: 0}}
+data: {{train: data/train.jsonl, validation: data/validation.jsonl, max_length: {tokens}}}
+hardware: {json.dumps(hardware)}
+train: {{effective_batch_size: {batch}, max_steps: {steps}, warmup_steps: 0}}
 evaluate: {{max_new_tokens: 8, samples: 1}}
 """
     )
@@ -87,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make_checkpoint(args.model, args.work / "model", device)
     torch.cuda.empty_cache()
-    write_inputs(args)
+    hardware = {"memory_budget": args.budget} if args.budget else {}
+    write_inputs(
+        args.work, tokens=args.tokens, batch=args.batch, steps=args.steps, hardware=hardware
+    )
     rows: list[dict[str, Any]] = []
     for stage in STAGES:
         print(f"== {stage}", flush=True)
