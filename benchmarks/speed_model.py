@@ -5,8 +5,8 @@
 It needs no GPU: plans and tokens per second are those of the result files of a device, and the rates are
 what the hardware profile measured on it (`three_ways`). `error` is the forecast's share of what was
 measured, less one. Rows of an earlier step, which launched more (`measured_commit` is null or an older
-one), are held against what the step does today. The time of a launch was taken from one row,
-micro-batch 1 of step_speed with nothing recomputed, whose error therefore tells nothing.
+one), are held against what the step does today. The time of a launch was taken from a row of
+step_speed_earlier, and hosts differ: it is what most of the larger errors come from.
 
 What the planner asks of the model is an order: `regret` is what it loses at each budget by taking the
 plan of step_speed's that is forecast to be the fastest, of those whose process stays within the budget.

@@ -164,14 +164,16 @@ def test_what_autograd_does_takes_longer_and_is_a_count_alone(way: Way) -> None:
     assert kept.step_seconds < by_autograd.step_seconds
 
 
-def test_pefts_steps_which_autograd_does_are_hardly_slower() -> None:
-    """They have the same layers, and slower adapters."""
-    contents = (
-        json.loads((RESULTS / f"{name}.h200.json").read_text())
-        for name in ("step_speed", "three_ways")
+@pytest.mark.parametrize("run", ["step_speed", "step_speed_earlier"])
+def test_pefts_steps_which_autograd_does_are_hardly_slower(run: str) -> None:
+    """They have the same layers, and slower adapters.
+
+    How long a launch takes is the host's, and the forecast has it from the earlier run's.
+    """
+    measured, facts = (
+        json.loads((RESULTS / f"{name}.h200.json").read_text()) for name in (run, "three_ways")
     )
-    measured, facts = contents
-    seen = set()
+    rates, seen = hardware_of(facts).rates, set()
     for row in measured["rows"]:
         if row["system"] == "peft" and "tokens_per_second" in row:
             micro, recomputed = row["micro_batch"], round(row["recomputed_share"] * LAYERS)
@@ -179,9 +181,11 @@ def test_pefts_steps_which_autograd_does_are_hardly_slower() -> None:
                 effective_batch_size=micro, micro_batch_size=micro,
                 recompute_layers=range(recomputed),
             )  # fmt: skip
-            rates, tokens = hardware_of(facts).rates, micro * row["sequence_length"]
+            tokens = micro * row["sequence_length"]
             found = forecast(made, replace(shape(), way="autograd"), rates, tokens)
             assert found is not None
+            if found.bound == "launches" and run == "step_speed":
+                continue
             assert 0.75 < row["tokens_per_second"] / found.tokens_per_second < 1.05
             seen.add((micro, recomputed))
     assert len(seen) >= 5

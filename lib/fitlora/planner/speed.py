@@ -61,7 +61,7 @@ PARTS: tuple[Part, ...] = (*KEPT, "down")
 LAUNCHES: dict[Part, int] = {"qkv": 10, "attention": 1, "middle": 4, "mlp": 8, "down": 7}
 BACKWARD_LAUNCHES = 45
 # One of them with the Python around it: 2,048 tokens of the 8B shape are so few that the step waits for
-# its 2,400 launches and the head, 144 ms (micro-batch 1 of benchmarks/results/step_speed.h200.json).
+# its 2,400 launches and the head, 144 ms (micro-batch 1 of results/step_speed_earlier.h200.json).
 LAUNCH_SECONDS = 57e-6
 
 
@@ -87,7 +87,7 @@ OPERATORS: dict[Way, tuple[Operators, Operators]] = {
     "dora": (Operators(199, 46.5, 13.2, 8.9), Operators(183, 117.0, 28.4, 20.6)),
 }
 # One of these launches: peft's step on one sequence of 2,048 tokens, whose layers are transformers' as
-# well, takes no longer for all of them (9,767 tokens/s in benchmarks/results/step_speed.h200.json).
+# well, takes no longer for all of them (9,767 tokens/s in results/step_speed_earlier.h200.json).
 OPERATOR_SECONDS = 30e-6
 # Bytes of each weight that DoRA's norms move in every forward, once it is dequantized.
 DORA_NORM_BYTES = 6
