@@ -176,6 +176,18 @@ def test_a_section_is_a_section(value: Any) -> None:
     assert problems([value]) == ["should be a section with keys of its own"]
 
 
+def test_a_target_may_be_a_name_alone() -> None:
+    named, described = (
+        check_params({"hardware": {"target": target}})
+        for target in ("RTX 4090", {"name": "RTX 4090"})
+    )
+    assert named == described
+    assert problems({"hardware": {"target": 4090}}) == [
+        "hardware.target: found 4090; should be a section with keys of its own"
+        " (plan for this GPU instead of the one that is here; of a known one the name alone is enough)"
+    ]
+
+
 def test_a_missing_key_is_told_without_its_section() -> None:
     lines = problems({"hardware": {"target": {"memory": "8GiB"}}})
     assert len(lines) == 1

@@ -148,6 +148,11 @@ class TargetParams(Section):
         description="as NVIDIA lists it: 8.6 for RTX 30, 8.9 for RTX 40; null: what a known one has",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
 
 class HardwareParams(Section):
     """What it may use."""
@@ -162,7 +167,9 @@ class HardwareParams(Section):
         None, description="use no more host memory than this (24GiB)"
     )
     target: TargetParams | None = Field(
-        None, description="plan for this GPU instead of the one that is here"
+        None,
+        description="plan for this GPU instead of the one that is here; of a known one the name alone "
+        "is enough",
     )
 
 
