@@ -236,7 +236,10 @@ class ModelFacts(Artifact):
     source: str
     revision: str | None
     definition: str = Field(description="sha256 of config and tokenizer; a hub model's commit")
-    weights: str | None = Field(description="the same of the weights; None for a config alone")
+    weights: str | None = Field(
+        description="the same of the weights, of samples of them where a target is planned for; "
+        "None for a config alone"
+    )
     adapter: str | None = Field(
         None, description="sha256 of the adapter that training goes on from; None for a new one"
     )

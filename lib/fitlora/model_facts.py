@@ -6,68 +6,15 @@ its files, the weights apart from the rest, so that new weights of the same shap
 without being planned for again.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
-from fitlora.artifacts import ModelFacts, read_json, write_text_atomically
-from fitlora.errors import ArtifactError, UserError
-from fitlora.machine import cpu_cores
+from fitlora.artifacts import ModelFacts
+from fitlora.errors import UserError
+from fitlora.fingerprints import fingerprint, sampled
 from fitlora.model import DEFINITION_FILES, WEIGHT_FILES, resolve_model
-from fitlora.progress import progress
 
 # As `fitlora.adapter` has them, which reads adapters, and of which a profile needs no more.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-READERS = 8  # files that are hashed at one time, at most
-PART_BYTES = 2**22
-
-
-def fingerprint(files: Iterable[Path], cache: Path) -> str | None:
-    """sha256 over the names and contents of files; None where there are none.
-
-    cache: a JSON file that remembers the sum of a file by its path, size and time of change, so that
-    16 GB of weights are read once and not at every run. New files are read several at a time, as one
-    core hashes less than a disk gives.
-    """
-    try:
-        known = read_json(cache)
-    except (FileNotFoundError, ArtifactError):
-        known = {}
-    if not isinstance(known, dict):
-        known = {}
-    keys = {file: _identity(file) for file in sorted(files)}
-    unread = {file: file.stat().st_size for file, key in keys.items() if key not in known}
-    if unread:
-        largest_first = sorted(unread, key=lambda file: -unread[file])
-        with (
-            progress("hashing files", sum(unread.values()), in_bytes=True) as advance,
-            ThreadPoolExecutor(min(READERS, cpu_cores())) as pool,
-        ):
-            digests = pool.map(partial(_digest, advance=advance), largest_first)
-            for file, digest in zip(largest_first, digests, strict=True):
-                known[keys[file]] = digest
-    write_text_atomically(cache, json.dumps(known, indent=0))
-    total = hashlib.sha256()
-    for file, key in keys.items():
-        total.update(f"{file.name}:{known[key]}\n".encode())
-    return total.hexdigest() if keys else None
-
-
-def _identity(file: Path) -> str:
-    stat = file.stat()
-    return f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-
-
-def _digest(file: Path, advance: Callable[[int], None]) -> str:
-    digest, part = hashlib.sha256(), memoryview(bytearray(PART_BYTES))
-    with file.open("rb", buffering=0) as content:
-        while count := content.readinto(part):
-            digest.update(part[:count])
-            advance(count)
-    return digest.hexdigest()
 
 
 def adapter_fact(folder: Path | None, output: Path, cache: Path) -> str | None:
@@ -94,9 +41,18 @@ def adapter_fact(folder: Path | None, output: Path, cache: Path) -> str | None:
 
 
 def model_facts(
-    model_id: str, revision: str | None, cache: Path, *, adapter: str | None = None
+    model_id: str,
+    revision: str | None,
+    cache: Path,
+    *,
+    adapter: str | None = None,
+    for_plan_alone: bool = False,
 ) -> ModelFacts:
-    """Which model `model.id` names, without fetching it. adapter: what `adapter_fact` found."""
+    """Which model `model.id` names, without fetching it.
+
+    adapter: what `adapter_fact` found. for_plan_alone: nothing is going to be trained here, so samples
+    of the weights are enough.
+    """
     if not Path(model_id).is_dir():
         if revision is None:
             resolve_model(model_id, revision, weights=False)  # says what is missing
@@ -108,10 +64,14 @@ def model_facts(
     index = set(folder.glob("*.safetensors.index.json"))
     definition = {f for pattern in DEFINITION_FILES for f in folder.glob(pattern)} - index
     weights = {f for pattern in WEIGHT_FILES for f in folder.glob(pattern)} | index
+    if for_plan_alone and weights:
+        content: str | None = sampled(weights)
+    else:
+        content = fingerprint(weights, cache)
     return ModelFacts(
         source=model_id,
         revision=None,
         definition=fingerprint(definition, cache) or "",
-        weights=fingerprint(weights, cache),
+        weights=content,
         adapter=adapter,
     )

@@ -1,12 +1,13 @@
 """The stage: what it reads, what it writes, and what it says."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from fitlora import console, rates
-from fitlora.artifacts import HARDWARE, SCRATCH, Hardware
+from fitlora import artifacts, console, fingerprints, rates
+from fitlora.artifacts import HARDWARE, SCRATCH, Hardware, ModelFacts
 from stages import profile_hardware
 
 MODEL = f"model:\n  id: {Path(__file__).parents[2] / 'assets/sample_model'}\n"
@@ -94,3 +95,29 @@ def test_a_wrong_wish_ends_in_a_message_and_leaves_the_artifact(
     assert end.value.code == 2
     assert "error: hardware.device is cuda, but" in capsys.readouterr().err
     assert HARDWARE.read_bytes() == before
+
+
+def test_for_a_target_samples_of_the_weights_are_enough(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large model's content takes longer to read than all of the planning."""
+    hashed: list[str] = []
+    digest = fingerprints._digest
+
+    def noted(file: Path, advance: Callable[[int], None]) -> str:
+        hashed.append(file.suffix)
+        return digest(file, advance)
+
+    monkeypatch.setattr(fingerprints, "_digest", noted)
+    Path("params.yaml").write_text(f"{MODEL}hardware:\n  target: RTX 4090\n")
+    profile_hardware.main()
+    by_samples = ModelFacts.read(artifacts.MODEL)
+    assert by_samples.weights is not None
+    assert hashed
+    assert ".safetensors" not in hashed
+    Path("params.yaml").write_text(CPU)
+    profile_hardware.main()
+    whole = ModelFacts.read(artifacts.MODEL)
+    assert whole.definition == by_samples.definition
+    assert whole.weights not in (None, by_samples.weights)
+    assert ".safetensors" in hashed

@@ -22,7 +22,7 @@ from fitlora.training.checkpoint import (
     Snapshot,
     read_manifest,
 )
-from fitlora.training.identity import Identity, sampled
+from fitlora.training.identity import Identity
 from fitlora.training.precision import PrecisionState
 from tests.step import steps
 
@@ -200,18 +200,3 @@ def test_fingerprints_are_the_inputs() -> None:
     assert one.differences({"a": 2, "c": 0}) == [
         "a is 1, and was 2", 'b is "x", and was null', "c is null, and was 0",
     ]  # fmt: skip
-
-
-def test_weights_are_told_apart_by_samples(tmp_path: Path) -> None:
-    small, large = tmp_path / "a", tmp_path / "b"
-    small.write_bytes(bytes(1000))
-    large.write_bytes(bytes(5_000_000))
-    first = sampled([small, large])
-    assert sampled([large, small]) == first
-    small.write_bytes(bytes(999) + b"\1")
-    changed = sampled([small, large])
-    assert changed != first, "of a small file every byte counts"
-    large.write_bytes(bytes(4_999_999) + b"\1")
-    assert sampled([small, large]) != changed, "of a large one its beginning and its end"
-    large.write_bytes(bytes(4_999_998))
-    assert sampled([small, large]) != changed

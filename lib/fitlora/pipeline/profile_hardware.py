@@ -6,8 +6,9 @@ from fitlora.artifacts import ADAPTER, DATA, HARDWARE, MODEL, SCRATCH, DataFacts
 from fitlora.console import say
 from fitlora.data.sources import Source, fact, find_source, held_out_of
 from fitlora.errors import ArtifactError, UserError
+from fitlora.fingerprints import fingerprint
 from fitlora.hardware import describe, keep_stable, profile
-from fitlora.model_facts import adapter_fact, fingerprint, model_facts
+from fitlora.model_facts import adapter_fact, model_facts
 from fitlora.params import DataParams, Params
 
 
@@ -20,6 +21,7 @@ def profile_hardware(params: Params, root: Path = Path()) -> Hardware:
         params.model.revision,
         cache,
         adapter=adapter_fact(None if start is None else Path(start), root / ADAPTER, cache),
+        for_plan_alone=params.hardware.target is not None,
     )
     facts.write(root / MODEL)
     data_facts(params.data, cache).write(root / DATA)
@@ -34,7 +36,7 @@ def profile_hardware(params: Params, root: Path = Path()) -> Hardware:
 
 
 def data_facts(data: DataParams, cache: Path) -> DataFacts:
-    """Which data `data` names, without reading rows. cache: as for `model_facts.fingerprint`."""
+    """Which data `data` names, without reading rows. cache: as for `fingerprint`."""
 
     def found(name: str, key: str, split: str) -> Source | None:
         try:

@@ -4,26 +4,24 @@ Two runs are the same when the numbers that they compute are, to summation order
 same weights, the same params. How the step is cut up, on which device, and how often it is saved are
 not part of it, so that a run goes on after its Plan was made again, or elsewhere. Nor is the code.
 
-Weights are told apart by samples of their bytes and not by all of them, which takes minutes for a
-large model: those of another model, or trained anew, differ nearly everywhere.
+Weights are told apart by samples of their bytes and not by all of them.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fitlora.adapter import CONFIG, WEIGHTS
+from fitlora.fingerprints import sampled
 from fitlora.params import LoraParams, Params, QuantizationParams, TrainParams
 from fitlora.plan import Plan
 from fitlora.training.data import TokenizedSplit
 
 # Params that change no number of the result.
 _FREE = {"trackers", "checkpoint_every"}
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -84,28 +82,6 @@ def _sequences(split: TokenizedSplit) -> str:
     lengths = json.dumps([sequence.lengths for sequence in split.sequences])
     text = f"{split.facts.fingerprint}:{hashlib.sha256(lengths.encode()).hexdigest()}"
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sampled(files: Iterable[Path]) -> str:
-    """sha256 over the files' names, sizes and evenly spaced samples of their bytes."""
-    total = hashlib.sha256()
-    for file in sorted(files):
-        size = os.stat(file).st_size
-        total.update(f"{file.name}:{size}\n".encode())
-        with file.open("rb") as content:
-            for start in _starts(size):
-                content.seek(start)
-                total.update(content.read(_SAMPLE_BYTES))
-    return total.hexdigest()
-
-
-def _starts(size: int) -> Iterator[int]:
-    """Where samples begin: all of a small file, from the header on of a large one."""
-    if size <= _SAMPLES * _SAMPLE_BYTES:
-        yield from range(0, size, _SAMPLE_BYTES)
-        return
-    for index in range(_SAMPLES):
-        yield index * (size - _SAMPLE_BYTES) // (_SAMPLES - 1)
 
 
 def _short(value: object) -> str:
