@@ -10,13 +10,14 @@ import torch
 from fitlora.errors import UserError
 from fitlora.offload.host_memory import HostMemory, HostPeak, anonymous_bytes
 from fitlora.offload.transport import ALIGNMENT, HostTransport, aligned, view_as
+from tests.settled import settled_bytes
 
 CPU = torch.device("cpu")
 MIB = 2**20
 
 
 def test_anonymous_memory_is_what_the_kernel_counts() -> None:
-    before = anonymous_bytes()
+    before = settled_bytes()
     kept = torch.ones(64 * MIB, dtype=torch.uint8)
     grown = anonymous_bytes() - before
     assert abs(grown - kept.numel()) <= 8 * MIB  # what else the tests have comes and goes
@@ -24,7 +25,7 @@ def test_anonymous_memory_is_what_the_kernel_counts() -> None:
 
 def test_a_peak_that_is_over_by_the_end_is_seen() -> None:
     """Of memory that was there before, and of what came and went."""
-    before = anonymous_bytes()
+    before = settled_bytes()
     with HostPeak() as peak:
         kept = torch.ones(256 * MIB, dtype=torch.uint8)
         time.sleep(10 * HostPeak.SECONDS)
@@ -34,7 +35,7 @@ def test_a_peak_that_is_over_by_the_end_is_seen() -> None:
 
 
 def test_promised_pages_count_like_touched_ones() -> None:
-    memory = HostMemory(anonymous_bytes() + 64 * MIB)
+    memory = HostMemory(settled_bytes() + 64 * MIB)
     transport = HostTransport(CPU, memory)
     buffer = transport.reserve(48 * MIB, "weights")
     for _ in range(2):
@@ -49,7 +50,7 @@ def test_promised_pages_count_like_touched_ones() -> None:
 
 def test_pages_go_back_with_the_last_view() -> None:
     transport = HostTransport(CPU, HostMemory())
-    before = anonymous_bytes()
+    before = settled_bytes()
     buffer = transport.reserve(64 * MIB, "weights")
     transport.pin()
     buffer.fill_(3)
@@ -65,7 +66,7 @@ def test_pages_go_back_with_the_last_view() -> None:
 
 
 def test_threads_do_not_count_past_the_limit() -> None:
-    memory = HostMemory(anonymous_bytes() + 100 * MIB)
+    memory = HostMemory(settled_bytes() + 100 * MIB)
     taken: list[int] = []
 
     def take() -> None:

@@ -1,7 +1,5 @@
 """Whatever becomes of a probe's own process is a result; and what a probe asks of the host's memory."""
 
-import ctypes
-import gc
 import os
 import signal
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from fitlora.device import gpu_uuid, nvml_session
 from fitlora.errors import UserError
 from fitlora.machine import visible_gpus
 from fitlora.memory.estimate import Estimator, Load, estimate
-from fitlora.offload.host_memory import HostMemoryShort, anonymous_bytes
+from fitlora.offload.host_memory import HostMemoryShort
 from fitlora.params import check_params
 from fitlora.plan import Plan
 from fitlora.planner import probe as module
@@ -31,6 +29,7 @@ from fitlora.units import GIB, MIB
 from fitlora.worker import Worker
 from tests.planner.probes import stand_in
 from tests.planner.test_search import NO_HOST, hardware
+from tests.settled import settled_bytes
 from tests.step import steps
 
 CONFIG, PLAN, LOAD = steps.config(), steps.plan(), Load.uniform(7, 60)
@@ -117,13 +116,8 @@ SAVED = 512 * MIB
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], ProbeResult]:
-    """A probe with a budget of the host, as on a GPU, for which the CPU stands; its save takes `SAVED`.
-
-    What other tests left in this process is given back before: a probe that did so in passing would
-    be found to take less than it does.
-    """
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    """A probe with a budget of the host, as on a GPU, which the CPU stands for; a save takes `SAVED`."""
+    settled_bytes()
     rehearse_save = module.rehearse_save
 
     def save(step: Any) -> Any:
@@ -140,7 +134,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], ProbeResult]:
 def test_what_a_probe_takes_of_the_host_is_told_with_a_saves_copies(
     on_gpu: Callable[[int], ProbeResult],
 ) -> None:
-    before = anonymous_bytes()
+    before = settled_bytes()
     found = on_gpu(before + 2 * SAVED)
     assert found.fits
     assert found.host_peak_bytes is not None
