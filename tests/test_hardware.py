@@ -150,12 +150,14 @@ def measure_without_a_child(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> 
         "context_bytes": 600 * MIB,
         "context_source": "what NVML lists for the process",
         "workspace_bytes": 17 * MIB,
-        "rates": make_rates(disk_read_bytes_per_second=None),
+        "rates": make_rates(),
         **changes,
     }
     asked: list[Any] = []
 
-    def measure(gpu: Gpu, uuid: str, used_before: int | None) -> gpu_measurement.GpuMeasurement:
+    def measure(
+        gpu: Gpu, uuid: str, used_before: int | None, disk: Path
+    ) -> gpu_measurement.GpuMeasurement:
         asked.append((gpu, uuid, used_before))
         return gpu_measurement.GpuMeasurement.model_validate(measurement)
 
@@ -544,21 +546,58 @@ def test_the_context_comes_from_the_best_reading(
 @pytest.mark.slow
 @needs_no_cuda
 def test_a_measurement_that_fails_is_the_users_to_know(
-    capfd: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(gpu_measurement, "disk_read_rate", lambda folder: None)
     with pytest.raises(UserError, match=r"measuring RTX 3070 ended in .*hardware\.device"):
-        gpu_measurement.measure_gpu_in_child(RTX_3070, UUID, None)
+        gpu_measurement.measure_gpu_in_child(RTX_3070, UUID, None, tmp_path)
     assert "in measure_gpu" in capfd.readouterr().err
 
 
-def test_a_measurement_without_an_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def worker_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What happens around a process that measures, in order; its result is 17 MiB of context."""
+    events: list[Any] = []
+
+    def start(worker: Worker, expected: Any) -> None:
+        events.append(expected)
+
+    def call(worker: Worker, *call: Any, seconds: float) -> gpu_measurement.GpuMeasurement:
+        events.append(call)
+        return gpu_measurement.GpuMeasurement(
+            context_bytes=17 * MIB, context_source="a test", workspace_bytes=0,
+            rates=make_rates(disk_read_bytes_per_second=None),
+        )  # fmt: skip
+
+    monkeypatch.setattr(Worker, "__init__", start)
+    monkeypatch.setattr(Worker, "call", call)
+    monkeypatch.setattr(Worker, "close", lambda worker: events.append("end"))
+    monkeypatch.setattr(
+        gpu_measurement, "disk_read_rate", lambda folder: events.append(folder) or 123
+    )
+    return events
+
+
+def test_the_disk_is_measured_while_the_gpus_process_gets_ready(
+    worker_calls: list[Any], tmp_path: Path
+) -> None:
+    found = gpu_measurement.measure_gpu_in_child(RTX_3070, UUID, 123, tmp_path)
+    measure = gpu_measurement.measure_gpu
+    assert worker_calls == [measure, tmp_path, (measure, UUID, 123), "end"]
+    assert found.context_bytes == 17 * MIB
+    assert found.rates == make_rates(disk_read_bytes_per_second=123)
+
+
+def test_a_measurement_without_an_end_is_ended(
+    worker_calls: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def hang(worker: Worker, *call: Any, seconds: float) -> Any:
-        assert call == (gpu_measurement.measure_gpu, UUID, 123)
         raise Lost(f"had no end after {seconds} s")
 
     monkeypatch.setattr(Worker, "call", hang)
     with pytest.raises(UserError, match="measuring RTX 3070 had no end after 120 s; see"):
-        gpu_measurement.measure_gpu_in_child(RTX_3070, UUID, 123)
+        gpu_measurement.measure_gpu_in_child(RTX_3070, UUID, 123, tmp_path)
+    assert worker_calls[-1] == "end"
 
 
 # The profile

@@ -7,6 +7,7 @@ warm step does not.
 
 import gc
 import os
+from pathlib import Path
 
 import pynvml
 import torch
@@ -17,7 +18,7 @@ from fitlora.device import device_used_bytes, nvml_session, process_used_bytes
 from fitlora.errors import UserError
 from fitlora.gpu_facts import documented_context_bytes
 from fitlora.machine import visible_gpus
-from fitlora.rates import measure_gpu_rates
+from fitlora.rates import disk_read_rate, measure_gpu_rates
 from fitlora.units import GIB, MIB
 from fitlora.worker import Lost, Worker
 
@@ -138,14 +139,22 @@ def choose_context(
     )
 
 
-def measure_gpu_in_child(gpu: Gpu, uuid: str, used_before: int | None) -> GpuMeasurement:
-    """`measure_gpu` in a fresh process; its errors go to the terminal, and end in a UserError."""
+def measure_gpu_in_child(
+    gpu: Gpu, uuid: str, used_before: int | None, disk: Path
+) -> GpuMeasurement:
+    """`measure_gpu` in a fresh process, and the disk of a folder while that process gets ready.
+
+    The process's errors go to the terminal, and end in a UserError.
+    """
     try:
-        with Worker() as worker:
-            return worker.call(measure_gpu, uuid, used_before, seconds=CHILD_SECONDS)
+        with Worker(expected=measure_gpu) as worker:
+            disk_rate = disk_read_rate(disk)
+            found = worker.call(measure_gpu, uuid, used_before, seconds=CHILD_SECONDS)
     except Lost as error:
         raise UserError(
             f"measuring {gpu.name} {error}; see that the GPU has about 2 GiB free and that torch "
             f"{torch.__version__} supports its compute capability {gpu.compute_capability}, "
             "or set hardware.device to cpu"
         ) from None
+    speeds = found.rates.model_copy(update={"disk_read_bytes_per_second": disk_rate})
+    return found.model_copy(update={"rates": speeds})

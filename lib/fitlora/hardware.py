@@ -49,12 +49,10 @@ def profile(params: HardwareParams, disk: Path) -> Hardware:
     else:
         disk.mkdir(parents=True, exist_ok=True)
         if device == "cuda":
-            measured = _measure_first_gpu(gpus[0], budget_bytes)
+            measured = _measure_first_gpu(gpus[0], budget_bytes, disk)
             context_bytes = measured.context_bytes
             workspace_bytes = measured.workspace_bytes
-            speeds = measured.rates.model_copy(
-                update={"disk_read_bytes_per_second": rates.disk_read_rate(disk)}
-            )
+            speeds = measured.rates
         else:
             speeds = rates.measure_cpu(disk)
     if budget_bytes <= context_bytes:
@@ -114,7 +112,7 @@ def _find_gpus(params: HardwareParams) -> tuple[tuple[Gpu, ...], machine.Device]
     return gpus, "cuda"
 
 
-def _measure_first_gpu(gpu: Gpu, budget_bytes: int) -> gpu_measurement.GpuMeasurement:
+def _measure_first_gpu(gpu: Gpu, budget_bytes: int, disk: Path) -> gpu_measurement.GpuMeasurement:
     uuid = gpu_uuid()
     used_before = _used_bytes_if_told(uuid)
     if used_before is not None and used_before > max(64 * MIB, gpu.memory_bytes - budget_bytes):
@@ -123,7 +121,7 @@ def _measure_first_gpu(gpu: Gpu, budget_bytes: int) -> gpu_measurement.GpuMeasur
             f"budget of {format_bytes(budget_bytes)} counts on some of it; hardware.memory_budget "
             "can be lowered"
         )
-    measured = gpu_measurement.measure_gpu_in_child(gpu, uuid, used_before)
+    measured = gpu_measurement.measure_gpu_in_child(gpu, uuid, used_before, disk)
     say(f"CUDA's context is {measured.context_source}")
     return measured
 
