@@ -69,10 +69,6 @@ from fitlora.quantization.weight import CHUNK_ELEMENTS, quantize_pieces
 from fitlora.quantization.writer import Pending, write_safetensors
 from fitlora.training.data import load_splits
 
-LLAMA_3_70B = {
-    "vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0, "hidden_size": 8192,
-    "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-}  # fmt: skip
 PIECE_BYTES = 8 << 20
 READERS = 8  # threads of the other reading beside the plain one
 
@@ -180,14 +176,10 @@ def measure(source: Path, target: Path, touched: int) -> dict[str, Any]:
 
 def make_source(args: argparse.Namespace) -> None:
     """Writes the source of random weights."""
-    shape = _shape(args.model)
+    shape = SHAPES[args.model]
     layers = args.layers or shape["num_hidden_layers"]
     SHAPES["benchmark"] = {**shape, "num_hidden_layers": layers}
     make_checkpoint("benchmark", args.work / "source", device())
-
-
-def _shape(model: str) -> dict[str, Any]:
-    return {**SHAPES, "llama-3-70b": LLAMA_3_70B}[model]
 
 
 def _elsewhere(what: str, *options: object) -> str:
@@ -203,7 +195,7 @@ def _elsewhere(what: str, *options: object) -> str:
 
 def speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     source, target = args.work / "source", args.work / "quantized"
-    shape = _shape(args.model)
+    shape = SHAPES[args.model]
     layers = args.layers or shape["num_hidden_layers"]
     args.work.mkdir(parents=True, exist_ok=True)
     disk = shutil.disk_usage(args.work.parent).total
@@ -475,7 +467,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=[*PROGRAMS, "make", "read", "measure"])
-    parser.add_argument("--model", choices=[*SHAPES, "llama-3-70b"], default="llama-3-8b")
+    parser.add_argument("--model", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--layers", type=int, help="of the shape's, as many as the disk holds")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "quantize")
     parser.add_argument("--json", type=Path, help="result file; its rows are added to")

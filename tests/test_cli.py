@@ -92,6 +92,15 @@ def test_estimate_of_a_model_and_a_card() -> None:
     assert found["way_out"] is None
 
 
+def test_a_model_that_is_known_by_name_needs_no_folder() -> None:
+    asked = ("--seq-length", "64", "--recompute", "all", "--json")
+    done = fitlora("estimate", "Qwen2.5-0.5B", "--gpu-memory", "8GiB", *asked)
+    assert done.exit_code == 0, done.output
+    estimate = json.loads(done.stdout)["estimate"]
+    assert len(estimate["plan"]["recompute_layers"]) == 24
+    assert estimate["components"]["weights"] > 494_032_768 / 2
+
+
 def test_estimate_takes_a_whole_plan_and_says_what_is_lacking(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     plan = {
@@ -228,6 +237,7 @@ def test_a_plan_for_a_card_that_is_not_here() -> None:
     [
         (("plan", MODEL), 'takes both: fitlora plan ./model --gpu "RTX 3070"'),
         (("plan", "--gpu", "RTX 3070"), "set hardware.target"),
+        (("plan", "llama-9b", "--gpu", "RTX 3070"), "nor a size known by name; did you mean"),
         (("plan", MODEL, "--gpu", "RTX 9999"), "is not among the GPUs that are known"),
         (("plan", MODEL, "--gpu", "T4", "--set", "lora.r=auto"), "give numbers"),
     ],

@@ -179,14 +179,14 @@ def _asked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _question(model: str, asked: dict[str, Any], hardware: "Hardware") -> "Question":
+    from fitlora.known_models import config_to_plan
     from fitlora.memory.question import Question
-    from fitlora.model import load_config, resolve_model
     from fitlora.params import check_params
     from fitlora.planner.model import model_size
     from fitlora.planner.search import attention_kernel, check_dtype
     from fitlora.step.settings import StepSettings
 
-    config = load_config(resolve_model(model, asked["revision"], weights=False))
+    config = config_to_plan(model, asked["revision"])
     given = _read_plan(asked["plan_file"]) if asked["plan_file"] else None
     lora = {"r": asked["rank"], "alpha": 2.0 * asked["rank"], "dropout": 0.0}
     same = ("compute_dtype", "checkpoints", "embedding", "head", "optimizer_device")
@@ -429,6 +429,7 @@ def _table_lines(found: dict[str, Any]) -> Iterator[str]:
 
 @click.command(
     epilog=examples(
+        "fitlora estimate llama-3-8b --gpu-memory 8GiB",
         "fitlora estimate ./model --gpu-memory 8GiB --seq-length 2048 --micro-batch 2",
         "fitlora estimate ./model --table",
         "fitlora estimate                    the project's model and data, as a stage",
@@ -452,8 +453,9 @@ def estimate(
 ) -> Any:
     """Predict the memory of a training step, part by part.
 
-    MODEL is a folder with a config.json, or a hub id. Nothing runs: the step is traced on tensors
-    without content. Without MODEL it is the stage: the model and data of params.yaml, after profile.
+    MODEL is a folder with a config.json, a hub id, or the name of a known size, like llama-3-8b.
+    Nothing runs: the step is traced on tensors without content. Without MODEL it is the stage: the
+    model and data of params.yaml, after profile.
     """
     if model is None:
         from fitlora.pipeline.estimate_memory import estimate_memory

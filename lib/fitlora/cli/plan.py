@@ -40,8 +40,8 @@ def _plan_for(params: "Params", frontier: Path | None) -> Any:
     from fitlora.artifacts import PlanArtifact
     from fitlora.console import say
     from fitlora.hardware import describe, profile
+    from fitlora.known_models import config_to_plan
     from fitlora.memory.estimate import Load
-    from fitlora.model import load_config, resolve_model
     from fitlora.planner.find import find_plan
     from fitlora.planner.search import device_count
     from fitlora.planner.task import Task
@@ -54,14 +54,12 @@ def _plan_for(params: "Params", frontier: Path | None) -> Any:
             "numbers (--set lora.r=16)"
         )
     assert params.data.max_length != "auto"
+    model = params.model
+    config = config_to_plan(model.id, model.revision, trust_remote_code=model.trust_remote_code)
     hardware = profile(params.hardware, Path())
     for line in describe(hardware):
         say(line)
     hardware = hardware.among(device_count(params, hardware))
-    config = load_config(
-        resolve_model(params.model.id, params.model.revision, weights=False),
-        trust_remote_code=params.model.trust_remote_code,
-    )
     load = Load.uniform(params.train.effective_batch_size, params.data.max_length)
     task = Task(config, params, load, hardware)
     choice, probes = find_plan(task)
@@ -76,6 +74,7 @@ def _plan_for(params: "Params", frontier: Path | None) -> Any:
     epilog=examples(
         "fitlora plan                        the project's model and data, proven on the device",
         "fitlora plan --set hardware.memory_budget=6GiB",
+        'fitlora plan llama-3-8b --gpu "RTX 3070"',
         'fitlora plan ./model --gpu "RTX 3070" --seq-length 1024',
         'fitlora plan ./model --gpu "RTX 4090" --set lora.r=32 --set plan.stream_layers=0',
         'fitlora plan ./model --gpu "RTX 3070" --frontier speed.svg',
@@ -112,9 +111,10 @@ def plan(
 ) -> Any:
     """Find how a training step is split up to fit, and prove it.
 
-    The step that is found runs once on the device, with noise for weights. Needs estimate. With MODEL, a
-    folder with a config.json or a hub id, and --gpu it needs no project and no GPU, and nothing runs.
-    `fitlora init` writes a file with every key that --set changes.
+    The step that is found runs once on the device, with noise for weights. Needs estimate. With MODEL
+    and --gpu it needs no project and no GPU, and nothing runs: MODEL is a folder with a config.json, a
+    hub id, or the name of a known size, like llama-3-8b. `fitlora init` writes a file with every key
+    that --set changes.
     """
     if (model is None) != (gpu is None):
         raise UserError(
