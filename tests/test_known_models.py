@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import model_sizes
 from fitlora.errors import UserError
 from fitlora.known_models import SHAPES, config_of, config_to_plan
 from fitlora.model import empty_model
@@ -83,3 +84,11 @@ def test_what_is_none_of_them_is_told(name: str, said: str) -> None:
     with pytest.raises(UserError) as refusal:
         config_to_plan(name, None)
     assert said in str(refusal.value)
+
+
+def test_the_page_of_what_models_take_has_what_was_estimated() -> None:
+    found = json.loads(model_sizes.RESULT.read_text())["rows"]
+    assert {row["model"]: row["parameters"] for row in found} == PARAMETERS
+    assert model_sizes.PAGE.read_text() == model_sizes.page(found), (
+        "python -m benchmarks.model_sizes"
+    )
