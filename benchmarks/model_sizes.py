@@ -33,7 +33,8 @@ how near such estimates come is [in the README](../README.md#a-real-size).
 With offload all layers, checkpoints, embedding, head and optimizer are on the host, about the least
 that a GPU can be left with. In between the planner uses what there is:
 `fitlora plan NAME --gpu "RTX 4060"` says how, and how fast by forecast, in seconds, and
-`fitlora estimate NAME --gpu-memory 8GiB` takes a layout apart. Later models of the same size take the same: `llama-3-8b` is Llama 3.1 8B as well.
+`fitlora estimate NAME --gpu-memory 8GiB` takes a layout apart. Later models of the same size take the
+same: `llama-3-8b` is Llama 3.1 8B as well.
 
 | name | parameters | full fine-tuning | QLoRA, all on the GPU | QLoRA with offload | of the host then |
 |---|---|---|---|---|---|
