@@ -15,9 +15,9 @@ import json
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -37,7 +37,6 @@ from fitlora.step.training_step import TrainingStep
 from fitlora.step.weights import RandomWeights
 from tests.step import steps
 
-Made = TypeVar("Made")
 SECONDS = 120  # after which a family is given up
 
 # What keys of configs are to be at most, wherever they are.
@@ -137,37 +136,20 @@ class Lively(RandomWeights):
         return out
 
 
-def settings(targets: Any, bits: int = 16, dropout: float = 0.0) -> StepSettings:
-    lora = LoraParams(r=4, dropout=dropout, target_modules=targets)
+def settings(bits: int, dropout: float) -> StepSettings:
+    lora = LoraParams(r=4, dropout=dropout)
     return StepSettings(QuantizationParams.model_validate({"bits": bits}), lora, TrainParams())
-
-
-def adapted(make: Callable[[Any], Made]) -> Made:
-    """With adapters on all linear layers, or on those that a refusal of it leaves."""
-    try:
-        return make("all-linear")
-    except UserError as error:
-        listed = str(error).rpartition("lora.target_modules")[2].rpartition(":")[2]
-        names = [name.strip() for name in listed.strip(" []").split(",")]
-        rest = tuple(name for name in names if name not in ("out_proj", "conv1d"))
-        if "PEFT" not in str(error):
-            raise
-        return make(rest)
 
 
 def step(
     family: str, *, recomputed: bool, dropout: float = 0.0, blank: bool = False
 ) -> TrainingStep:
     """blank: whether adapters change nothing yet."""
-
-    def make(targets: Any) -> TrainingStep:
-        plan = steps.plan(micro_batch_size=3, recompute_layers=(0, 1) if recomputed else ())
-        weights = Lively(torch.device("cpu"))
-        # float32, where rounding hides nothing, is refused for experts: a GPU has no such products
-        with patch.object(build, "expert_names", return_value=[]):
-            return build.build_step(tiny(family), plan, settings(targets, 16, dropout), weights)
-
-    made, noise = adapted(make), torch.Generator().manual_seed(0)
+    plan = steps.plan(micro_batch_size=3, recompute_layers=(0, 1) if recomputed else ())
+    weights, noise = Lively(torch.device("cpu")), torch.Generator().manual_seed(0)
+    # float32, where rounding hides nothing, is refused for experts: a GPU has no such products
+    with patch.object(build, "expert_names", return_value=[]):
+        made = build.build_step(tiny(family), plan, settings(16, dropout), weights)
     for name, parameter in made.adapters.items():
         if "lora_B" in name and not blank:
             parameter.data.normal_(0.0, 0.05, generator=noise)
@@ -224,7 +206,7 @@ def estimated(family: str) -> int:
         device="cuda", compute_dtype="bfloat16", micro_batch_size=2, recompute_layers=(0,)
     )
     load = Load.uniform(3, 23)
-    return adapted(lambda t: trace_step(tiny(family), plan, settings(t, 4, 0.1), load).peak_bytes)
+    return trace_step(tiny(family), plan, settings(4, 0.1), load).peak_bytes
 
 
 def tried(family: str) -> dict[str, Any]:

@@ -222,7 +222,8 @@ class LoraParams(Section):
     dropout: float = Field(0.05, ge=0, le=0.9, description="dropout on their input")
     target_modules: Literal["all-linear"] | Annotated[Names, Field(min_length=1)] = Field(
         "all-linear",
-        description="all-linear, or the last parts of the layers' names (q_proj, v_proj)",
+        description="all-linear: what PEFT puts adapters on; or the last parts of the layers' names "
+        "(q_proj, v_proj)",
     )
     bias: Literal["none", "all", "lora_only"] = Field(
         "none",

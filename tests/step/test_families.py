@@ -1,6 +1,7 @@
 """Models that are not done by hand: what stock transformers gives, or a refusal that says why."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from fitlora.params import LoraParams, QuantizationParams, TrainParams
 from fitlora.plan import Plan
 from fitlora.planner.model import model_size
 from fitlora.step.batch import PackedSequence, TokenSequence
-from fitlora.step.build import build_step, step_skeleton
+from fitlora.step.build import build_step, lora_targets, step_skeleton
 from fitlora.step.families import FAMILIES, TOGETHER
 from fitlora.step.network import AutogradNetwork
 from fitlora.step.settings import StepSettings
@@ -36,6 +37,7 @@ ALONE: dict[str, dict[str, Any]] = {
         "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8,
         "mamba_dt_rank": 4,
     },
+    "mamba": {"state_size": 8, "time_step_rank": 4},
     "qwen3_next": {  # linear attention
         "layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0, 1],
         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
@@ -62,25 +64,24 @@ def config(family: str, **changes: Any) -> Any:
     return AutoConfig.for_model(family, **{**_SHAPE, **ALONE.get(family, {}), **changes})
 
 
-# PEFT takes other names for those of experts
-TARGETS = {"qwen3_next": ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "o_proj")}
+# of whose linear layers PEFT leaves some without adapters, and why
+BARE = {
+    "qwen3_next": {"gate_proj", "up_proj", "down_proj"},  # it takes them for experts'
+    "mamba": {"out_proj"},  # kernels for state spaces take its weight alone
+}
 
 
-def settings(dropout: float = 0.0, targets: Any = "all-linear") -> StepSettings:
-    """In 4 bits where all linear layers have adapters, which is what `steps.plain_model` takes."""
-    lora = LoraParams(r=4, dropout=dropout, target_modules=targets)
-    bits: Any = 4 if targets == "all-linear" else 16
-    return StepSettings(QuantizationParams(bits=bits), lora, TrainParams())
+def settings(dropout: float = 0.0, bits: Any = 4) -> StepSettings:
+    return StepSettings(
+        QuantizationParams(bits=bits), LoraParams(r=4, dropout=dropout), TrainParams()
+    )
 
 
 def make(family: str, *, dropout: float = 0.0, **plan: Any) -> TrainingStep:
     weights = RandomWeights(torch.device("cpu"))
-    made = build_step(
-        config(family),
-        steps.plan(**plan),
-        settings(dropout, TARGETS.get(family, "all-linear")),
-        weights,
-    )
+    # `steps.plain_model` takes 4 bits where all linear layers have adapters
+    bits = 16 if family in BARE else 4
+    made = build_step(config(family), steps.plan(**plan), settings(dropout, bits), weights)
     noise = torch.Generator().manual_seed(0)
     for name, parameter in made.adapters.items():
         if "lora_B" in name:
@@ -185,11 +186,6 @@ def shared_keys() -> Any:
         ("bert", {}, "BertLMHeadModel with this config looks ahead"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "looks ahead"),
         ("xlm", {}, "XLMWithLMHeadModel has no decoder layers"),
-        (
-            "mamba",
-            {"num_heads": 4},
-            "MambaForCausalLM so: .*out_proj.* of: in_proj, out_proj, x_proj",
-        ),
         ("musicgen", {}, "cannot make a causal language model of this musicgen config"),
         ("jetmoe", {}, "JetMoeForCausalLM cannot be estimated"),
     ],
@@ -200,6 +196,19 @@ def test_what_cannot_be_done_says_so(family: str, changes: dict[str, Any], says:
     plan: Plan = steps.plan(compute_dtype="bfloat16")
     with pytest.raises(UserError, match=says):
         trace_step(of, plan, settings(), Load.uniform(1, 9))
+
+
+@pytest.mark.parametrize("family", BARE)
+def test_all_linear_is_what_peft_puts_adapters_on(family: str) -> None:
+    skeleton = step_skeleton(config(family), steps.plan(), settings())
+    names = set(lora_targets(skeleton.model))
+    assert names
+    assert not names & BARE[family]
+    assert f"; {', '.join(sorted(BARE[family]))} without adapters" in skeleton.reason
+    asked = LoraParams(target_modules=(*sorted(BARE[family]), *sorted(names)))
+    named = replace(settings(), lora=asked)
+    with pytest.raises(UserError, match=rf"target_modules: \[{', '.join(sorted(names))}\]"):
+        step_skeleton(config(family), steps.plan(), named)
 
 
 def test_layers_that_share_keys_are_not_recomputed() -> None:

@@ -169,13 +169,17 @@ def step_skeleton(config: Any, plan: Plan, settings: StepSettings) -> StepSkelet
     if together:
         cast(Any, model).set_attn_implementation(attention.NAME)
     context = StepContext()
+    bare: set[str] = set()
     if settings.lora is not None:
         add_adapters(model, settings.lora)
+        bare = _bare(model) if settings.lora.target_modules == "all-linear" else set()
     for stream, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLinear)):
         layer.stream, layer.context = stream, context
     layers, reason = recognise(model)
     if not together:
         reason += ", and each sequence goes through it by itself"
+    if bare:
+        reason += f"; {', '.join(sorted(bare))} without adapters, as PEFT puts none there"
     for stream, group in enumerate(group for layer in layers for group in layer.groups):
         for adapter in group.adapters:
             adapter.stream = stream
@@ -208,46 +212,63 @@ def _leaf(name: str) -> str:
     return f"{parent}.{leaf}" if leaf.isdigit() else leaf
 
 
-def peft_config(model: nn.Module, lora: LoraParams) -> Any:
-    """peft's description of the adapters; raises UserError where nothing matches."""
-    from peft import LoraConfig
-
-    frozen = [
-        name
+def _bare(model: nn.Module) -> set[str]:
+    """The last parts of the names of the frozen linear layers that have no adapters."""
+    return {
+        _leaf(name)
         for name, module in model.named_modules()
         if isinstance(module, FrozenLinear | Linear4bit) and ".base_layer" not in name
-    ]
-    leaves = sorted({_leaf(name) for name in frozen})
+    }
+
+
+def peft_config(model: nn.Module, lora: LoraParams) -> Any:
+    """peft's description of the adapters; raises UserError where nothing matches.
+
+    all-linear means what PEFT puts adapters on. Where other layers are named, that is refused.
+    """
+    from peft import LoraConfig
+
+    leaves = _bare(model)
     if not leaves:
         raise UserError(
             f"a {type(model).__name__} has no linear layers that FitLoRA knows, so that nothing of it "
             "could be quantized or adapted; take another model"
         )
-    if lora.target_modules != "all-linear":
-        unknown = sorted(set(lora.target_modules) - set(leaves))
-        if unknown:
-            raise UserError(
-                f"lora.target_modules has {', '.join(unknown)}, and this model has "
-                f"{', '.join(leaves)}; or say all-linear"
-            )
-        leaves = sorted(set(lora.target_modules))
+    everything = lora.target_modules == "all-linear"
+    asked = leaves if everything else set(lora.target_modules)
+    if unknown := sorted(asked - leaves):
+        raise UserError(
+            f"lora.target_modules has {', '.join(unknown)}, and this model has "
+            f"{', '.join(sorted(leaves))}; or say all-linear"
+        )
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=leaves,
+        target_modules=sorted(asked),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         bias="none",
         task_type="CAUSAL_LM",
     )
     config._register_custom_module({Linear4bit: LoraLinear, FrozenLinear: LoraLinear})
-    _check_experts(config, model)
+    experts, fused = _meant_as_experts(config, model), _left_to_kernels(config, model)
+    config.target_modules -= experts | fused
+    if (experts or fused) and not everything:
+        names, why = (
+            (experts, "mean the experts, which are not trained here")
+            if experts
+            else (fused, "belong to Mamba's kernels, which ask no adapter")
+        )
+        raise UserError(
+            f"lora.target_modules: of a {type(model).__name__}, PEFT has {', '.join(sorted(names))} "
+            f"{why}; set lora.target_modules: [{', '.join(sorted(config.target_modules))}]"
+        )
     return config
 
 
-def _check_experts(config: Any, model: nn.Module) -> None:
-    """Raises UserError where peft takes names of layers for those of a mixture's experts.
+def _meant_as_experts(config: Any, model: nn.Module) -> set[str]:
+    """Names of layers that PEFT takes for those of a mixture's experts.
 
     It would leave layers of that name out, when the adapter is made and whenever one is loaded.
     """
@@ -256,15 +277,22 @@ def _check_experts(config: Any, model: nn.Module) -> None:
     asked, wanted = set(config.target_modules), copy.deepcopy(config)
     try:
         convert_peft_config_for_transformers(wanted, model, None)
-        taken = asked - set(wanted.target_modules)
     except ValueError:  # some of what experts have, and not all
-        taken = asked & {"gate_proj", "up_proj", "down_proj"}
-    if taken:
-        rest = ", ".join(sorted(asked - taken))
-        raise UserError(
-            f"lora.target_modules: of a {type(model).__name__}, PEFT has {', '.join(sorted(taken))} "
-            f"mean the experts, which are not trained here; set lora.target_modules: [{rest}]"
-        )
+        return asked & {"gate_proj", "up_proj", "down_proj"}
+    return asked - set(wanted.target_modules)
+
+
+def _left_to_kernels(config: Any, model: nn.Module) -> set[str]:
+    """Names of layers that PEFT refuses, as a state space's kernels take their weights alone."""
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    found = set()
+    for name in config.target_modules:
+        try:
+            _check_lora_target_modules_mamba(config, model, name)
+        except ValueError:
+            found.add(name)
+    return found
 
 
 def add_adapters(model: nn.Module, lora: LoraParams) -> None:
